@@ -1,0 +1,7 @@
+"""The fused operators."""
+
+from fastvit_kernels.ops.conv_projection import BatchNorm, Projection, conv_projection
+from fastvit_kernels.ops.global_attention import global_attention
+from fastvit_kernels.ops.pointwise_mlp import pointwise_mlp
+
+__all__ = ["BatchNorm", "Projection", "conv_projection", "global_attention", "pointwise_mlp"]

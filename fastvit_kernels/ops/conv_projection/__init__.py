@@ -1,0 +1,257 @@
+"""CvT's convolutional projection: tokens in, query, key and value out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels.ops import library
+from fastvit_kernels.ops.arguments import (
+    check_activation_tensor,
+    check_parameter,
+    check_positive,
+    check_tensor,
+    compute_dtype,
+    dense,
+)
+from fastvit_kernels.ops.conv_projection import native, triton
+from fastvit_kernels.ops.conv_projection.reference import (
+    BRANCHES,
+    STATIC_SCHEMA,
+    Static,
+    batch_statistics,
+    branch,
+    output_grid,
+    reference,
+)
+from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
+from fastvit_kernels.ops.packing import PackedWeights
+
+__all__ = ["BatchNorm", "Projection", "conv_projection"]
+
+
+class BatchNorm(NamedTuple):
+    """The batch normalisation behind one depthwise convolution.
+
+    Attributes:
+        weight, bias: affine parameters `[C]`, or None.
+        running_mean, running_var: `[C]`; None when only batch statistics exist (`track_running_stats=False`).
+        eps: added to the variance.
+        training: normalise by the statistics of this batch and update the running ones in place.
+        momentum: weight of this batch in the running statistics, as in `nn.BatchNorm2d`.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    eps: float = 1e-5
+    training: bool = False
+    momentum: float = 0.1
+
+
+class Projection(NamedTuple):
+    """One branch: depthwise convolution, batch normalisation, linear.
+
+    Attributes:
+        conv_weight: depthwise filter `[C, 1, K, K]`.
+        weight: linear weight `[C_out, C]`.
+        bias: linear bias `[C_out]`, or None.
+        bn: the batch normalisation, or None for none.
+        stride, padding: of the convolution, the same for both axes; padding is with zeros.
+    """
+
+    conv_weight: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    bn: BatchNorm | None
+    stride: int = 1
+    padding: int = 1
+
+
+def _fake(tensors: Tensors, static: Static) -> Outputs:
+    x = tensors[0]
+    assert x is not None
+    outputs = []
+    for index in range(len(BRANCHES)):
+        b = branch(tensors, index)
+        height, width = output_grid(static, index, b.conv_weight.shape[-1])
+        shape = (x.shape[0], static.num_prefix_tokens + height * width, b.weight.shape[0])
+        outputs.append(x.new_empty(shape, dtype=static.dtype))
+    return tuple(outputs)
+
+
+def _fake_statistics(tensors: Tensors, *static: object) -> Tensor:
+    x = tensors[0]
+    assert x is not None
+    return x.new_empty((len(BRANCHES), 2, x.shape[-1]), dtype=torch.float32)
+
+
+OPERATOR = Operator(
+    name="conv_projection",
+    static=Static,
+    static_schema=STATIC_SCHEMA,
+    parameters=tuple(range(1, 24)),
+    returns=len(BRANCHES),
+    reference=reference,
+    fake=_fake,
+    backends=[native.Cpu(), triton.Triton()],
+)
+library.register(OPERATOR, triton.launch)
+library.define_statistics("conv_projection_statistics", STATIC_SCHEMA, _fake_statistics)
+
+
+def conv_projection(
+    x: Tensor,
+    query: Projection,
+    key: Projection,
+    value: Projection,
+    *,
+    grid: tuple[int, int] | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float | None = None,
+    num_prefix_tokens: int = 0,
+    packed: PackedWeights | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm, then for each of q, k, v: depthwise convolution, batch normalisation, linear.
+
+    Equivalent plain PyTorch, for each branch `s` (prefix tokens skip convolution and batch normalisation)::
+
+        u = F.layer_norm(x, (C,), norm_weight, norm_bias, norm_eps)
+        prefix, tokens = u[:, :P], u[:, P:]
+        maps = F.conv2d(tokens.mT.unflatten(2, grid), s.conv_weight, None, s.stride, s.padding, groups=C)
+        maps = F.batch_norm(maps, ...)
+        out = F.linear(torch.cat([prefix, maps.flatten(2).mT], 1), s.weight, s.bias)
+
+    Args:
+        x: `[B, P + H*W, C]` tokens, row-major over the grid behind the P prefix tokens; or, without prefix tokens, an
+            NCHW map `[B, C, H, W]`, free of a copy in `torch.channels_last`. fp64, fp32, bf16 or fp16.
+        query, key, value: the branches. Parameters are fp32 or of x's dtype.
+        grid: `(H, W)`; taken from a 4-D `x` when omitted.
+        norm_weight, norm_bias: `[C]` or None.
+        norm_eps: epsilon of the LayerNorm over C (computed in fp32); None for no normalisation.
+        num_prefix_tokens: class tokens in front of the map.
+        packed: keeps the weights in the layout of the CPU kernels from call to call and repacks them when they change.
+        backend: runs this call on one backend; see `use_backend`.
+
+    Returns:
+        q, k, v: `[B, P + H_s*W_s, C_out]`, in x's dtype or autocast's.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+        BackendError: the chosen backend cannot run the call.
+
+    Source: Wu et al., "CvT: Introducing Convolutions to Vision Transformers", section 3.2.
+    """
+    x, grid = _tokens(x, grid, num_prefix_tokens)
+    if norm_eps is None and (norm_weight is not None or norm_bias is not None):
+        raise ValueError("norm_eps: expected the LayerNorm's epsilon beside norm_weight or norm_bias, got None")
+    channels = x.shape[-1]
+    tensors: list[Tensor | None] = [
+        dense(x),
+        check_parameter("norm_weight", norm_weight, (channels,), x, optional=True),
+        check_parameter("norm_bias", norm_bias, (channels,), x, optional=True),
+    ]
+    branches = (query, key, value)
+    for name, item in zip(("query", "key", "value"), branches, strict=True):
+        tensors += _branch_tensors(name, item, x, grid)
+    norms = [item.bn for item in branches if item.bn is not None]
+    training = bool(norms) and norms[0].training
+    if norms and (len(norms) != len(branches) or any(bn.training != training for bn in norms)):
+        raise ValueError("bn: expected all three branches with batch normalisation in the same mode, or none")
+    static = Static(
+        norm_eps,
+        [item.bn.eps if item.bn is not None else 0.0 for item in branches],
+        training,
+        grid[0],
+        grid[1],
+        num_prefix_tokens,
+        [item.stride for item in branches],
+        [item.padding for item in branches],
+        compute_dtype(x),
+    )
+    if training:
+        _use_batch_statistics(tensors, static, norms, backend)
+    q, k, v = library.call(OPERATOR, tensors, static, packed=None if training else packed, backend=backend)
+    return q, k, v
+
+
+def _tokens(x: Tensor, grid: tuple[int, int] | None, num_prefix_tokens: int) -> tuple[Tensor, tuple[int, int]]:
+    check_activation_tensor("x", x)
+    if num_prefix_tokens < 0:
+        raise ValueError(f"num_prefix_tokens: expected at least 0, got {num_prefix_tokens}")
+    if x.ndim == 4:
+        if num_prefix_tokens:
+            raise ValueError("num_prefix_tokens: a [B, C, H, W] map has none; pass [B, P + H*W, C] tokens and grid")
+        if grid is not None and tuple(grid) != tuple(x.shape[2:]):
+            raise ValueError(f"grid: expected {tuple(x.shape[2:])} from x's shape, got {tuple(grid)}")
+        grid = (x.shape[2], x.shape[3])
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)
+    if x.ndim != 3:
+        raise ValueError(f"x: expected [B, P + H*W, C] tokens or a [B, C, H, W] map, got shape {tuple(x.shape)}")
+    if grid is None:
+        raise ValueError("grid: expected (H, W) beside [B, P + H*W, C] tokens, got None")
+    height, width = grid
+    if height < 1 or width < 1 or num_prefix_tokens + height * width != x.shape[1]:
+        raise ValueError(
+            f"grid: {height} x {width} and {num_prefix_tokens} prefix tokens do not make the {x.shape[1]} tokens of x"
+        )
+    return x, (height, width)
+
+
+def _branch_tensors(name: str, item: Projection, x: Tensor, grid: tuple[int, int]) -> list[Tensor | None]:
+    channels = x.shape[-1]
+    conv_weight = check_tensor(f"{name}.conv_weight", item.conv_weight)
+    kernel = conv_weight.shape[-1] if conv_weight.ndim == 4 else 0
+    check_parameter(f"{name}.conv_weight", conv_weight, (channels, 1, kernel, kernel), x)
+    check_positive(f"{name}.stride", item.stride)
+    if item.padding < 0:
+        raise ValueError(f"{name}.padding: expected at least 0, got {item.padding}")
+    if min(grid) + 2 * item.padding < kernel:
+        raise ValueError(f"{name}.conv_weight: a {kernel} x {kernel} filter is larger than the padded {grid} map")
+    weight = check_tensor(f"{name}.weight", item.weight)
+    out = weight.shape[0] if weight.ndim == 2 else 0
+    bn = item.bn
+    if bn is not None and not bn.training and (bn.running_mean is None or bn.running_var is None):
+        raise ValueError(f"{name}.bn: expected running statistics outside training, got None")
+    vectors: list[Tensor | None] = [None] * 4
+    if bn is not None:
+        vectors = [
+            check_parameter(f"{name}.bn.{field}", getattr(bn, field), (channels,), x, optional=True)
+            for field in ("weight", "bias", "running_mean", "running_var")
+        ]
+    return [
+        conv_weight,
+        *vectors,
+        check_parameter(f"{name}.weight", weight, (out, channels), x),
+        check_parameter(f"{name}.bias", item.bias, (out,), x, optional=True),
+    ]
+
+
+def _use_batch_statistics(
+    tensors: list[Tensor | None], static: Static, norms: list[BatchNorm], backend: str | None
+) -> None:
+    """Put this batch's mean and variance into `tensors` and update the running statistics as BatchNorm2d does."""
+    with torch.no_grad():
+        chosen = library.dispatch.select(OPERATOR, tensors, static, backend)
+        if chosen.name == "cpu":
+            statistics = torch.ops.fastvit.conv_projection_statistics.default(tensors, *static)
+        else:
+            statistics = batch_statistics(tensors, static)
+    for index, bn in enumerate(norms):
+        b = branch(tensors, index)
+        height, width = output_grid(static, index, b.conv_weight.shape[-1])
+        count = tensors[0].shape[0] * height * width  # type: ignore[union-attr]
+        if count < 2:
+            raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
+        mean, var = statistics[index]
+        first = 3 + 7 * index
+        tensors[first + 3], tensors[first + 4] = mean, var
+        if bn.running_mean is not None and bn.running_var is not None:
+            with torch.no_grad():
+                bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+                bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), bn.momentum)

@@ -1,0 +1,167 @@
+"""Which backend runs a call, and every reason why the others do not."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
+
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+
+
+class _Reference(NamedTuple):
+    operator: Operator
+    name: str = "reference"
+
+    def supports(self, tensors: Tensors, static: Any) -> list[str]:
+        return []
+
+    def run(self, tensors: Tensors, packed: Tensor | None, static: Any) -> Outputs:
+        return self.operator.reference(tensors, static)
+
+
+class BackendError(RuntimeError):
+    """An explicitly chosen backend cannot run the call. The message lists every backend with its reasons."""
+
+
+@dataclass
+class Decision:
+    """One operator call as `explain` reports it."""
+
+    operator: str
+    module: str
+    shape: str
+    chosen: str
+    rejected: dict[str, list[str]]
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.backend: str | None = None
+        self.recorder: Recorder | None = None
+
+
+class Recorder:
+    """Collects the decisions of one thread while `explain` runs a model."""
+
+    def __init__(self) -> None:
+        self.decisions: list[Decision] = []
+        self.path: list[str] = []
+
+
+_state = _State()
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+_environment = _checked(os.environ.get("FASTVIT_BACKEND", "auto"), "FASTVIT_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator called in this block, in this thread, on one backend.
+
+    Args:
+        name: `"cuda"`, `"triton"`, `"cpu"`, `"reference"`, or `"auto"` for the default order.
+
+    Raises:
+        ValueError: the name is none of these.
+        BackendError: raised by the operator call itself when the chosen backend cannot run it.
+
+    The choice of a call (`backend=`) goes before this block, this block before `FASTVIT_BACKEND`.
+    """
+    _checked(name, "use_backend")
+    previous, _state.backend = _state.backend, name
+    try:
+        yield
+    finally:
+        _state.backend = previous
+
+
+@contextmanager
+def record(recorder: Recorder) -> Iterator[None]:
+    """Collect this thread's dispatch decisions in `recorder`."""
+    previous, _state.recorder = _state.recorder, recorder
+    try:
+        yield
+    finally:
+        _state.recorder = previous
+
+
+def requested_backend(backend: str | None = None) -> str:
+    """The backend asked for by the call, the enclosing `use_backend`, or the environment, in this order."""
+    if backend is not None:
+        return _checked(backend, "backend")
+    return _state.backend if _state.backend is not None else _environment
+
+
+def _tracing_reasons() -> list[str]:
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return ["exporting or tracing: the graph is kept to plain PyTorch operators"]
+    return []
+
+
+def select(operator: Operator, tensors: Tensors, static: Any, backend: str | None = None) -> Any:
+    """The backend that runs this call; records the decision when `explain` listens.
+
+    Raises:
+        BackendError: a backend was asked for by name and cannot run the call.
+    """
+    wanted = requested_backend(backend)
+    reference = _Reference(operator)
+    recorder = None if torch.compiler.is_compiling() else _state.recorder
+    if wanted == "reference" and recorder is None:
+        return reference
+    candidates = [*operator.backends, reference]
+    rejected: dict[str, list[str]] = {}
+    tracing = _tracing_reasons()
+    chosen = None
+    for candidate in candidates:
+        reasons = [] if candidate is reference else tracing + candidate.supports(tensors, static)
+        if wanted == "auto" and candidate.name == "triton" and tensors[0].device.type == "cpu":
+            reasons = [*reasons, "on a CPU Triton only interprets: it runs when asked for by name"]
+        if wanted not in ("auto", candidate.name):
+            reasons = [*reasons, f"{wanted!r} was asked for"]
+        if not reasons and chosen is None:
+            chosen = candidate
+            if recorder is None:
+                return chosen
+        elif reasons:
+            rejected[candidate.name] = reasons
+        else:
+            rejected[candidate.name] = [f"{chosen.name} comes first" if chosen is not None else ""]
+    if chosen is None:
+        raise BackendError(_explain_failure(operator, tensors, wanted, rejected))
+    assert recorder is not None
+    recorder.decisions.append(
+        Decision(operator.name, ".".join(recorder.path), describe(tensors), chosen.name, rejected)
+    )
+    return chosen
+
+
+def describe(tensors: Sequence[Tensor | None]) -> str:
+    """Shape, dtype and device of the call's first tensor."""
+    first = next(t for t in tensors if t is not None)
+    return f"{tuple(first.shape)} {str(first.dtype).removeprefix('torch.')} {first.device.type}"
+
+
+def _explain_failure(operator: Operator, tensors: Tensors, wanted: str, rejected: dict[str, list[str]]) -> str:
+    lines = [f"{operator.name}: backend {wanted!r} cannot run this call on {describe(tensors)}"]
+    if wanted not in rejected:
+        rejected = {**rejected, wanted: [f"{operator.name} has no {wanted} kernels in this build"]}
+    for name, reasons in rejected.items():
+        own = [reason for reason in reasons if not reason.endswith("was asked for")]
+        lines.append(f"  {name}: {'; '.join(own) if own else 'could run it'}")
+    return "\n".join(lines)

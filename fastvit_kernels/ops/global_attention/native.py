@@ -1,0 +1,22 @@
+"""The bridge to the C++ kernels of global_attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels.ops.global_attention.reference import Static
+from fastvit_kernels.ops.native import cpu_reasons
+from fastvit_kernels.ops.operator import Outputs, Tensors
+
+
+class Cpu:
+    """C++ for the CPU: scores never leave the cache; output projection and residual ride on the same tile."""
+
+    name = "cpu"
+
+    def supports(self, tensors: Tensors, static: Static) -> list[str]:
+        return cpu_reasons(tensors, static.dtype)
+
+    def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
+        return (torch.ops.fastvit.global_attention.default(tensors, packed, *static),)

@@ -1,0 +1,169 @@
+"""All operator schemas, fake kernels and autograd registration, in one place.
+
+For every operator `name` this defines
+
+* `fastvit::name(Tensor?[] tensors, Tensor? packed, ...)`: the C++ kernels, CPU and CUDA dispatch keys;
+* `fastvit::name.triton(Tensor?[] tensors, ...)`: the Triton kernels (on a CPU they run under Triton's interpreter);
+* `fastvit::name_pack(Tensor?[] tensors, ...)`: weights in the layout the CPU kernels read;
+* `fastvit::name_backward(Tensor[] grads, Tensor?[] tensors, bool[] needs, ...)`: gradients, recomputed through the reference.
+
+`...` stands for the operator's static arguments. The tensors of a call travel as one list in a documented order, so that
+the autograd, fake and packing code below exists once for all operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from fastvit_kernels.ops import dispatch
+from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
+from fastvit_kernels.ops.packing import PackedWeights
+
+NAMESPACE = "fastvit"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+library = Library(NAMESPACE, "DEF")
+operators: dict[str, Operator] = {}
+_functions: dict[str, Any] = {}
+
+
+def _as_tuple(outputs: Tensor | Outputs) -> Outputs:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _unwrap(outputs: Outputs) -> Tensor | Outputs:
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _define(signature: str) -> None:
+    library.define(signature, tags=_TAGS)
+
+
+def define_statistics(name: str, static_schema: str, fake: Callable[..., Tensor]) -> None:
+    """Define a helper operator `fastvit::name(Tensor?[] tensors, ...) -> Tensor` that only has C++ kernels."""
+    _define(f"{name}(Tensor?[] tensors, {static_schema}) -> Tensor")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+
+
+def register(operator: Operator, triton_launcher: Callable[[Tensors, Any], Outputs]) -> None:
+    """Define `operator`'s schemas and register its fakes, its Triton kernels and its backward."""
+    name, statics = operator.name, operator.static_schema
+    returns = "Tensor" if operator.returns == 1 else "(" + ", ".join(["Tensor"] * operator.returns) + ")"
+    _define(f"{name}(Tensor?[] tensors, Tensor? packed, {statics}) -> {returns}")
+    _define(f"{name}.triton(Tensor?[] tensors, {statics}) -> {returns}")
+    _define(f"{name}_pack(Tensor?[] tensors, {statics}) -> Tensor")
+    _define(f"{name}_backward(Tensor[] grads, Tensor?[] tensors, bool[] needs, {statics}) -> Tensor[]")
+
+    def fake(tensors: Tensors, packed: Tensor | None, *static: Any) -> Tensor | Outputs:
+        return _unwrap(operator.fake(tensors, operator.static(*static)))
+
+    def fake_triton(tensors: Tensors, *static: Any) -> Tensor | Outputs:
+        return _unwrap(operator.fake(tensors, operator.static(*static)))
+
+    def fake_pack(tensors: Tensors, *static: Any) -> Tensor:
+        # The layout, and with it the size, depends on the instruction set found at run time.
+        return torch.empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+    def fake_backward(
+        grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any
+    ) -> list[Tensor]:
+        wanted = zip(tensors, needs, strict=True)
+        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in wanted if n and t is not None]
+
+    def run_triton(tensors: Tensors, *static: Any) -> Tensor | Outputs:
+        return _unwrap(triton_launcher(tensors, operator.static(*static)))
+
+    def run_backward(
+        grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any
+    ) -> list[Tensor]:
+        found = recompute_gradients(operator, grads, tensors, needs, operator.static(*static), create_graph=False)
+        # Gradients leave as fresh dense tensors, whatever autograd returned: the fake promises it.
+        return [g.clone(memory_format=torch.contiguous_format) for g in found if g is not None]
+
+    for overload, function in ((name, fake), (f"{name}.triton", fake_triton), (f"{name}_pack", fake_pack)):
+        torch.library.register_fake(f"{NAMESPACE}::{overload}", function, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::{name}_backward", fake_backward, lib=library)
+    for key in ("CPU", "CUDA"):
+        library.impl(f"{name}.triton", run_triton, key)
+        library.impl(f"{name}_backward", run_backward, key)
+    operators[name] = operator
+    _functions[name] = _make_function(operator)
+
+
+def recompute_gradients(
+    operator: Operator,
+    grads: Sequence[Tensor],
+    tensors: Tensors,
+    needs: Sequence[bool],
+    static: Any,
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """Gradients of the reference at `tensors`, one entry per tensor (None where `needs` is False).
+
+    With `create_graph` the result stays connected to `tensors` and `grads`, so it can be differentiated again.
+    """
+    with torch.enable_grad():
+        if create_graph:
+            # A view of each input: its gradient is taken there, yet its own history stays attached.
+            inputs = [t.view_as(t) if t is not None and n else t for t, n in zip(tensors, needs, strict=True)]
+        else:
+            inputs = [
+                t.detach().requires_grad_(n) if t is not None else None for t, n in zip(tensors, needs, strict=True)
+            ]
+        outputs = operator.reference(inputs, static)
+        wanted = [t for t, n in zip(inputs, needs, strict=True) if n and t is not None]
+        found = torch.autograd.grad(
+            outputs, wanted, list(grads), create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+    remaining = iter(found)
+    return [next(remaining) if n and t is not None else None for t, n in zip(tensors, needs, strict=True)]
+
+
+def _make_function(operator: Operator) -> Any:
+    backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward").default
+
+    class Fused(torch.autograd.Function):
+        """A backend's forward; the backward recomputes through the reference."""
+
+        @staticmethod
+        def forward(ctx: Any, run: Any, static: Any, *tensors: Tensor | None) -> Any:
+            ctx.save_for_backward(*tensors)
+            ctx.static = static
+            return _unwrap(run(tensors, None, static))
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            tensors, static = ctx.saved_tensors, ctx.static
+            needs = [bool(n) for n in ctx.needs_input_grad[2:]]
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                found = recompute_gradients(operator, grads, tensors, needs, static, create_graph=True)
+            else:
+                remaining = iter(backward_op(list(grads), list(tensors), needs, *static))
+                found = [next(remaining) if n else None for n in needs]
+            return (None, None, *found)
+
+    Fused.__name__ = Fused.__qualname__ = f"Fused[{operator.name}]"
+    return Fused
+
+
+def call(
+    operator: Operator,
+    tensors: Tensors,
+    static: Any,
+    *,
+    packed: PackedWeights | None = None,
+    backend: str | None = None,
+) -> Outputs:
+    """Run `operator` on the backend that `dispatch` selects, with autograd when a gradient is needed."""
+    chosen = dispatch.select(operator, tensors, static, backend)
+    if chosen.name == "reference":
+        return operator.reference(tensors, static)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _as_tuple(_functions[operator.name].apply(chosen.run, static, *tensors))
+    prepared = packed.get(operator, tensors, static) if packed is not None and chosen.name == "cpu" else None
+    return chosen.run(tensors, prepared, static)

@@ -1,0 +1,47 @@
+"""What a fused operator is: a schema, a reference, and the backends that can stand in for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Tensors = Sequence["Tensor | None"]
+Outputs = tuple[Tensor, ...]
+
+
+class Backend(Protocol):
+    """One way to run an operator. `supports` lists every reason it cannot (an empty list: it can)."""
+
+    name: str
+
+    def supports(self, tensors: Tensors, static: Any) -> list[str]: ...
+
+    def run(self, tensors: Tensors, packed: Tensor | None, static: Any) -> Outputs: ...
+
+
+@dataclass(eq=False)
+class Operator:
+    """A fused operator and everything `library` needs to register it.
+
+    Attributes:
+        name: the operator's name in every room of the house (`fastvit::<name>`).
+        static: a NamedTuple class; its fields are the operator's non-tensor arguments, in schema order.
+        static_schema: the same fields in torch's schema language.
+        parameters: positions of the weights in the tensor list (the rest are activations).
+        returns: the number of output tensors.
+        reference: plain PyTorch `(tensors, static) -> outputs`: the definition of the operator.
+        fake: shapes, strides and dtypes of the outputs, `(tensors, static) -> outputs`.
+        backends: the alternatives to the reference, most preferred first.
+    """
+
+    name: str
+    static: type
+    static_schema: str
+    parameters: tuple[int, ...]
+    returns: int
+    reference: Callable[[Tensors, Any], Outputs]
+    fake: Callable[[Tensors, Any], Outputs]
+    backends: list[Backend] = field(default_factory=list)
