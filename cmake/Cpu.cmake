@@ -1,0 +1,30 @@
+file(GLOB cpu_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cpu/*.cpp)
+if(NOT cpu_sources)
+  message(WARNING "csrc/cpu holds no sources: the source tree is incomplete.")
+  return()
+endif()
+
+set(FASTVIT_CXX_FLAGS -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra)
+
+# One source per instruction set; everything else is compiled for the baseline, since it runs before the choice is made.
+set(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma)
+set(isa_flags_avx2 -mavx2 -mfma -mf16c)
+set(isa_flags_avx512 ${avx512})
+set(isa_flags_avx512bf16 ${avx512} -mavx512bf16)
+
+set(FASTVIT_CPU_ISAS generic)
+set(cpu_definitions)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+  foreach(isa avx2 avx512 avx512bf16)
+    list(APPEND FASTVIT_CPU_ISAS ${isa})
+    set_source_files_properties(${PROJECT_SOURCE_DIR}/csrc/cpu/isa_${isa}.cpp
+                                PROPERTIES COMPILE_OPTIONS "${isa_flags_${isa}}")
+  endforeach()
+else()
+  list(FILTER cpu_sources EXCLUDE REGEX "/isa_avx[^/]*\\.cpp$")
+  list(APPEND cpu_definitions FK_ONLY_GENERIC)
+endif()
+
+fastvit_library(_fk_cpu ${cpu_sources})
+target_compile_options(_fk_cpu PRIVATE ${FASTVIT_CXX_FLAGS})
+target_compile_definitions(_fk_cpu PRIVATE ${cpu_definitions})

@@ -1,0 +1,43 @@
+# The CUDA part is optional: FASTVIT_CUDA=0 leaves it out, 1 insists on it, unset takes it when a working nvcc is found.
+# FASTVIT_CUDA_PROBLEM says why it was left out; empty means that it is built.
+set(FASTVIT_CUDA_PROBLEM "")
+set(FASTVIT_CUDA_COMPILER "")
+file(GLOB cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu)
+set(wanted "$ENV{FASTVIT_CUDA}")
+if(NOT wanted MATCHES "^[01]?$")
+  message(FATAL_ERROR "FASTVIT_CUDA is '${wanted}'; expected 0, 1 or unset.")
+endif()
+
+if(wanted STREQUAL "0")
+  set(FASTVIT_CUDA_PROBLEM "FASTVIT_CUDA=0 at build time")
+elseif(NOT cuda_sources)
+  set(FASTVIT_CUDA_PROBLEM "csrc/cuda held no sources at build time")
+else()
+  if(NOT CMAKE_CUDA_COMPILER)
+    unset(CMAKE_CUDA_COMPILER CACHE)  # a failure remembered from an earlier build must not hide an nvcc installed since
+  endif()
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(NOT CMAKE_CUDA_COMPILER)
+    set(FASTVIT_CUDA_PROBLEM "no working nvcc at build time")
+  endif()
+endif()
+
+if(FASTVIT_CUDA_PROBLEM)
+  if(wanted STREQUAL "1")
+    message(FATAL_ERROR "FASTVIT_CUDA=1, but: ${FASTVIT_CUDA_PROBLEM}.")
+  endif()
+  message(STATUS "CUDA part left out: ${FASTVIT_CUDA_PROBLEM}")
+  return()
+endif()
+
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual)
+endif()
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+enable_language(CUDA)
+set(FASTVIT_CUDA_COMPILER "nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
+
+fastvit_library(_fk_cuda ${cuda_sources})
