@@ -1,0 +1,14 @@
+"""Activation modules that torch does not have."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastvit_kernels.ops.activations import activate
+
+
+class QuickGELU(nn.Module):
+    """`x * sigmoid(1.702 x)`, the activation of CvT and CLIP. Any shape, any floating dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activate(x, "quick_gelu")
