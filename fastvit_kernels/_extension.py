@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -23,32 +25,45 @@ class Part:
     def loaded(self) -> bool:
         return self.problem is None
 
+    @property
+    def state(self) -> Literal["loaded", "not built", "built for another environment"]:
+        if self.loaded:
+            return "loaded"
+        return "not built" if self.path is None else "built for another environment"
 
-def _package_directories() -> list[Path]:
-    # An editable install keeps the libraries in site-packages and the sources elsewhere: ask the package, not __file__.
+
+def _find(name: str) -> Path | None:
+    # An editable install has the libraries in site-packages and the sources elsewhere: ask the package, not __file__.
     import fastvit_kernels
 
-    return [Path(directory) for directory in fastvit_kernels.__path__]
+    return next((p for d in fastvit_kernels.__path__ if (p := Path(d) / name).exists()), None)
+
+
+def _why_not_built(name: str) -> str:
+    metadata = build_metadata()
+    if not metadata:
+        return "not built: these sources were never installed (pip install --no-build-isolation .)"
+    return f"not built: {metadata.get(f'{name}_left_out') or f'the build left no {name} library'}"
 
 
 def _load(name: str) -> Part:
-    path = next((p for d in _package_directories() if (p := d / f"_fk_{name}.so").exists()), None)
+    path = _find(f"_fk_{name}.so")
     if path is None:
-        return Part(name, None, f"not built: the {name} kernels were left out when this package was built")
+        return Part(name, None, _why_not_built(name))
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return Part(name, path, f"built for another environment: {error}")
+        built_with = build_metadata().get("torch", "an unknown version")
+        problem = f"built for another environment (torch {built_with}, this is {torch.__version__}): {error}"
+        warnings.warn(f"fastvit_kernels runs without its {name} kernels: {problem}", RuntimeWarning, stacklevel=3)
+        return Part(name, path, problem)
     return Part(name, path, None)
 
 
 def build_metadata() -> dict[str, str]:
-    """What the compiled kernels were built with, as recorded at build time."""
-    for directory in _package_directories():
-        path = directory / "_build.json"
-        if path.exists():
-            return dict(json.loads(path.read_text()))
-    return {}
+    """What the compiled kernels were built with, as recorded at build time; empty when nothing was built."""
+    path = _find("_build.json")
+    return dict(json.loads(path.read_text())) if path is not None else {}
 
 
 parts: dict[str, Part] = {}
