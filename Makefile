@@ -1,0 +1,71 @@
+# `make help` lists the targets. Everything is installed into $(VENV) and built under build/; nothing else is touched.
+PYTHON ?= python3
+VENV ?= .venv
+# Where the CPU build of torch is looked up, beside the indexes that pip is configured with.
+TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
+# Appended to the commands, for example `make test ARGS="-k attention"` or `make demo ARGS="--image cat.jpg"`.
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PINS := constraints.txt pyproject.toml
+# Directories too: adding or removing a file changes only their time.
+COMPILED := CMakeLists.txt $(shell find cmake csrc)
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint typecheck format clean
+
+help:
+	@echo 'make demo    CvT-13 stock against accelerated on photographs'
+	@echo 'make test    all tests'
+	@echo 'make bench   the benchmark suites'
+	@echo 'make lint    formatting, static checks and types'
+	@echo 'make format  rewrite the sources in the project style'
+	@echo 'make clean   remove everything that make created'
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX_URL=$(TORCH_INDEX_URL) ARGS=$(ARGS)'
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/fastvit-kernels demo $(ARGS)
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/bench.stamp
+	$(BIN)/fastvit-kernels bench $(ARGS)
+
+lint: $(VENV)/dev.stamp typecheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+# models/ and bench/ are installed inside the package; mypy follows no import hook, so it is shown that layout.
+typecheck: $(VENV)/dev.stamp
+	rm -rf build/typecheck && mkdir -p build/typecheck/fastvit_kernels
+	ln -s $(CURDIR)/fastvit_kernels/* $(CURDIR)/models $(CURDIR)/bench build/typecheck/fastvit_kernels/
+	MYPYPATH=build/typecheck $(BIN)/mypy -p fastvit_kernels
+
+$(VENV)/python.stamp:
+	@tools/prerequisites.sh $(PYTHON)
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch without its requirements: pip resolves those, pinned, together with everything else.
+$(VENV)/torch.stamp: $(VENV)/python.stamp constraints.txt
+	$(PIP) install --constraint constraints.txt pip setuptools scikit-build-core cmake ninja
+	$(PIP) install --no-deps --extra-index-url $(TORCH_INDEX_URL) $(TORCH)
+	touch $@
+
+# One rule for every extra of pyproject.toml; an installation that only compiled sources made old takes seconds.
+$(VENV)/%.stamp: $(VENV)/torch.stamp $(PINS) $(COMPILED)
+	$(PIP) install --no-build-isolation --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo_output .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
