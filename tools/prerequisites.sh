@@ -24,20 +24,15 @@ elif ! "$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then
     lacks "Python's venv module: on Debian and Ubuntu, 'apt install python3-venv'"
 fi
 
+# CXX may hold arguments ("ccache g++"): it is left unquoted.
+compiles() {
+    printf '#include <atomic>\nint main() { return 0; }\n' | $1 -std=c++17 -x c++ -fsyntax-only - >/dev/null 2>&1
+}
+hint="on Debian and Ubuntu, 'apt install g++'; or name one with CXX=/path/to/compiler"
 if [ -n "$CXX" ]; then
-    compilers=$CXX
+    compiles "$CXX" || lacks "a working C++17 compiler: CXX is '$CXX'; $hint"
 else
-    compilers="c++ g++ clang++"
-fi
-found=no
-for compiler in $compilers; do
-    if echo 'int main() { return 0; }' | "$compiler" -std=c++17 -x c++ -fsyntax-only - >/dev/null 2>&1; then
-        found=yes
-        break
-    fi
-done
-if [ "$found" = no ]; then
-    lacks "a C++17 compiler (tried: $compilers): on Debian and Ubuntu, 'apt install g++'; or name one with CXX=/path/to/compiler"
+    compiles c++ || compiles g++ || compiles clang++ || lacks "a C++17 compiler (c++, g++ or clang++): $hint"
 fi
 
 exit $missing
