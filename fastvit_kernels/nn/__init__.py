@@ -1,7 +1,9 @@
 """Drop-in modules on fused operators: constructor arguments, parameter names and initialisation of the originals."""
 
 from fastvit_kernels.nn.activations import QuickGELU
+from fastvit_kernels.nn.conv_projection_attention import ConvProjectionAttention
 from fastvit_kernels.nn.drop_path import DropPath
 from fastvit_kernels.nn.layer_norm import LayerNorm
+from fastvit_kernels.nn.pointwise_mlp import PointwiseMLP
 
-__all__ = ["DropPath", "LayerNorm", "QuickGELU"]
+__all__ = ["ConvProjectionAttention", "DropPath", "LayerNorm", "PointwiseMLP", "QuickGELU"]

@@ -72,10 +72,7 @@ def activation_name(module: nn.Module) -> str | None:
 
 
 def conv_projection_attention_obstacles(
-    branches: Sequence[Branch],
-    proj: nn.Linear,
-    attn_drop: nn.Module,
-    norm: nn.LayerNorm | None = None,
+    branches: Sequence[Branch], proj: nn.Linear, attn_drop: nn.Module, norm: nn.LayerNorm | None = None
 ) -> list[str]:
     """Why `conv_projection_attention` would not compute what calling these submodules computes.
 
@@ -85,17 +82,33 @@ def conv_projection_attention_obstacles(
         attn_drop: the dropout on the attention probabilities.
         norm: the LayerNorm in front, if it is to be fused as well.
     """
-    reasons = []
-    for name, branch in zip(("q", "k", "v"), branches, strict=True):
-        reasons += _conv_obstacles(f"{name}'s convolution", branch.conv)
-        reasons += _batch_norm_obstacles(f"{name}'s batch norm", branch.bn)
-        reasons += _linear_obstacles(f"{name}'s linear", branch.linear)
+    return conv_projection_obstacles(branches, norm) + global_attention_obstacles(proj, attn_drop)
+
+
+def conv_projection_obstacles(branches: Sequence[Branch], norm: nn.LayerNorm | None = None) -> list[str]:
+    """Why `conv_projection` would not compute what calling these submodules computes."""
+    reasons: list[str] = []
+    for name, (conv, bn, linear) in zip(("q", "k", "v"), branches, strict=True):
+        if found := _conv_obstacles(conv):
+            reasons += _about(f"{name}'s convolution", found)
+        if found := _batch_norm_obstacles(bn):
+            reasons += _about(f"{name}'s batch norm", found)
+        if found := _obstacles(linear, nn.Linear):
+            reasons += _about(f"{name}'s linear", found)
     if not reasons and len({_uses_batch_statistics(branch.bn) for branch in branches}) > 1:
         reasons.append("the batch norms of q, k and v are in different modes")
-    reasons += _linear_obstacles("the output projection", proj)
-    reasons += _dropout_obstacles("attention dropout", attn_drop)
-    if norm is not None:
-        reasons += _layer_norm_obstacles(norm)
+    if norm is not None and (found := _layer_norm_obstacles(norm)):
+        reasons += _about("the layer norm", found)
+    return reasons
+
+
+def global_attention_obstacles(proj: nn.Linear, attn_drop: nn.Module) -> list[str]:
+    """Why `global_attention` would not compute what calling these submodules around softmax computes."""
+    reasons: list[str] = []
+    if found := _obstacles(proj, nn.Linear):
+        reasons += _about("the output projection", found)
+    if not drops_nothing(attn_drop):
+        reasons += _about("attention dropout", _dropout_obstacles(attn_drop))
     return reasons
 
 
@@ -113,16 +126,19 @@ def pointwise_mlp_obstacles(
         hidden_drop: the dropout behind the activation, if there is one.
         norm: the LayerNorm in front, if it is to be fused as well.
     """
-    reasons = _linear_obstacles("the first linear", fc1)
-    if has_hooks(act):
-        reasons.append("the activation has hooks")
+    reasons: list[str] = []
+    if found := _obstacles(fc1, nn.Linear):
+        reasons += _about("the first linear", found)
     if activation_name(act) is None:
         reasons.append(f"the activation is {act}, the fused ones are QuickGELU and exact GELU")
-    reasons += _linear_obstacles("the second linear", fc2)
-    if hidden_drop is not None:
-        reasons += _dropout_obstacles("hidden dropout", hidden_drop)
-    if norm is not None:
-        reasons += _layer_norm_obstacles(norm)
+    elif has_hooks(act):
+        reasons.append("the activation has hooks")
+    if found := _obstacles(fc2, nn.Linear):
+        reasons += _about("the second linear", found)
+    if hidden_drop is not None and not drops_nothing(hidden_drop):
+        reasons += _about("hidden dropout", _dropout_obstacles(hidden_drop))
+    if norm is not None and (found := _layer_norm_obstacles(norm)):
+        reasons += _about("the layer norm", found)
     return reasons
 
 
@@ -157,23 +173,61 @@ def conv_projection_attention(
     Returns:
         `[B, P + H_q*W_q, C_out]`.
     """
-    q, k, v = ops.conv_projection(
+    q, k, v = conv_projection(
+        x, grid, branches, num_prefix_tokens=num_prefix_tokens, norm=norm, packed=packed, backend=backend
+    )
+    return global_attention(
+        q, k, v, proj, num_heads=num_heads, scale=scale, residual=residual, packed=packed, backend=backend
+    )
+
+
+def conv_projection(
+    x: Tensor,
+    grid: tuple[int, int],
+    branches: Sequence[Branch],
+    *,
+    num_prefix_tokens: int = 0,
+    norm: nn.LayerNorm | None = None,
+    packed: Mapping[str, PackedWeights] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first half of `conv_projection_attention`: q, k and v."""
+    query, key, value = branches
+    return ops.conv_projection(
         x,
-        *(projection_of(*branch) for branch in branches),
+        projection_of(*query),
+        projection_of(*key),
+        projection_of(*value),
         grid=grid,
         num_prefix_tokens=num_prefix_tokens,
         packed=None if packed is None else packed["conv_projection"],
         backend=backend,
         **layer_norm_arguments(norm),
     )
+
+
+def global_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    proj: nn.Linear,
+    *,
+    num_heads: int,
+    scale: float,
+    residual: Tensor | None = None,
+    packed: Mapping[str, PackedWeights] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The second half of `conv_projection_attention`: attention, output projection and residual."""
+    weight, bias = _weight_and_bias(proj)
     return ops.global_attention(
         q,
         k,
         v,
         num_heads=num_heads,
         scale=scale,
-        proj_weight=proj.weight,
-        proj_bias=proj.bias,
+        proj_weight=weight,
+        proj_bias=bias,
         residual=residual,
         packed=None if packed is None else packed["global_attention"],
         backend=backend,
@@ -196,13 +250,15 @@ def pointwise_mlp(
     `packed` holds the packed weights by operator name, here `pointwise_mlp`.
     """
     activation = activation_name(act)
-    assert activation is not None
+    weight1, bias1 = _weight_and_bias(fc1)
+    weight2, bias2 = _weight_and_bias(fc2)
+    assert activation is not None and weight1 is not None and weight2 is not None
     return ops.pointwise_mlp(
         x,
-        fc1.weight,
-        fc1.bias,
-        fc2.weight,
-        fc2.bias,
+        weight1,
+        bias1,
+        weight2,
+        bias2,
         activation=activation,
         residual=residual,
         packed=None if packed is None else packed["pointwise_mlp"],
@@ -215,38 +271,45 @@ def layer_norm_arguments(norm: nn.LayerNorm | None) -> LayerNormArguments:
     """The operators' `norm_*` arguments for a LayerNorm; none of them for None."""
     if norm is None:
         return {}
-    return {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
+    weight, bias = _weight_and_bias(norm)
+    return {"norm_weight": weight, "norm_bias": bias, "norm_eps": norm.eps}
 
 
 def projection_of(conv: nn.Conv2d, bn: nn.BatchNorm2d, linear: nn.Linear) -> ops.Projection:
     """One branch of `ops.conv_projection`. A batch norm in training counts the batch, as calling it would."""
+    conv_weight, _ = _weight_and_bias(conv)
+    weight, bias = _weight_and_bias(linear)
     padding = conv.padding[0]
-    assert isinstance(padding, int)
-    return ops.Projection(
-        conv.weight,
-        linear.weight,
-        linear.bias,
-        batch_norm_of(bn),
-        conv.stride[0],
-        padding,
-    )
+    assert conv_weight is not None and weight is not None and isinstance(padding, int)
+    return ops.Projection(conv_weight, weight, bias, batch_norm_of(bn), conv.stride[0], padding)
 
 
 def batch_norm_of(bn: nn.BatchNorm2d) -> ops.BatchNorm:
     """A `BatchNorm2d` as the operator's argument, with the mode and the momentum that calling it now would use."""
+    weight, bias = _weight_and_bias(bn)
+    buffers = bn._buffers
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    if not bn.training:
+        return ops.BatchNorm(weight, bias, mean, var, bn.eps, training=mean is None and var is None)
+    if not bn.track_running_stats:
+        return ops.BatchNorm(weight, bias, None, None, bn.eps, training=True)
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
+    batches = buffers["num_batches_tracked"]
+    if batches is not None:
+        batches.add_(1)
         if bn.momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    mean, var = bn.running_mean, bn.running_var
-    if bn.training and not bn.track_running_stats:
-        mean = var = None
-    return ops.BatchNorm(bn.weight, bn.bias, mean, var, bn.eps, _uses_batch_statistics(bn), momentum)
+            momentum = 1.0 / float(batches)
+    return ops.BatchNorm(weight, bias, mean, var, bn.eps, True, momentum)
+
+
+def _weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    # Straight from the dictionary: attribute access through Module.__getattr__ is what costs most in a small block.
+    parameters = module._parameters
+    return parameters["weight"], parameters["bias"]
 
 
 def _uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
-    return bn.training or (bn.running_mean is None and bn.running_var is None)
+    return bn.training or (bn._buffers["running_mean"] is None and bn._buffers["running_var"] is None)
 
 
 def _synchronises(bn: nn.SyncBatchNorm) -> bool:
@@ -259,55 +322,61 @@ def _synchronises(bn: nn.SyncBatchNorm) -> bool:
     )
 
 
-def _obstacles(name: str, module: nn.Module, *expected: type[nn.Module]) -> list[str]:
+def _about(name: str, predicates: list[str]) -> list[str]:
+    return [f"{name} {predicate}" for predicate in predicates]
+
+
+def _obstacles(module: nn.Module, *expected: type[nn.Module]) -> list[str]:
+    """Why this module's parameters may not be read instead of calling it."""
     if type(module) not in expected:
-        return [f"{name} is a {type(module).__name__}, expected {' or '.join(t.__name__ for t in expected)}"]
+        return [f"is a {type(module).__name__}, expected {' or '.join(t.__name__ for t in expected)}"]
     if has_hooks(module):
-        return [f"{name} has hooks"]
-    weight = module.weight
-    if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
-        return [f"{name}'s weight is a {type(weight).__name__}"]
+        return ["has hooks"]
+    for name in ("weight", "bias"):
+        value = module._parameters.get(name, module)
+        if type(value) is not nn.Parameter and value is not None and not _is_plain(value):
+            return [f"holds no plain parameter as its {name}"]
     return []
 
 
-def _linear_obstacles(name: str, linear: nn.Linear) -> list[str]:
-    return _obstacles(name, linear, nn.Linear)
+def _is_plain(value: object) -> bool:
+    """Whether a value found in a module's parameters is a tensor whose memory the kernels may read."""
+    return isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value)
 
 
 def _layer_norm_obstacles(norm: nn.LayerNorm) -> list[str]:
-    reasons = _obstacles("the layer norm", norm, LayerNorm, nn.LayerNorm)
+    reasons = _obstacles(norm, LayerNorm, nn.LayerNorm)
     if not reasons and len(norm.normalized_shape) != 1:
-        reasons.append(f"the layer norm is over {tuple(norm.normalized_shape)}, expected the channels only")
+        return [f"is over {tuple(norm.normalized_shape)}, expected the channels only"]
     return reasons
 
 
-def _conv_obstacles(name: str, conv: nn.Conv2d) -> list[str]:
-    reasons = _obstacles(name, conv, nn.Conv2d)
+def _conv_obstacles(conv: nn.Conv2d) -> list[str]:
+    reasons = _obstacles(conv, nn.Conv2d)
     if reasons:
         return reasons
     if not conv.groups == conv.in_channels == conv.out_channels:
-        reasons.append(f"{name} is not depthwise")
-    if conv.bias is not None:
-        reasons.append(f"{name} has a bias")
+        reasons.append("is not depthwise")
+    if conv._parameters["bias"] is not None:
+        reasons.append("has a bias")
     if conv.padding_mode != "zeros":
-        reasons.append(f"{name} pads with {conv.padding_mode!r}, expected zeros")
-    if isinstance(conv.padding, str):
-        reasons.append(f"{name} pads by {conv.padding!r}, expected a number")
-    elif any(along_h != along_w for along_h, along_w in (conv.kernel_size, conv.stride, conv.padding)):
-        reasons.append(f"{name} differs between the axes in kernel size, stride or padding")
+        reasons.append(f"pads with {conv.padding_mode!r}, expected zeros")
+    kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
+    if isinstance(padding, str):
+        reasons.append(f"pads by {padding!r}, expected a number")
+    elif kernel[0] != kernel[1] or stride[0] != stride[1] or padding[0] != padding[1]:
+        reasons.append("differs between the axes in kernel size, stride or padding")
     if conv.dilation != (1, 1):
-        reasons.append(f"{name} is dilated by {conv.dilation}")
+        reasons.append(f"is dilated by {conv.dilation}")
     return reasons
 
 
-def _batch_norm_obstacles(name: str, bn: nn.Module) -> list[str]:
-    reasons = _obstacles(name, bn, nn.BatchNorm2d, nn.SyncBatchNorm)
+def _batch_norm_obstacles(bn: nn.Module) -> list[str]:
+    reasons = _obstacles(bn, nn.BatchNorm2d, nn.SyncBatchNorm)
     if not reasons and isinstance(bn, nn.SyncBatchNorm) and _synchronises(bn):
-        reasons.append(f"{name} exchanges statistics between processes")
+        return ["exchanges statistics between processes"]
     return reasons
 
 
-def _dropout_obstacles(name: str, dropout: nn.Module) -> list[str]:
-    if drops_nothing(dropout):
-        return []
-    return [f"{name} has hooks" if has_hooks(dropout) else f"{name} is active"]
+def _dropout_obstacles(dropout: nn.Module) -> list[str]:
+    return ["has hooks" if has_hooks(dropout) else "is active"]
