@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything is installed into $(VENV) and built under build/; nothing else is touched.
 PYTHON ?= python3
 VENV ?= .venv
-# Where the CPU build of torch is looked up, beside the indexes that pip is configured with.
+# Where the CPU build of torch comes from when the indexes that pip is configured with do not have it.
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 # Appended to the commands, for example `make test ARGS="-k attention"` or `make demo ARGS="--image cat.jpg"`.
 ARGS ?=
@@ -58,7 +58,10 @@ $(VENV)/python.stamp:
 # torch without its requirements: pip resolves those, pinned, together with everything else.
 $(VENV)/torch.stamp: $(VENV)/python.stamp constraints.txt
 	$(PIP) install --constraint constraints.txt pip setuptools scikit-build-core cmake ninja
-	$(PIP) install --no-deps --extra-index-url $(TORCH_INDEX_URL) $(TORCH)
+	@echo 'installing $(TORCH)'
+	@$(PIP) install --no-deps $(TORCH) 2>/dev/null \
+	    || $(PIP) install --no-deps --index-url $(TORCH_INDEX_URL) $(TORCH) \
+	    || { echo 'missing: $(TORCH) for this Python, from $(TORCH_INDEX_URL); name another index with TORCH_INDEX_URL=' >&2; exit 1; }
 	touch $@
 
 # One rule for every extra of pyproject.toml; an installation that only compiled sources made old takes seconds.
