@@ -1,0 +1,59 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import nn
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+_builders: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register(builder: Builder) -> Builder:
+    """Make a function that builds a model available under its own name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    name = builder.__name__
+    if name in _builders:
+        raise ValueError(f"register: a model named {name!r} exists already")
+    _builders[name] = builder
+    return builder
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the models that match a shell pattern such as `"cvt*"`, sorted."""
+    return sorted(name for name in _builders if fnmatchcase(name, pattern))
+
+
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    *,
+    features_only: bool = False,
+    backend: str | None = None,
+    **overrides: Any,
+) -> nn.Module:
+    """Build a model with freshly initialised weights.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: outputs of the classifier; 0 for none: the model then returns its pooled features.
+        features_only: return the feature map of every stage instead of logits.
+        backend: runs the model's fused operators on one backend; None for the usual choice.
+        **overrides: further arguments of the model's class, in place of the variant's own.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: an override that the model's class does not have.
+    """
+    if name not in _builders:
+        similar = difflib.get_close_matches(name, _builders, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+        raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(list_models())}{hint}")
+    return _builders[name](num_classes=num_classes, features_only=features_only, backend=backend, **overrides)
