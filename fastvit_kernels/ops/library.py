@@ -14,6 +14,7 @@ the autograd, fake and packing code below exists once for all operators.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ NAMESPACE = "fastvit"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 library = Library(NAMESPACE, "DEF")
+library.define("cpu_isa() -> str")
+library.define("cpu_peak(str kind, float seconds) -> float")
+library.define("cpu_bandwidth(float seconds) -> float")
 operators: dict[str, Operator] = {}
 _functions: dict[str, Any] = {}
 
@@ -81,7 +85,8 @@ def register(operator: Operator, triton_launcher: Callable[[Tensors, Any], Outpu
     def run_backward(
         grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any
     ) -> list[Tensor]:
-        found = recompute_gradients(operator, grads, tensors, needs, operator.static(*static), create_graph=False)
+        with _autograd_inside_kernel():
+            found = recompute_gradients(operator, grads, tensors, needs, operator.static(*static), create_graph=False)
         # Gradients leave as fresh dense tensors, whatever autograd returned: the fake promises it.
         return [g.clone(memory_format=torch.contiguous_format) for g in found if g is not None]
 
@@ -107,7 +112,8 @@ def recompute_gradients(
 
     With `create_graph` the result stays connected to `tensors` and `grads`, so it can be differentiated again.
     """
-    with torch.enable_grad():
+    # `static.dtype` already says what autocast decided in the forward.
+    with torch.enable_grad(), torch.autocast(grads[0].device.type, enabled=False):
         if create_graph:
             # A view of each input: its gradient is taken there, yet its own history stays attached.
             inputs = [t.view_as(t) if t is not None and n else t for t, n in zip(tensors, needs, strict=True)]
@@ -117,11 +123,23 @@ def recompute_gradients(
             ]
         outputs = operator.reference(inputs, static)
         wanted = [t for t, n in zip(inputs, needs, strict=True) if n and t is not None]
+        # An output that depends on none of the wanted inputs has no history and may not be asked for.
+        pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
         found = torch.autograd.grad(
-            outputs, wanted, list(grads), create_graph=create_graph, allow_unused=True, materialize_grads=True
+            [output for output, _ in pairs],
+            wanted,
+            [grad for _, grad in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
         )
     remaining = iter(found)
     return [next(remaining) if n and t is not None else None for t, n in zip(tensors, needs, strict=True)]
+
+
+def _autograd_inside_kernel() -> AbstractContextManager[Any]:
+    """Autograd also where a dispatch mode (a FLOP counter, a schema check) called this kernel and switched it off."""
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
 
 
 def _make_function(operator: Operator) -> Any:

@@ -1,0 +1,237 @@
+#include <cmath>
+#include <tuple>
+
+#include "packed.h"
+
+namespace fk {
+namespace {
+
+constexpr int kBranches = 3, kPerBranch = 7, kFirstBranch = 3;
+const char* const kFields[kPerBranch] = {"conv_weight", "bn_weight", "bn_bias", "bn_mean", "bn_var", "weight", "bias"};
+
+struct Branch {
+  fk_array field[kPerBranch];
+  int64_t taps, kernel, out;
+  double eps;
+};
+
+struct Projection {
+  fk_array norm_weight, norm_bias;
+  std::optional<double> norm_eps;
+  Branch branch[kBranches];
+  int64_t batch, tokens, channels;
+  bool low_precision;
+  uint64_t mark;
+};
+
+// Adds depthwise filters to the weights: fp32, [taps, padded channels], batch normalisation folded in.
+class ProjectionPacker : public Packer {
+ public:
+  using Packer::Packer;
+
+  void depthwise(const Branch& b, bool normalize, int64_t channels, int64_t padded, fk_conv_branch* to) {
+    float* filter = reinterpret_cast<float*>(take(b.taps * padded * 4));
+    float* shift = reinterpret_cast<float*>(take(padded * 4));
+    to->filter = filter;
+    to->shift = shift;
+    if (base_) jobs_.push_back({&b, normalize && b.field[3].data, channels, padded, filter, shift});
+  }
+
+  void fill() const {
+    Packer::fill();
+    for (const Job& job : jobs_) fold(job);
+  }
+
+ private:
+  struct Job {
+    const Branch* branch;
+    bool normalized;
+    int64_t channels, padded;
+    float *filter, *shift;
+  };
+
+  static void fold(const Job& job) {
+    const fk_array* f = job.branch->field;
+    for (int64_t c = 0; c < job.padded; ++c) {
+      double scale = c < job.channels ? 1.0 : 0.0, shift = 0.0;
+      if (job.normalized && c < job.channels) {
+        scale = (f[1].data ? element(f[1], c) : 1.0) / std::sqrt(element(f[4], c) + job.branch->eps);
+        shift = (f[2].data ? element(f[2], c) : 0.0) - element(f[3], c) * scale;
+      }
+      job.shift[c] = static_cast<float>(shift);
+      for (int64_t t = 0; t < job.branch->taps; ++t)
+        job.filter[t * job.padded + c] =
+            c < job.channels ? static_cast<float>(element(f[0], c * job.branch->taps + t) * scale) : 0.0f;
+    }
+  }
+
+  std::vector<Job> jobs_;
+};
+
+// Channels of a patch in scratch are padded to whole vectors.
+int64_t padded_channels(int64_t channels) {
+  const int64_t lanes = kernels().lanes;
+  return (channels + lanes - 1) / lanes * lanes;
+}
+
+// Output pixels of a branch in one band of input rows; the kernels draw the same borders.
+int64_t band_pixels(const fk_conv_projection& c, int branch, int64_t tile) {
+  const fk_conv_branch& b = c.branch[branch];
+  auto border = [&](int64_t rows) { return std::min(b.out_h, (rows + b.stride - 1) / b.stride); };
+  const int64_t first = border(tile * c.rows_per_task);
+  const int64_t last = tile + 1 == c.tasks_per_image ? b.out_h : border((tile + 1) * c.rows_per_task);
+  return (last - first) * b.out_w;
+}
+
+Projection check(const TensorList& t, std::optional<double> norm_eps, const std::vector<double>& bn_eps, int64_t height,
+                 int64_t width, int64_t prefix, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                 ScalarType dtype) {
+  check_count(t, kFirstBranch + kBranches * kPerBranch);
+  STD_TORCH_CHECK(bn_eps.size() == kBranches && stride.size() == kBranches && padding.size() == kBranches,
+                  "bn_eps, stride, padding: expected one entry per branch");
+  const Tensor& x = required(t, 0, "x");
+  STD_TORCH_CHECK(x.dim() == 3, "x: expected 3 dimensions");
+  Projection p;
+  p.batch = x.size(0);
+  p.tokens = x.size(1);
+  p.channels = x.size(2);
+  STD_TORCH_CHECK(height > 0 && width > 0 && prefix >= 0 && prefix + height * width == p.tokens,
+                  "grid: does not make the tokens of x");
+  p.norm_eps = norm_eps;
+  p.norm_weight = view(t[1], "norm_weight", {p.channels});
+  p.norm_bias = view(t[2], "norm_bias", {p.channels});
+  for (int i = 0; i < kBranches; ++i) {
+    const size_t first = kFirstBranch + i * kPerBranch;
+    Branch& b = p.branch[i];
+    const Tensor &conv = required(t, first, kFields[0]), &weight = required(t, first + 5, kFields[5]);
+    STD_TORCH_CHECK(conv.dim() == 4 && weight.dim() == 2, "conv_weight, weight: unexpected rank");
+    b.kernel = conv.size(3);
+    b.taps = b.kernel * b.kernel;
+    b.out = weight.size(0);
+    b.eps = bn_eps[i];
+    b.field[0] = view(t[first], kFields[0], {p.channels, 1, b.kernel, b.kernel});
+    for (int f = 1; f < 5; ++f) b.field[f] = view(t[first + f], kFields[f], {p.channels});
+    STD_TORCH_CHECK(!b.field[3].data == !b.field[4].data, "bn_mean, bn_var: expected both or none");
+    b.field[5] = view(t[first + 5], kFields[5], {b.out, p.channels});
+    b.field[6] = view(t[first + 6], kFields[6], {b.out});
+    STD_TORCH_CHECK(stride[i] > 0 && padding[i] >= 0 && b.kernel > 0 && b.kernel <= height + 2 * padding[i] &&
+                        b.kernel <= width + 2 * padding[i],
+                    "stride, padding: do not go with the map");
+  }
+  p.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
+  int64_t eps_bits[4] = {};
+  for (int i = 0; i < kBranches; ++i) __builtin_memcpy(&eps_bits[i], &bn_eps[i], 8);
+  p.mark = fingerprint({p.channels, p.low_precision, eps_bits[0], eps_bits[1], eps_bits[2]}, t, 1, t.size());
+  return p;
+}
+
+void geometry(const Projection& p, int64_t height, int64_t width, int64_t prefix, const std::vector<int64_t>& stride,
+              const std::vector<int64_t>& padding, const Tensor& x, fk_conv_projection* to) {
+  to->x = view(x, "x");
+  to->batch = p.batch;
+  to->height = height;
+  to->width = width;
+  to->channels = p.channels;
+  to->prefix = prefix;
+  for (int i = 0; i < kBranches; ++i) {
+    fk_conv_branch& b = to->branch[i];
+    b.kernel = p.branch[i].kernel;
+    b.stride = stride[i];
+    b.padding = padding[i];
+    b.out_h = (height + 2 * b.padding - b.kernel) / b.stride + 1;
+    b.out_w = (width + 2 * b.padding - b.kernel) / b.stride + 1;
+  }
+  // A band reads its halo again: as high as the cache allows, yet enough bands for all threads.
+  const int64_t cached = std::max<int64_t>(1, kCacheBytes / (8 * std::max<int64_t>(1, p.channels * width)));
+  to->rows_per_task = rows_per_image_task(p.batch, height, cached);
+  to->tasks_per_image = blocks(height, to->rows_per_task);
+}
+
+Tensor prepare(const Projection& p, const std::optional<Tensor>& packed, fk_conv_projection* to) {
+  return pack<ProjectionPacker>(packed, p.mark, [&](ProjectionPacker& packer) {
+    to->norm = norm_of(packer, p.norm_weight, p.norm_bias, p.norm_eps, p.channels);
+    for (int i = 0; i < kBranches; ++i) {
+      const Branch& b = p.branch[i];
+      packer.depthwise(b, true, p.channels, padded_channels(p.channels), &to->branch[i]);
+      to->branch[i].linear = packer.linear(b.field[5], b.field[6], b.out, p.channels, p.low_precision);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps,
+                                       std::vector<double> bn_eps, bool, int64_t height, int64_t width, int64_t prefix,
+                                       std::vector<int64_t> stride, std::vector<int64_t> padding, ScalarType dtype) {
+  const Projection p = check(t, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype);
+  fk_conv_projection c = {};
+  const Tensor block = prepare(p, packed, &c);
+  geometry(p, height, width, prefix, stride, padding, *t[0], &c);
+  c.out_dtype = kernel_dtype(dtype);
+  Tensor out[kBranches];
+  for (int i = 0; i < kBranches; ++i) {
+    fk_conv_branch& b = c.branch[i];
+    out[i] = empty({p.batch, prefix + b.out_h * b.out_w, p.branch[i].out}, dtype);
+    b.out = out[i].mutable_data_ptr();
+  }
+  const fk_table& k = kernels();
+  run_tasks(p.batch * c.tasks_per_image, k.scratch_conv_projection(&c),
+            [&](int64_t task, void* memory) { k.conv_projection(&c, task, memory); });
+  return {out[0], out[1], out[2]};
+}
+
+// Mean and biased variance [3, 2, C] of the depthwise outputs: per band around the band's own mean, merged in band
+// order.
+Tensor statistics(TensorList t, std::optional<double> norm_eps, std::vector<double> bn_eps, bool, int64_t height,
+                  int64_t width, int64_t prefix, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                  ScalarType dtype) {
+  const Projection p = check(t, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype);
+  fk_conv_projection c = {};
+  auto describe = [&](ProjectionPacker& packer) {
+    c.norm = norm_of(packer, p.norm_weight, p.norm_bias, p.norm_eps, p.channels);
+    for (int i = 0; i < kBranches; ++i)
+      packer.depthwise(p.branch[i], false, p.channels, padded_channels(p.channels), &c.branch[i]);
+  };
+  const Tensor block = pack<ProjectionPacker>(std::nullopt, p.mark, describe);
+  geometry(p, height, width, prefix, stride, padding, *t[0], &c);
+  const int64_t tasks = p.batch * c.tasks_per_image, per_task = kBranches * 2 * p.channels;
+  std::vector<double> partial(static_cast<size_t>(std::max<int64_t>(1, tasks * per_task)));
+  c.statistics = partial.data();
+  const fk_table& k = kernels();
+  run_tasks(tasks, k.scratch_conv_projection(&c),
+            [&](int64_t task, void* memory) { k.conv_projection(&c, task, memory); });
+
+  Tensor out = empty({kBranches, 2, p.channels}, ScalarType::Float);
+  float* to = static_cast<float*>(out.mutable_data_ptr());
+  for (int i = 0; i < kBranches; ++i)
+    for (int64_t ch = 0; ch < p.channels; ++ch) {
+      double count = 0.0, mean = 0.0, squares = 0.0;
+      for (int64_t task = 0; task < tasks; ++task) {
+        const int64_t tile = task % c.tasks_per_image;
+        const double n = static_cast<double>(band_pixels(c, i, tile));
+        if (n == 0.0) continue;
+        const double* from = partial.data() + task * per_task + 2 * i * p.channels;
+        const double band_mean = from[ch] / n, delta = band_mean - mean, total = count + n;
+        mean += delta * n / total;
+        squares += from[p.channels + ch] + delta * delta * count * n / total;
+        count = total;
+      }
+      to[2 * i * p.channels + ch] = static_cast<float>(mean);
+      to[(2 * i + 1) * p.channels + ch] = static_cast<float>(count > 0.0 ? squares / count : 0.0);
+    }
+  return out;
+}
+
+Tensor pack_only(TensorList t, std::optional<double> norm_eps, std::vector<double> bn_eps, bool, int64_t height,
+                 int64_t width, int64_t prefix, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                 ScalarType dtype) {
+  fk_conv_projection c = {};
+  return prepare(check(t, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype), std::nullopt, &c);
+}
+
+}  // namespace
+}  // namespace fk
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
+  m.impl("conv_projection", TORCH_BOX(&fk::run));
+  m.impl("conv_projection_pack", TORCH_BOX(&fk::pack_only));
+  m.impl("conv_projection_statistics", TORCH_BOX(&fk::statistics));
+}

@@ -1,0 +1,173 @@
+// The tile product: rows of A (in scratch or straight from a tensor) times one packed panel, accumulated in fp32.
+#pragma once
+
+#include "vec.h"
+
+namespace {
+
+constexpr int kPanel = FK_VL * FK_NV;
+constexpr int kTileRows = FK_MR;
+// Rows of scratch matrices are padded by one cache line, so that power-of-two widths do not fall into one cache set.
+constexpr int64_t kRowPad = 16;
+
+FK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+FK_INLINE int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+FK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+FK_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Values of K that one step of the inner loop consumes: bf16 products come in pairs.
+template <class A>
+constexpr int64_t kStep = sizeof(A) == 2 ? 2 : 1;
+
+// A running fp32 sum longer than this is cut into partial sums: its rounding error grows with its length.
+constexpr int64_t kLongestSum = 256;
+
+// out[MR][kPanel] (+)= A[MR][k] * panel[k][kPanel]. `a` is row-major with `lda` between rows; with `Transposed` it is
+// column-major with `lda` between values of K.
+template <int MR, bool Transposed>
+static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, const float* panel, int64_t k,
+                                                   float* out, int64_t ldo, bool accumulate) {
+  vf c[MR][FK_NV];
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < FK_NV; ++j) c[i][j] = splat(0.0f);
+  const float* row[5];
+  for (int i = 0; i < (MR + 2) / 3; ++i) row[i] = a + 3 * i * lda;
+  for (int64_t p = 0; p < k; ++p) {
+    vf b[FK_NV];
+    for (int j = 0; j < FK_NV; ++j) b[j] = load(panel + p * kPanel + j * FK_VL);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      vf x = splat(Transposed ? a[p * lda + i] : row[i / 3][(i % 3) * lda + p]);
+#pragma GCC unroll 4
+      for (int j = 0; j < FK_NV; ++j) c[i][j] += x * b[j];
+    }
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < FK_NV; ++j) {
+      float* to = out + i * ldo + j * FK_VL;
+      store(to, accumulate ? load(to) + c[i][j] : c[i][j]);
+    }
+}
+
+#if FK_NATIVE_BF16
+// The same on bf16 pairs: panel[k / 2][kPanel][2]; k is even. A transposed operand is packed as [k / 2][lda / 2][2].
+template <int MR, bool Transposed>
+static __attribute__((noinline)) void tile_product(const bf16* a, int64_t lda, const bf16* panel, int64_t k, float* out,
+                                                   int64_t ldo, bool accumulate) {
+  __m512 c[MR][FK_NV];
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < FK_NV; ++j) c[i][j] = _mm512_setzero_ps();
+  const bf16* row[5];
+  for (int i = 0; i < (MR + 2) / 3; ++i) row[i] = a + 3 * i * lda;
+  for (int64_t p = 0; p < k; p += 2) {
+    __m512i b[FK_NV];
+    for (int j = 0; j < FK_NV; ++j) b[j] = _mm512_loadu_si512(panel + p * kPanel + j * FK_VL * 2);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      int32_t pair;
+      __builtin_memcpy(&pair, Transposed ? a + (p / 2) * lda + 2 * i : row[i / 3] + (i % 3) * lda + p, 4);
+      __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int j = 0; j < FK_NV; ++j) c[i][j] = _mm512_dpbf16_ps(c[i][j], x, (__m512bh)b[j]);
+    }
+  }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < FK_NV; ++j) {
+      float* to = out + i * ldo + j * FK_VL;
+      store(to, accumulate ? load(to) + (vf)c[i][j] : (vf)c[i][j]);
+    }
+}
+#endif
+
+template <class A, bool Transposed, int MR>
+struct TileProducts {
+  FK_INLINE void run(int64_t rows, const A* a, int64_t lda, const A* panel, int64_t k, float* out, int64_t ldo,
+                     bool accumulate) {
+    if (rows == MR) return tile_product<MR, Transposed>(a, lda, panel, k, out, ldo, accumulate);
+    TileProducts<A, Transposed, MR - 1>::run(rows, a, lda, panel, k, out, ldo, accumulate);
+  }
+};
+template <class A, bool Transposed>
+struct TileProducts<A, Transposed, 0> {
+  FK_INLINE void run(int64_t, const A*, int64_t, const A*, int64_t, float*, int64_t, bool) {}
+};
+
+template <bool Transposed = false, class A>
+FK_INLINE void tile(int64_t rows, const A* a, int64_t lda, const A* panel, int64_t k, float* out, int64_t ldo,
+                    bool accumulate) {
+  // Twice as many values are allowed: splitting a sum of 384 would cost more than its rounding does.
+  const int64_t step = k <= 2 * kLongestSum ? k : kLongestSum;
+  for (int64_t p = 0; p < k; p += step)
+    TileProducts<A, Transposed, kTileRows>::run(rows, a + (Transposed ? p / kStep<A> * lda : p), lda,
+                                                panel + p * kPanel, min64(step, k - p), out, ldo, accumulate || p > 0);
+}
+
+// Rows are cut into tiles of nearly equal height: a tile of one or two rows would wait on the latency of its few sums.
+struct RowTiles {
+  int64_t count, base, longer;
+};
+FK_INLINE RowTiles row_tiles(int64_t rows) {
+  int64_t count = ceil_div(rows, kTileRows);
+  RowTiles t = {count, count ? rows / count : 0, count ? rows % count : 0};
+  return t;
+}
+FK_INLINE int64_t tile_start(const RowTiles& t, int64_t i) { return i * t.base + min64(i, t.longer); }
+FK_INLINE int64_t tile_height(const RowTiles& t, int64_t i) { return t.base + (i < t.longer ? 1 : 0); }
+
+// Panels [first, last) of rows x panels; `epilogue(row, rows, column, tile)` sees each finished tile [rows][kPanel].
+template <class A, class Epilogue>
+FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, int64_t k, int64_t first, int64_t last,
+                       Epilogue epilogue) {
+  float out[kTileRows * kPanel] __attribute__((aligned(64)));
+  RowTiles tiles = row_tiles(rows);
+  int64_t depth = round_up(k, kStep<A>);
+  for (int64_t n = first; n < last; ++n)
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      int64_t row = tile_start(tiles, t), height = tile_height(tiles, t);
+      tile(height, a + row * lda, lda, panels + n * depth * kPanel, depth, out, kPanel, false);
+      epilogue(row, height, n * kPanel, out);
+    }
+}
+
+// Write a finished tile to a row-major tensor: bias, optional residual, conversion; columns past n are dropped.
+template <class Out, class Residual>
+FK_INLINE void write_tile(const float* tile, int64_t ldt, int64_t rows, int64_t column, const struct fk_linear& w,
+                          Out* out, const Residual* residual) {
+  const int64_t width = min64(kPanel, w.n - column);
+  for (int64_t i = 0; i < rows; ++i) {
+    Out* to = out + i * w.n + column;
+    const Residual* from = residual ? residual + i * w.n + column : nullptr;
+    for (int64_t j = 0; j < width; j += FK_VL) {
+      vf y = load(tile + i * ldt + j) + load(w.bias + column + j);
+      if (j + FK_VL <= width) {
+        if (from) y += load(from + j);
+        store(to + j, y);
+      } else {
+        if (from) y += load_tail(from + j, width - j);
+        store_tail(to + j, y, width - j);
+      }
+    }
+  }
+}
+
+template <class Out>
+FK_INLINE void write_tile(const float* tile, int64_t ldt, int64_t rows, int64_t row, int64_t column,
+                          const struct fk_linear& w, Out* out, const struct fk_array& residual) {
+  if (!residual.data)
+    write_tile<Out, float>(tile, ldt, rows, column, w, out + row * w.n, nullptr);
+  else if (residual.dtype == FK_F32)
+    write_tile(tile, ldt, rows, column, w, out + row * w.n, (const float*)residual.data + row * w.n);
+  else
+    write_tile(tile, ldt, rows, column, w, out + row * w.n, (const bf16*)residual.data + row * w.n);
+}
+
+// `row` is counted from the start of `out` and of `residual`.
+FK_INLINE void write_tile(const float* tile, int64_t ldt, int64_t rows, int64_t row, int64_t column,
+                          const struct fk_linear& w, void* out, fk_dtype dtype, const struct fk_array& residual) {
+  if (dtype == FK_F32)
+    write_tile(tile, ldt, rows, row, column, w, (float*)out, residual);
+  else
+    write_tile(tile, ldt, rows, row, column, w, (bf16*)out, residual);
+}
+
+}  // namespace

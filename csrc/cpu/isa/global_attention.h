@@ -1,0 +1,269 @@
+// Attention of a block of queries against all keys of one image, all heads, then the output projection.
+//
+// Scores are computed transposed, keys down and queries across: S^T = K Q^T takes the key rows as they lie in the
+// tensor, the softmax runs down the lanes without a horizontal step, and S^T is already the left operand of P V.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+// Keys whose scores stay in the cache at a time; longer key sets carry maximum and sum from chunk to chunk.
+constexpr int64_t kKeyChunk = 1024;
+
+template <class A>
+struct AttentionScratch {
+  A* query_rows;  // [kPanel][ldk], like `keys`
+  A* queries;     // one panel of one head: [d][kPanel] (bf16: pairs of d)
+  float* scores;  // [chunk][kPanel]
+  A* weights;     // bf16 only: [chunk / 2][kPanel][2]
+  A* keys;        // [keys][ldk], only when the tensor's own rows cannot be read directly
+  A* values;      // panels [value panels][keys][kPanel] (bf16: pairs of keys)
+  float* head;    // [kPanel][ldv] one head's output of one panel
+  A* rows;        // [rows][lda] heads side by side
+  int64_t ldk, ldv, lda, depth, chunk, bytes;
+
+  FK_INLINE AttentionScratch layout(const struct fk_global_attention& p, void* base) {
+    AttentionScratch s;
+    const int64_t d = p.channels / p.heads, dv = p.value_channels / p.heads;
+    const int64_t pair = kStep<A>, size = (int64_t)sizeof(A);
+    s.depth = round_up(d, pair);
+    s.ldk = s.depth + kRowPad;
+    s.ldv = round_up(dv, kPanel);
+    s.lda = round_up(p.value_channels, 2) + kRowPad;
+    s.chunk = min64(kKeyChunk, round_up(p.keys, 2));
+    char* at = (char*)base;
+    s.query_rows = (A*)at;
+    at += round_up(kPanel * s.ldk * size, 64);
+    s.queries = (A*)at;
+    at += round_up(s.depth * kPanel * size, 64);
+    s.scores = (float*)at;
+    at += s.chunk * kPanel * 4;
+    s.weights = (A*)at;
+    at += size == 2 ? s.chunk * kPanel * size : 0;
+    s.keys = (A*)at;
+    at += round_up(p.keys * s.ldk * size, 64);
+    s.values = (A*)at;
+    at += round_up(round_up(p.keys, 2) * s.ldv * size, 64);
+    s.head = (float*)at;
+    at += kPanel * s.ldv * 4;
+    s.rows = (A*)at;
+    at += round_up(p.rows_per_task * s.lda * size, 64);
+    s.bytes = at - (char*)base;
+    return s;
+  }
+};
+
+FK_INLINE const float* as_float(const struct fk_array& x) { return (const float*)x.data; }
+FK_INLINE const bf16* as_bf16(const struct fk_array& x) { return (const bf16*)x.data; }
+
+// One head's slice [rows][d] of a row-major tensor, converted; zeros behind d.
+template <class A>
+FK_INLINE void stage(const struct fk_array& x, int64_t offset, int64_t stride, int64_t rows, int64_t d, int64_t padded,
+                     A* out, int64_t ldo) {
+  for (int64_t i = 0; i < rows; ++i)
+    if (x.dtype == FK_F32)
+      copy_row(as_float(x) + offset + i * stride, d, padded, out + i * ldo);
+    else
+      copy_row(as_bf16(x) + offset + i * stride, d, padded, out + i * ldo);
+}
+
+// A head's rows inside the tensor where the product can read them as they are, else null.
+FK_INLINE const float* direct_rows(const struct fk_array& x, int64_t offset, int64_t, const float*) {
+  return x.dtype == FK_F32 ? as_float(x) + offset : nullptr;
+}
+FK_INLINE const bf16* direct_rows(const struct fk_array& x, int64_t offset, int64_t d, const bf16*) {
+  return x.dtype == FK_BF16 && d % 2 == 0 ? as_bf16(x) + offset : nullptr;
+}
+
+// A head's rows as an operand, staged in `buffer` when they cannot be read directly; `stride` says how far apart they
+// are.
+template <class A>
+FK_INLINE const A* operand_rows(const struct fk_array& x, int64_t offset, int64_t channels, int64_t rows, int64_t d,
+                                const AttentionScratch<A>& s, A* buffer, int64_t* stride) {
+  const A* direct = direct_rows(x, offset, d, buffer);
+  if (direct) {
+    *stride = channels;
+    return direct;
+  }
+  stage(x, offset, channels, rows, d, s.depth, buffer, s.ldk);
+  *stride = s.ldk;
+  return buffer;
+}
+
+// Queries across: [d][kPanel]; bf16 pairs of d move as one word. Lanes past the last query are zero.
+template <class A>
+FK_INLINE void pack_queries(const struct fk_global_attention& p, int64_t offset, int64_t queries, int64_t d,
+                            const AttentionScratch<A>& s) {
+  int64_t stride;
+  const A* rows = operand_rows(p.q, offset, p.channels, queries, d, s, s.query_rows, &stride);
+  transpose((const uint32_t*)rows, stride / kStep<A>, queries, s.depth / kStep<A>, (uint32_t*)s.queries, kPanel,
+            kPanel);
+}
+
+FK_INLINE void pack_values(const struct fk_array& v, int64_t offset, int64_t stride, int64_t keys, int64_t dv,
+                           float* out) {
+  for (int64_t n = 0; n < dv; n += kPanel)
+    stage(v, offset + n, stride, keys, min64(kPanel, dv - n), kPanel, out + n * keys, kPanel);
+}
+FK_INLINE void pack_values(const struct fk_array& v, int64_t offset, int64_t stride, int64_t keys, int64_t dv,
+                           bf16* out) {
+  const int64_t depth = round_up(keys, 2);
+  for (int64_t n = 0; n < dv; n += kPanel) {
+    const int64_t width = min64(kPanel, dv - n);
+    for (int64_t k = 0; k < depth; k += 2) {
+      bf16 pair[2][kPanel] = {};
+      for (int64_t i = 0; i < 2 && k + i < keys; ++i)
+        stage(v, offset + (k + i) * stride + n, stride, 1, width, kPanel, pair[i], kPanel);
+      vu* to = (vu*)(out + n * depth + k * kPanel);
+      for (int j = 0; j < FK_NV; ++j)
+        to[j] = __builtin_convertvector(*(const vh*)(pair[0] + j * FK_VL), vu) |
+                __builtin_convertvector(*(const vh*)(pair[1] + j * FK_VL), vu) << 16;
+    }
+  }
+}
+
+// exp2(scale * score - maximum) in place; returns the sums per lane.
+FK_INLINE vf exponentiate(float* scores, int64_t keys, vf scale, vf maximum) {
+  constexpr int kSums = 8;
+  vf sums[kSums];
+  for (int j = 0; j < kSums; ++j) sums[j] = splat(0.0f);
+  int64_t i = 0;
+  for (; i + kSums <= keys; i += kSums)
+#pragma GCC unroll 8
+    for (int j = 0; j < kSums; ++j) {
+      float* at = scores + (i + j) * kPanel;
+      const vf e = exp2v(load(at) * scale - maximum);
+      store(at, e);
+      sums[j] += e;
+    }
+  for (; i < keys; ++i) {
+    float* at = scores + i * kPanel;
+    const vf e = exp2v(load(at) * scale - maximum);
+    store(at, e);
+    sums[0] += e;
+  }
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+FK_INLINE const float* as_operand(const float* scores, int64_t, float*) { return scores; }
+FK_INLINE const bf16* as_operand(const float* scores, int64_t keys, bf16* weights) {
+  for (int64_t i = 0; i < keys; i += 2)
+    for (int j = 0; j < FK_NV; ++j) {
+      bf16 low[FK_VL], high[FK_VL] = {};
+      store(low, load(scores + i * kPanel + j * FK_VL));
+      if (i + 1 < keys) store(high, load(scores + (i + 1) * kPanel + j * FK_VL));
+      ((vu*)(weights + i * kPanel))[j] =
+          __builtin_convertvector(*(const vh*)low, vu) | __builtin_convertvector(*(const vh*)high, vu) << 16;
+    }
+  return weights;
+}
+
+// One head for one panel of queries: s.head[query][0, dv).
+template <class A>
+static __attribute__((noinline)) void attend(const struct fk_global_attention& p, const A* keys, int64_t key_stride,
+                                             int64_t queries, int64_t dv, const AttentionScratch<A>& s) {
+  const vf scale = splat(p.scale * 1.44269504f);
+  float maximum[kPanel] __attribute__((aligned(64))), total[kPanel] __attribute__((aligned(64)));
+  const RowTiles query_tiles = row_tiles(queries);
+  for (int64_t first = 0; first < p.keys; first += kKeyChunk) {
+    const int64_t n = min64(kKeyChunk, p.keys - first);
+    const RowTiles key_tiles = row_tiles(n);
+    for (int64_t t = 0; t < key_tiles.count; ++t) {
+      const int64_t row = tile_start(key_tiles, t);
+      tile(tile_height(key_tiles, t), keys + (first + row) * key_stride, key_stride, s.queries, s.depth,
+           s.scores + row * kPanel, kPanel, false);
+    }
+    for (int j = 0; j < FK_NV; ++j) {
+      float* column = s.scores + j * FK_VL;
+      vf m = load(column) * scale;
+      for (int64_t i = 1; i < n; ++i) m = vmax(load(column + i * kPanel) * scale, m);
+      if (first > 0) {
+        const vf before = load(maximum + j * FK_VL);
+        m = vmax(m, before);
+        const vf shrink = exp2v(before - m);
+        store(total + j * FK_VL, load(total + j * FK_VL) * shrink);
+        float factor[FK_VL];
+        store(factor, shrink);
+        for (int64_t q = 0; q < FK_VL; ++q)
+          for (int64_t c = 0; c < s.ldv; c += FK_VL) {
+            float* at = s.head + (j * FK_VL + q) * s.ldv + c;
+            store(at, load(at) * splat(factor[q]));
+          }
+      }
+      store(maximum + j * FK_VL, m);
+      const vf sums = exponentiate(column, n, scale, m);
+      store(total + j * FK_VL, first > 0 ? load(total + j * FK_VL) + sums : sums);
+    }
+    const A* weights = as_operand(s.scores, n, s.weights);
+    const int64_t depth = round_up(p.keys, kStep<A>), k = round_up(n, kStep<A>);
+    for (int64_t c = 0; c < dv; c += kPanel)
+      for (int64_t t = 0; t < query_tiles.count; ++t) {
+        const int64_t row = tile_start(query_tiles, t);
+        tile<true>(tile_height(query_tiles, t), weights + row * kStep<A>, kPanel * kStep<A>,
+                   s.values + c * depth + first * kPanel, k, s.head + row * s.ldv + c, s.ldv, first > 0);
+      }
+  }
+  for (int64_t q = 0; q < queries; ++q) {
+    const vf inverse = splat(1.0f / total[q]);
+    for (int64_t c = 0; c < s.ldv; c += FK_VL) store(s.head + q * s.ldv + c, load(s.head + q * s.ldv + c) * inverse);
+  }
+}
+
+// Without an output projection the heads' rows are the result.
+template <class A>
+FK_INLINE void write_rows(const struct fk_global_attention& p, const A* rows, int64_t lda, int64_t first, int64_t n) {
+  const int64_t width = p.value_channels;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t c = 0; c < width; ++c) {
+      const int64_t at = (first + i) * width + c;
+      float y = to_float(rows[i * lda + c]);
+      if (p.residual.data)
+        y += p.residual.dtype == FK_F32 ? as_float(p.residual)[at] : to_float(as_bf16(p.residual)[at]);
+      if (p.out_dtype == FK_F32)
+        ((float*)p.out)[at] = y;
+      else
+        from_float((bf16*)p.out + at, y);
+    }
+}
+
+template <class A>
+FK_INLINE void attention_task(const struct fk_global_attention& p, int64_t task, void* scratch) {
+  const AttentionScratch<A> s = AttentionScratch<A>::layout(p, scratch);
+  const int64_t image = task / p.tasks_per_image, first = task % p.tasks_per_image * p.rows_per_task;
+  const int64_t rows = min64(p.rows_per_task, p.queries - first);
+  const int64_t d = p.channels / p.heads, dv = p.value_channels / p.heads;
+  for (int64_t h = 0; h < p.heads; ++h) {
+    int64_t key_stride;
+    const A* keys =
+        operand_rows(p.k, image * p.keys * p.channels + h * d, p.channels, p.keys, d, s, s.keys, &key_stride);
+    pack_values(p.v, image * p.keys * p.value_channels + h * dv, p.value_channels, p.keys, dv, s.values);
+    for (int64_t r = 0; r < rows; r += kPanel) {
+      const int64_t queries = min64(kPanel, rows - r);
+      pack_queries(p, (image * p.queries + first + r) * p.channels + h * d, queries, d, s);
+      attend(p, keys, key_stride, queries, dv, s);
+      for (int64_t q = 0; q < queries; ++q) copy_row(s.head + q * s.ldv, dv, dv, s.rows + (r + q) * s.lda + h * dv);
+    }
+  }
+  const int64_t start = image * p.queries + first;
+  if (!p.projection.panels) return write_rows(p, s.rows, s.lda, start, rows);
+  if (p.value_channels % 2)
+    for (int64_t i = 0; i < rows; ++i) from_float(s.rows + i * s.lda + p.value_channels, 0.0f);
+  product(s.rows, s.lda, rows, (const A*)p.projection.panels, p.projection.k, 0, ceil_div(p.projection.n, kPanel),
+          [&](int64_t row, int64_t height, int64_t column, const float* sums) {
+            write_tile(sums, kPanel, height, start + row, column, p.projection, p.out, p.out_dtype, p.residual);
+          });
+}
+
+int64_t scratch_global_attention(const struct fk_global_attention* p) {
+  return AttentionScratch<float>::layout(*p, nullptr).bytes;
+}
+
+void global_attention(const struct fk_global_attention* p, int64_t task, void* scratch) {
+#if FK_NATIVE_BF16
+  if (p->low_precision) return attention_task<bf16>(*p, task, scratch);
+#endif
+  attention_task<float>(*p, task, scratch);
+}
+
+}  // namespace

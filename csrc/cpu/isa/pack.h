@@ -1,0 +1,51 @@
+// A linear layer's weights in the order the microkernel reads them.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+template <class T>
+FK_INLINE float weight_at(const struct fk_pack_linear& p, int64_t row, int64_t k) {
+  // With taps, K runs over [tap, channel] while the weight is stored as [channel, tap].
+  int64_t channels = p.k / p.taps;
+  int64_t source = p.taps == 1 ? k : (k % channels) * p.taps + k / channels;
+  return to_float(((const T*)p.weight.data)[row * p.k + source]);
+}
+
+template <class T>
+FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
+  int64_t first = panel * kPanel, rows = min64(kPanel, p.n - first);
+#if FK_NATIVE_BF16
+  if (p.low_precision) {
+    int64_t depth = round_up(p.k, 2);
+    bf16* to = (bf16*)p.panels + panel * kPanel * depth;
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t j = 0; j < kPanel; ++j)
+        from_float(to + (k / 2) * kPanel * 2 + 2 * j + k % 2,
+                   j < rows && k < p.k ? weight_at<T>(p, first + j, k) : 0.0f);
+    return;
+  }
+#endif
+  float* to = (float*)p.panels + panel * kPanel * p.k;
+  if (sizeof(T) == 4 && p.taps == 1)
+    return transpose((const uint32_t*)p.weight.data + first * p.k, p.k, rows, p.k, (uint32_t*)to, kPanel, kPanel);
+  for (int64_t k = 0; k < p.k; ++k)
+    for (int64_t j = 0; j < kPanel; ++j) to[k * kPanel + j] = j < rows ? weight_at<T>(p, first + j, k) : 0.0f;
+}
+
+void pack_panel(const struct fk_pack_linear* p, int64_t panel) {
+  if (p->weight.dtype == FK_F32)
+    pack_rows<float>(*p, panel);
+  else
+    pack_rows<bf16>(*p, panel);
+  for (int64_t j = 0; j < kPanel; ++j) {
+    int64_t i = panel * kPanel + j;
+    bool present = p->bias.data && i < p->n;
+    p->packed_bias[i] = !present                  ? 0.0f
+                        : p->bias.dtype == FK_F32 ? ((const float*)p->bias.data)[i]
+                                                  : to_float(((const bf16*)p->bias.data)[i]);
+  }
+}
+
+}  // namespace

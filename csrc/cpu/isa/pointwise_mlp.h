@@ -1,0 +1,93 @@
+// LayerNorm, linear, activation, linear, residual for a block of rows: the hidden values live in the cache only.
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+// Hidden channels computed at a time: their weights' panels stream through while the block's rows stay in L2.
+constexpr int64_t kHiddenChunk = 256;
+
+template <class A>
+struct MlpScratch {
+  A* normed;    // [rows][lda]
+  A* hidden;    // [rows][ldh]
+  float* sums;  // [rows][lds]
+  int64_t lda, ldh, lds, bytes;
+
+  FK_INLINE MlpScratch layout(const struct fk_pointwise_mlp& p, void* base) {
+    MlpScratch s;
+    s.lda = round_up(p.channels, kPanel) + kRowPad;
+    s.ldh = round_up(min64(kHiddenChunk, round_up(p.expand.n, kPanel)), kPanel) + kRowPad;
+    s.lds = round_up(p.project.n, kPanel) + kRowPad;
+    char* at = (char*)base;
+    s.normed = (A*)at;
+    at += round_up(p.rows_per_task * s.lda * (int64_t)sizeof(A), 64);
+    s.hidden = (A*)at;
+    at += round_up(p.rows_per_task * s.ldh * (int64_t)sizeof(A), 64);
+    s.sums = (float*)at;
+    at += p.rows_per_task * s.lds * 4;
+    s.bytes = at - (char*)base;
+    return s;
+  }
+};
+
+template <class A, fk_activation Activation>
+FK_INLINE void activate_tile(const float* tile, int64_t rows, const float* bias, A* out, int64_t ldo) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < kPanel; j += FK_VL) {
+      vf x = load(tile + i * kPanel + j) + load(bias + j);
+      store(out + i * ldo + j, Activation == FK_GELU ? gelu(x) : quick_gelu(x));
+    }
+}
+
+template <class A, fk_activation Activation>
+static __attribute__((noinline)) void mlp_block(const struct fk_pointwise_mlp& p, int64_t first, int64_t rows,
+                                                const MlpScratch<A>& s) {
+  for (int64_t i = 0; i < rows; ++i)
+    normalize_row(p.x, first + i, p.channels, round_up(p.channels, 2), p.norm, s.normed + i * s.lda);
+  const RowTiles tiles = row_tiles(rows);
+  const int64_t depth = round_up(p.expand.k, kStep<A>), hidden_depth = round_up(p.project.k, kStep<A>);
+  const int64_t hidden_panels = ceil_div(p.expand.n, kPanel), out_panels = ceil_div(p.project.n, kPanel);
+  const int64_t chunk = kHiddenChunk / kPanel;
+  for (int64_t h = 0; h < hidden_panels; h += chunk) {
+    const int64_t h_end = min64(h + chunk, hidden_panels);
+    product(s.normed, s.lda, rows, (const A*)p.expand.panels, depth, h, h_end,
+            [&](int64_t row, int64_t height, int64_t column, const float* tile) {
+              activate_tile<A, Activation>(tile, height, p.expand.bias + column,
+                                           s.hidden + row * s.ldh + column - h * kPanel, s.ldh);
+            });
+    // Hidden channels past the end are act(0) = 0 against no weights: the depth stops at the last real one.
+    const int64_t k_first = h * kPanel, k = min64(h_end * kPanel, hidden_depth) - k_first;
+    const bool last = h_end == hidden_panels;
+    for (int64_t n = 0; n < out_panels; ++n)
+      for (int64_t t = 0; t < tiles.count; ++t) {
+        const int64_t row = tile_start(tiles, t), height = tile_height(tiles, t);
+        float* sums = s.sums + row * s.lds + n * kPanel;
+        tile(height, s.hidden + row * s.ldh, s.ldh, (const A*)p.project.panels + (n * hidden_depth + k_first) * kPanel,
+             k, sums, s.lds, h > 0);
+        if (last) write_tile(sums, s.lds, height, first + row, n * kPanel, p.project, p.out, p.out_dtype, p.residual);
+      }
+  }
+}
+
+template <class A>
+FK_INLINE void mlp_task(const struct fk_pointwise_mlp& p, int64_t task, void* scratch) {
+  MlpScratch<A> s = MlpScratch<A>::layout(p, scratch);
+  const int64_t first = task * p.rows_per_task, rows = min64(p.rows_per_task, p.rows - first);
+  if (p.activation == FK_GELU)
+    mlp_block<A, FK_GELU>(p, first, rows, s);
+  else
+    mlp_block<A, FK_QUICK_GELU>(p, first, rows, s);
+}
+
+int64_t scratch_pointwise_mlp(const struct fk_pointwise_mlp* p) { return MlpScratch<float>::layout(*p, nullptr).bytes; }
+
+void pointwise_mlp(const struct fk_pointwise_mlp* p, int64_t task, void* scratch) {
+#if FK_NATIVE_BF16
+  if (p->expand.low_precision) return mlp_task<bf16>(*p, task, scratch);
+#endif
+  mlp_task<float>(*p, task, scratch);
+}
+
+}  // namespace

@@ -1,0 +1,97 @@
+// Rows on their way into a product: LayerNorm, conversion, 4 x 4 transposition.
+#pragma once
+
+#include "gemm.h"
+
+namespace {
+
+// out[0, n) = x, zeros up to `padded`.
+template <class T, class Out>
+FK_INLINE void copy_row(const T* x, int64_t n, int64_t padded, Out* out) {
+  int64_t i = 0;
+  for (; i + FK_VL <= n; i += FK_VL) store(out + i, load(x + i));
+  for (; i < n; ++i) from_float(out + i, to_float(x[i]));
+  for (; i < padded; ++i) from_float(out + i, 0.0f);
+}
+
+// LayerNorm of one row (mean, then centred variance, both in fp32), zeros up to `padded`.
+template <class T, class Out>
+FK_INLINE void normalize_row(const T* x, int64_t n, int64_t padded, const struct fk_norm& norm, Out* out) {
+  if (!norm.enabled) return copy_row(x, n, padded, out);
+  int64_t whole = n / FK_VL * FK_VL;
+  vf s0 = splat(0.0f), s1 = splat(0.0f);
+  int64_t i = 0;
+  for (; i + 2 * FK_VL <= whole; i += 2 * FK_VL) {
+    s0 += load(x + i);
+    s1 += load(x + i + FK_VL);
+  }
+  if (i < whole) s0 += load(x + i);
+  float total = sum(s0 + s1);
+  for (int64_t j = whole; j < n; ++j) total += to_float(x[j]);
+  const float mean = total / (float)n;
+  const vf m = splat(mean);
+  s0 = s1 = splat(0.0f);
+  for (i = 0; i + 2 * FK_VL <= whole; i += 2 * FK_VL) {
+    vf a = load(x + i) - m, b = load(x + i + FK_VL) - m;
+    s0 += a * a;
+    s1 += b * b;
+  }
+  if (i < whole) {
+    vf a = load(x + i) - m;
+    s0 += a * a;
+  }
+  float square = sum(s0 + s1);
+  for (int64_t j = whole; j < n; ++j) {
+    float d = to_float(x[j]) - mean;
+    square += d * d;
+  }
+  const float rstd = 1.0f / __builtin_sqrtf(square / (float)n + norm.eps);
+  const vf r = splat(rstd);
+  for (i = 0; i < whole; i += FK_VL)
+    store(out + i, (load(x + i) - m) * r * load(norm.weight + i) + load(norm.bias + i));
+  for (; i < n; ++i) from_float(out + i, (to_float(x[i]) - mean) * rstd * norm.weight[i] + norm.bias[i]);
+  for (; i < padded; ++i) from_float(out + i, 0.0f);
+}
+
+// Row `row` of a row-major array, LayerNorm'ed into `out`.
+template <class Out>
+FK_INLINE void normalize_row(const struct fk_array& x, int64_t row, int64_t n, int64_t padded,
+                             const struct fk_norm& norm, Out* out) {
+  if (x.dtype == FK_F32)
+    normalize_row((const float*)x.data + row * n, n, padded, norm, out);
+  else
+    normalize_row((const bf16*)x.data + row * n, n, padded, norm, out);
+}
+
+typedef uint32_t v4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+// to[c * to_stride + r] = from[r * from_stride + c] for 4 x 4 words of 32 bits.
+FK_INLINE void transpose4(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
+  v4 a = *(const v4*)from, b = *(const v4*)(from + from_stride);
+  v4 c = *(const v4*)(from + 2 * from_stride), d = *(const v4*)(from + 3 * from_stride);
+  v4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  v4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  *(v4*)to = __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5);
+  *(v4*)(to + to_stride) = __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7);
+  *(v4*)(to + 2 * to_stride) = __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5);
+  *(v4*)(to + 3 * to_stride) = __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7);
+}
+
+// to[c][r] = from[r][c] for a rows x columns matrix of 32-bit words; rows in [rows, padded_rows) of `to` become zero.
+FK_INLINE void transpose(const uint32_t* from, int64_t from_stride, int64_t rows, int64_t columns, uint32_t* to,
+                         int64_t to_stride, int64_t padded_rows) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    int64_t c = 0;
+    for (; c + 4 <= columns; c += 4)
+      transpose4(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    for (; c < columns; ++c)
+      for (int64_t i = r; i < r + 4; ++i) to[c * to_stride + i] = from[i * from_stride + c];
+  }
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
+  for (; r < padded_rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = 0;
+}
+
+}  // namespace

@@ -1,0 +1,28 @@
+// Included once per instruction set: all kernels, and the table through which they are called.
+#pragma once
+
+#include "conv_projection.h"
+#include "global_attention.h"
+#include "pack.h"
+#include "patch_embedding.h"
+#include "peak.h"
+#include "pointwise_mlp.h"
+
+#define FK_TABLE(isa)                                 \
+  extern "C" const struct fk_table fk_table_##isa = { \
+      #isa,                                           \
+      FK_VL,                                          \
+      kPanel,                                         \
+      kTileRows,                                      \
+      FK_NATIVE_BF16,                                 \
+      scratch_conv_projection,                        \
+      conv_projection,                                \
+      scratch_global_attention,                       \
+      global_attention,                               \
+      scratch_pointwise_mlp,                          \
+      pointwise_mlp,                                  \
+      scratch_patch_embedding,                        \
+      patch_embedding,                                \
+      pack_panel,                                     \
+      peak,                                           \
+  };

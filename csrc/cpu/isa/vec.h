@@ -1,0 +1,126 @@
+// Vectors of FK_VL floats from GCC's vector extensions, and the few functions the kernels need on them.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#if FK_NATIVE_BF16
+#include <immintrin.h>
+#endif
+
+#include "../kernels.h"
+
+#define FK_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+typedef float vf __attribute__((vector_size(FK_VL * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(FK_VL * 4), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(FK_VL * 4), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(FK_VL * 2), aligned(2), may_alias));
+
+typedef uint16_t bf16;
+
+FK_INLINE vf splat(float x) { return x - (vf){}; }
+FK_INLINE vf load(const float* p) { return *(const vf*)p; }
+FK_INLINE void store(float* p, vf x) { *(vf*)p = x; }
+FK_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+FK_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+
+FK_INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector(*(const vh*)p, vu) << 16); }
+
+// Round to nearest even; a NaN stays a NaN.
+FK_INLINE void store(bf16* p, vf x) {
+#if FK_NATIVE_BF16
+  *(vh*)p = (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+  vu u = (vu)x;
+  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  vu quiet = (u >> 16) | 0x40u;
+  *(vh*)p = __builtin_convertvector((vu)(x == x ? (vi)rounded : (vi)quiet), vh);
+#endif
+}
+
+FK_INLINE float to_float(float x) { return x; }
+FK_INLINE float to_float(bf16 x) {
+  union {
+    uint32_t u;
+    float f;
+  } v;
+  v.u = (uint32_t)x << 16;
+  return v.f;
+}
+
+FK_INLINE void from_float(float* p, float x) { *p = x; }
+FK_INLINE void from_float(bf16* p, float x) {
+  union {
+    float f;
+    uint32_t u;
+  } v;
+  v.f = x;
+  *p = x == x ? (bf16)((v.u + 0x7fffu + ((v.u >> 16) & 1u)) >> 16) : (bf16)((v.u >> 16) | 0x40u);
+}
+
+// Partial vectors at the end of a row: absent lanes read as zero and are not written.
+template <class T>
+FK_INLINE vf load_tail(const T* p, int64_t n) {
+  float lanes[FK_VL] __attribute__((aligned(64))) = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = to_float(p[i]);
+  return load(lanes);
+}
+
+template <class T>
+FK_INLINE void store_tail(T* p, vf x, int64_t n) {
+  float lanes[FK_VL] __attribute__((aligned(64)));
+  store(lanes, x);
+  for (int64_t i = 0; i < n; ++i) from_float(p + i, lanes[i]);
+}
+
+FK_INLINE float sum(vf x) {
+  float lanes[FK_VL] __attribute__((aligned(64)));
+  store(lanes, x);
+  typedef float v4 __attribute__((vector_size(16), aligned(16), may_alias));
+  v4 s = *(v4*)lanes;
+  for (int i = 4; i < FK_VL; i += 4) s += *(v4*)(lanes + i);
+  return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+// 2^x for x <= 127, relative error 1e-7; exactly zero below -127, NaN for NaN.
+FK_INLINE vf exp2v(vf x) {
+  x = splat(-127.0f) > x ? splat(-127.0f) : x;
+  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  vf shifted = x + magic;
+  vf f = x - (shifted - magic);
+  // Minimax fit of 2^f on [-1/2, 1/2] in relative error, constant term fixed.
+  vf p = splat(1.326472873e-3f);
+  p = p * f + splat(9.671513013e-3f);
+  p = p * f + splat(5.550733741e-2f);
+  p = p * f + splat(2.402224208e-1f);
+  p = p * f + splat(6.931469776e-1f);
+  p = p * f + splat(1.0f);
+  vi exponent = ((vi)shifted - (vi)magic + 127) << 23;
+  return p * (vf)exponent;
+}
+
+FK_INLINE vf quick_gelu(vf x) {
+  vf e = x * splat(-1.702f * 1.44269504f);
+  return x / (splat(1.0f) + exp2v(vmin(e, splat(126.0f))));
+}
+
+// x times the normal distribution function: log2 of erfc(t / sqrt(2)) is a smooth function of t = |x|, fitted by a
+// polynomial that weighs the error by t erfc(t / sqrt(2)); absolute error of the result 4e-8.
+FK_INLINE vf gelu(vf x) {
+  vf t = x < splat(0.0f) ? -x : x;
+  t = t > splat(13.0f) ? splat(13.0f) : t;
+  vf p = splat(-2.027209760e-6f);
+  p = p * t + splat(2.975575603e-5f);
+  p = p * t + splat(-1.407720569e-4f);
+  p = p * t + splat(-2.456507379e-4f);
+  p = p * t + splat(7.203668010e-3f);
+  p = p * t + splat(-5.259131469e-2f);
+  p = p * t + splat(-4.591779975e-1f);
+  p = p * t + splat(-1.151108410f);
+  vf tail = exp2v(p * t - splat(1.0f));  // half of erfc
+  return x * (x < splat(0.0f) ? tail : splat(1.0f) - tail);
+}
+
+}  // namespace

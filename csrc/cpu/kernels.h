@@ -1,0 +1,120 @@
+// What the torch-facing files and the per-instruction-set kernels say to each other: plain structs and function
+// pointers. No STL and no torch header may be included here: the kernel files are compiled for instruction sets that
+// the machine may lack, and an inline function shared with other files could be picked from the wrong one at link time.
+#pragma once
+
+#include <stdint.h>
+
+enum fk_dtype { FK_F32 = 0, FK_BF16 = 1 };
+
+enum fk_activation { FK_GELU = 0, FK_QUICK_GELU = 1 };
+
+// A row-major matrix or vector as it comes from torch.
+struct fk_array {
+  const void* data;  // null: absent
+  fk_dtype dtype;
+  int64_t size;
+};
+
+// A linear layer in the layout of the microkernel: panels of `fk_table::panel` columns, K values deep.
+struct fk_linear {
+  const void* panels;
+  const float* bias;  // padded with zeros to whole panels
+  int64_t n, k;
+  int32_t low_precision;  // panels hold bf16 pairs
+};
+
+struct fk_norm {
+  const float* weight;
+  const float* bias;
+  float eps;
+  int32_t enabled;
+};
+
+struct fk_conv_branch {
+  const float* filter;  // [taps, C], batch normalisation folded in
+  const float* shift;   // [C]
+  struct fk_linear linear;
+  int64_t kernel, stride, padding, out_h, out_w;
+  void* out;  // [B, P + out_h * out_w, N]
+};
+
+struct fk_conv_projection {
+  struct fk_array x;  // [B, P + H * W, C]
+  struct fk_norm norm;
+  struct fk_conv_branch branch[3];
+  int64_t batch, height, width, channels, prefix;
+  int64_t rows_per_task, tasks_per_image;
+  fk_dtype out_dtype;
+  double* statistics;  // per task [3, 2, C]: sum and centred sum of squares of the depthwise outputs; null: project
+};
+
+struct fk_global_attention {
+  struct fk_array q, k, v, residual;
+  void* out;
+  fk_dtype out_dtype;
+  struct fk_linear projection;  // panels null: none
+  int64_t batch, queries, keys, channels, value_channels, heads;
+  int64_t rows_per_task, tasks_per_image;
+  float scale;
+  int32_t low_precision;
+};
+
+struct fk_pointwise_mlp {
+  struct fk_array x, residual;
+  void* out;
+  fk_dtype out_dtype;
+  struct fk_norm norm;
+  struct fk_linear expand, project;
+  fk_activation activation;
+  int64_t rows, channels, rows_per_task;
+};
+
+struct fk_patch_embedding {
+  struct fk_array x;  // NHWC
+  void* out;
+  fk_dtype out_dtype;
+  struct fk_linear linear;  // K is kernel * kernel * channels, in this order
+  struct fk_norm norm;
+  int64_t batch, height, width, channels, kernel, stride, padding, out_h, out_w;
+  int64_t rows_per_task;
+};
+
+// A weight matrix [n, k] to be packed; columns of the source may be permuted by `channels` (see pack.h).
+struct fk_pack_linear {
+  struct fk_array weight, bias;
+  int64_t n, k;
+  int32_t low_precision;
+  int64_t taps;  // > 1: weight is [n, k / taps, taps] and is packed as [n, taps, k / taps]
+  void* panels;
+  float* packed_bias;
+};
+
+struct fk_table {
+  const char* name;
+  int32_t lanes;          // floats of a vector
+  int32_t panel;          // columns of a panel
+  int32_t tile_rows;      // rows of the largest microkernel
+  int32_t low_precision;  // bf16 products run in hardware
+  int64_t (*scratch_conv_projection)(const struct fk_conv_projection*);
+  void (*conv_projection)(const struct fk_conv_projection*, int64_t task, void* scratch);
+  int64_t (*scratch_global_attention)(const struct fk_global_attention*);
+  void (*global_attention)(const struct fk_global_attention*, int64_t task, void* scratch);
+  int64_t (*scratch_pointwise_mlp)(const struct fk_pointwise_mlp*);
+  void (*pointwise_mlp)(const struct fk_pointwise_mlp*, int64_t task, void* scratch);
+  int64_t (*scratch_patch_embedding)(const struct fk_patch_embedding*);
+  void (*patch_embedding)(const struct fk_patch_embedding*, int64_t task, void* scratch);
+  void (*pack_panel)(const struct fk_pack_linear*, int64_t panel);
+  double (*peak)(int32_t low_precision, int64_t iterations);  // floating-point operations done
+};
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+extern const struct fk_table fk_table_generic __attribute__((visibility("hidden")));
+extern const struct fk_table fk_table_avx2 __attribute__((visibility("hidden")));
+extern const struct fk_table fk_table_avx512 __attribute__((visibility("hidden")));
+extern const struct fk_table fk_table_avx512bf16 __attribute__((visibility("hidden")));
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,100 @@
+#include "packed.h"
+
+#include <cstring>
+
+namespace fk {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+constexpr int kSamples = 4;
+
+uint64_t mix(uint64_t state, uint64_t value) {
+  state = (state ^ value) * 0x9e3779b97f4a7c15ull;
+  return state ^ (state >> 29);
+}
+
+uint64_t sample(uint64_t state, const Tensor& tensor) {
+  const int64_t n = tensor.numel();
+  const bool wide = tensor.scalar_type() == ScalarType::Float;
+  const char* data = static_cast<const char*>(tensor.const_data_ptr());
+  state = mix(state, static_cast<uint64_t>(n) * 2 + wide);
+  for (int i = 0; n > 0 && i < kSamples; ++i) {
+    const int64_t at = (n - 1) * i / (kSamples - 1);
+    uint32_t bits = 0;
+    std::memcpy(&bits, data + at * (wide ? 4 : 2), wide ? 4 : 2);
+    state = mix(state, bits);
+  }
+  return state;
+}
+
+}  // namespace
+
+float element(const fk_array& array, int64_t index) {
+  if (array.dtype == FK_F32) return static_cast<const float*>(array.data)[index];
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(array.data)[index]) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+char* Packer::take(int64_t bytes) {
+  char* at = base_ ? base_ + used_ : nullptr;
+  used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return at;
+}
+
+fk_linear Packer::linear(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
+                         int64_t taps) {
+  const int64_t panel = kernels().panel, panels = (n + panel - 1) / panel;
+  const int64_t depth = low_precision ? (k + 1) / 2 * 2 : k;
+  char* values = take(panels * panel * depth * (low_precision ? 2 : 4));
+  float* padded_bias = reinterpret_cast<float*>(take(panels * panel * 4));
+  if (base_) linears_.push_back({weight, bias, n, k, low_precision, taps, values, padded_bias});
+  return {values, padded_bias, n, k, low_precision};
+}
+
+const float* Packer::vector(const fk_array& source, int64_t n, int64_t padded, float fill) {
+  float* to = reinterpret_cast<float*>(take(padded * 4));
+  if (base_) vectors_.push_back({source, n, padded, fill, to});
+  return to;
+}
+
+void Packer::fill() const {
+  for (const Vector& v : vectors_)
+    for (int64_t i = 0; i < v.padded; ++i) v.to[i] = i < v.n && v.source.data ? element(v.source, i) : v.fill;
+  for (const fk_pack_linear& linear : linears_) {
+    const int64_t panels = (linear.n + kernels().panel - 1) / kernels().panel;
+    run_tasks(panels, 0, [&](int64_t panel, void*) { kernels().pack_panel(&linear, panel); });
+  }
+}
+
+fk_norm norm_of(Packer& packer, const fk_array& weight, const fk_array& bias, std::optional<double> eps,
+                int64_t channels) {
+  if (!eps.has_value()) return {nullptr, nullptr, 0.0f, 0};
+  const float* scale = packer.vector(weight, channels, channels, 1.0f);
+  const float* shift = packer.vector(bias, channels, channels, 0.0f);
+  return {scale, shift, static_cast<float>(*eps), 1};
+}
+
+uint64_t fingerprint(std::initializer_list<int64_t> key, const TensorList& tensors, size_t first, size_t last) {
+  uint64_t state = mix(0x66617374766974ull, kernels().panel * 2 + kernels().low_precision);
+  for (int64_t value : key) state = mix(state, static_cast<uint64_t>(value));
+  for (size_t i = first; i < last; ++i) state = tensors[i].has_value() ? sample(state, *tensors[i]) : mix(state, 1);
+  return state;
+}
+
+bool fits(const std::optional<Tensor>& packed, uint64_t mark, int64_t bytes) {
+  if (!packed.has_value() || packed->numel() != bytes || !packed->is_cpu() ||
+      packed->scalar_type() != ScalarType::Byte || !packed->is_contiguous())
+    return false;
+  uint64_t stored;
+  std::memcpy(&stored, packed->const_data_ptr(), sizeof stored);
+  return stored == mark;
+}
+
+void stamp(char* block, uint64_t mark) {
+  std::memset(block, 0, kAlignment);
+  std::memcpy(block, &mark, sizeof mark);
+}
+
+}  // namespace fk

@@ -1,0 +1,71 @@
+// Weights in the kernels' layout, in one block of bytes that can be kept from call to call.
+//
+// A block starts with a fingerprint of what it was made for: instruction set, compute type, shapes, and samples of the
+// weights. A block whose fingerprint differs is not used: the weights are then packed for this call alone.
+#pragma once
+
+#include "support.h"
+
+namespace fk {
+
+// Lays the weights of one operator out behind each other. An operator describes its weights twice, first to measure
+// (null base), then to get pointers and the list of what is to be filled in.
+class Packer {
+ public:
+  explicit Packer(char* base) : base_(base) {}
+
+  fk_linear linear(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
+                   int64_t taps = 1);
+  // `n` values converted to fp32; `fill` where the source is absent, and up to `padded`.
+  const float* vector(const fk_array& source, int64_t n, int64_t padded, float fill);
+
+  int64_t bytes() const { return used_; }
+  void fill() const;
+
+ protected:
+  char* take(int64_t bytes);
+  char* base_;
+  int64_t used_ = 64;
+
+ private:
+  struct Vector {
+    fk_array source;
+    int64_t n, padded;
+    float fill;
+    float* to;
+  };
+  std::vector<fk_pack_linear> linears_;
+  std::vector<Vector> vectors_;
+};
+
+// 32 bits from each of a few elements of every weight, mixed with `key`.
+uint64_t fingerprint(std::initializer_list<int64_t> key, const TensorList& tensors, size_t first, size_t last);
+
+bool fits(const std::optional<Tensor>& packed, uint64_t fingerprint, int64_t bytes);
+void stamp(char* block, uint64_t fingerprint);
+
+// The block for this call: `packed` when it fits, else a new one. `describe(packer)` lays out the weights and keeps the
+// pointers it gets; those of its last run are valid while the block lives.
+template <class P = Packer, class Describe>
+Tensor pack(const std::optional<Tensor>& packed, uint64_t mark, const Describe& describe) {
+  P measure(nullptr);
+  describe(measure);
+  const bool reuse = fits(packed, mark, measure.bytes());
+  Tensor block = reuse ? *packed : empty({measure.bytes()}, ScalarType::Byte);
+  char* base = static_cast<char*>(block.mutable_data_ptr());
+  P packer(base);
+  describe(packer);
+  if (!reuse) {
+    packer.fill();
+    stamp(base, mark);
+  }
+  return block;
+}
+
+float element(const fk_array& array, int64_t index);
+
+// The LayerNorm in front of an operator; absent affine parameters become ones and zeros.
+fk_norm norm_of(Packer& packer, const fk_array& weight, const fk_array& bias, std::optional<double> eps,
+                int64_t channels);
+
+}  // namespace fk

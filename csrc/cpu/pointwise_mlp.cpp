@@ -1,0 +1,95 @@
+#include "packed.h"
+
+namespace fk {
+namespace {
+
+struct Weights {
+  fk_norm norm;
+  fk_linear expand, project;
+};
+
+struct Mlp {
+  fk_array norm_weight, norm_bias, weight1, bias1, weight2, bias2;
+  int64_t channels, hidden, out;
+  std::optional<double> norm_eps;
+  bool low_precision;
+  uint64_t mark;
+};
+
+Mlp check(const TensorList& t, std::optional<double> norm_eps, ScalarType dtype) {
+  check_count(t, 8);
+  const Tensor &x = required(t, 0, "x"), &w1 = required(t, 3, "weight1"), &w2 = required(t, 5, "weight2");
+  STD_TORCH_CHECK(x.dim() >= 1 && w1.dim() == 2 && w2.dim() == 2, "x, weight1, weight2: unexpected rank");
+  Mlp m;
+  m.channels = x.size(x.dim() - 1);
+  m.hidden = w1.size(0);
+  m.out = w2.size(0);
+  m.norm_weight = view(t[1], "norm_weight", {m.channels});
+  m.norm_bias = view(t[2], "norm_bias", {m.channels});
+  m.weight1 = view(t[3], "weight1", {m.hidden, m.channels});
+  m.bias1 = view(t[4], "bias1", {m.hidden});
+  m.weight2 = view(t[5], "weight2", {m.out, m.hidden});
+  m.bias2 = view(t[6], "bias2", {m.out});
+  m.norm_eps = norm_eps;
+  m.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
+  m.mark = fingerprint({m.channels, m.hidden, m.out, m.low_precision}, t, 1, 7);
+  return m;
+}
+
+Tensor prepare(const Mlp& m, const std::optional<Tensor>& packed, Weights* w) {
+  return pack(packed, m.mark, [&](Packer& p) {
+    w->norm = norm_of(p, m.norm_weight, m.norm_bias, m.norm_eps, m.channels);
+    w->expand = p.linear(m.weight1, m.bias1, m.hidden, m.channels, m.low_precision);
+    w->project = p.linear(m.weight2, m.bias2, m.out, m.hidden, m.low_precision);
+  });
+}
+
+fk_activation activation_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "gelu" || name == "quick_gelu", "activation: unknown name");
+  return name == "gelu" ? FK_GELU : FK_QUICK_GELU;
+}
+
+Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps, std::string activation,
+           ScalarType dtype) {
+  const Mlp m = check(t, norm_eps, dtype);
+  Weights w;
+  const Tensor block = prepare(m, packed, &w);
+  const Tensor& x = *t[0];
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = m.out;
+  const ScalarType out_dtype = promoted(dtype, t[7]);
+  Tensor out = empty(shape, out_dtype);
+  if (t[7].has_value()) check_same_shape(*t[7], out, "residual");
+
+  fk_pointwise_mlp p = {};
+  p.x = view(x, "x");
+  p.residual = t[7].has_value() ? view(*t[7], "residual") : absent();
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = kernel_dtype(out_dtype);
+  p.norm = w.norm;
+  p.expand = w.expand;
+  p.project = w.project;
+  p.activation = activation_of(activation);
+  p.channels = m.channels;
+  p.rows = m.out ? out.numel() / m.out : 0;
+  // Normalised rows and running sums of a block stay in a part of L2.
+  const int64_t cached = kCacheBytes / (8 * std::max<int64_t>(1, std::max(m.channels, m.out)));
+  p.rows_per_task = rows_per_task(p.rows, std::min<int64_t>(224, std::max<int64_t>(28, cached)));
+  const fk_table& k = kernels();
+  run_tasks(blocks(p.rows, p.rows_per_task), k.scratch_pointwise_mlp(&p),
+            [&](int64_t task, void* memory) { k.pointwise_mlp(&p, task, memory); });
+  return out;
+}
+
+Tensor pack_only(TensorList t, std::optional<double> norm_eps, std::string, ScalarType dtype) {
+  Weights w;
+  return prepare(check(t, norm_eps, dtype), std::nullopt, &w);
+}
+
+}  // namespace
+}  // namespace fk
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
+  m.impl("pointwise_mlp", TORCH_BOX(&fk::run));
+  m.impl("pointwise_mlp_pack", TORCH_BOX(&fk::pack_only));
+}

@@ -1,0 +1,122 @@
+#include "support.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace fk {
+namespace {
+
+std::vector<const fk_table*> available() {
+  std::vector<const fk_table*> tables = {&fk_table_generic};
+#ifndef FK_ONLY_GENERIC
+  __builtin_cpu_init();  // also asks the operating system which registers it saves
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    tables.push_back(&fk_table_avx2);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
+      tables.push_back(&fk_table_avx512);
+      if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&fk_table_avx512bf16);
+    }
+  }
+#endif
+  return tables;
+}
+
+const fk_table& choose() {
+  const std::vector<const fk_table*> tables = available();
+  const char* wanted = std::getenv("FASTVIT_CPU_ISA");
+  if (wanted && *wanted)
+    for (const fk_table* table : tables)
+      if (!std::strcmp(table->name, wanted)) return *table;
+  return *tables.back();
+}
+
+struct Arena {
+  void* memory = nullptr;
+  int64_t bytes = 0;
+  ~Arena() { std::free(memory); }
+};
+
+}  // namespace
+
+const fk_table& kernels() {
+  static const fk_table& table = choose();
+  return table;
+}
+
+void* scratch(int64_t bytes) {
+  static thread_local Arena arena;
+  if (bytes > arena.bytes) {
+    std::free(arena.memory);
+    arena.bytes = 0;
+    arena.memory = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
+    if (!arena.memory) throw std::bad_alloc();
+    arena.bytes = bytes;
+  }
+  return arena.memory;
+}
+
+fk_dtype kernel_dtype(ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+                  "dtype: the CPU kernels take float32 and bfloat16");
+  return dtype == ScalarType::Float ? FK_F32 : FK_BF16;
+}
+
+fk_array view(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a dense row-major tensor");
+  const fk_dtype dtype = kernel_dtype(tensor.scalar_type());
+  return {tensor.const_data_ptr(), dtype, tensor.numel()};
+}
+
+fk_array view(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  if (!tensor.has_value()) return absent();
+  const auto sizes = tensor->sizes();
+  bool same = sizes.size() == shape.size();
+  for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape.begin()[i];
+  STD_TORCH_CHECK(same, name, ": unexpected shape");
+  return view(*tensor, name);
+}
+
+const Tensor& required(const TensorList& tensors, size_t index, const char* name) {
+  STD_TORCH_CHECK(tensors[index].has_value(), name, ": expected a tensor, got None");
+  return *tensors[index];
+}
+
+void check_count(const TensorList& tensors, size_t expected) {
+  STD_TORCH_CHECK(tensors.size() == expected, "tensors: expected ", expected, " entries, got ", tensors.size());
+}
+
+Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  int32_t code = dtype == ScalarType::Float      ? aoti_torch_dtype_float32()
+                 : dtype == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                 : aoti_torch_dtype_uint8();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                  code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+int64_t rows_per_image_task(int64_t images, int64_t rows, int64_t most) {
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  int64_t tasks = std::max<int64_t>(1, blocks(rows, most));
+  // With few tasks a thread without work costs most: round their number up to whole rounds, unless blocks get tiny.
+  while (images * tasks < 8 * threads && images * tasks % threads && rows / (tasks + 1) >= 1) ++tasks;
+  return std::max<int64_t>(1, blocks(rows, tasks));
+}
+
+int64_t rows_per_task(int64_t rows, int64_t most) { return rows_per_image_task(1, rows, most); }
+
+ScalarType promoted(ScalarType dtype, const std::optional<Tensor>& residual) {
+  return residual.has_value() && residual->scalar_type() == ScalarType::Float ? ScalarType::Float : dtype;
+}
+
+void check_same_shape(const Tensor& tensor, const Tensor& other, const char* name) {
+  const auto a = tensor.sizes(), b = other.sizes();
+  STD_TORCH_CHECK(a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin()), name, ": unexpected shape");
+}
+
+}  // namespace fk

@@ -1,0 +1,68 @@
+// What the torch-facing files share: checked views of tensors, the chosen kernel table, scratch memory, the task loop.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using TensorList = std::vector<std::optional<Tensor>>;
+
+// The kernels for this machine: the best instruction set it has, lowered by FASTVIT_CPU_ISA.
+const fk_table& kernels();
+
+// A dense row-major CPU tensor in fp32 or bf16 as the kernels see it. Raises on anything else: the kernels trust it.
+fk_array view(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape);
+fk_array view(const Tensor& tensor, const char* name);
+inline fk_array absent() { return {nullptr, FK_F32, 0}; }
+
+const Tensor& required(const TensorList& tensors, size_t index, const char* name);
+void check_count(const TensorList& tensors, size_t expected);
+
+fk_dtype kernel_dtype(ScalarType dtype);
+Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype);
+
+// 64-byte aligned memory of this thread, kept from call to call; valid until the thread asks again.
+void* scratch(int64_t bytes);
+
+// Run `task(index, scratch)` for every index on all threads; each thread takes the next index when it is done with one.
+template <class Task>
+void run_tasks(int64_t tasks, int64_t scratch_bytes, const Task& task) {
+  if (tasks <= 0) return;
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    (void)first;
+    (void)last;
+    void* memory = scratch(scratch_bytes);
+    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(index, memory);
+  });
+}
+
+// Part of a core's L2 cache that a task's rows may fill; the weights stream through the rest.
+constexpr int64_t kCacheBytes = 320 * 1024;
+
+inline int64_t blocks(int64_t rows, int64_t rows_per_task) { return (rows + rows_per_task - 1) / rows_per_task; }
+
+// Rows of a task, at most `most`: even blocks, and a multiple of the threads when there are few.
+int64_t rows_per_task(int64_t rows, int64_t most);
+// The same for rows that cannot be mixed across the images of a batch.
+int64_t rows_per_image_task(int64_t images, int64_t rows, int64_t most);
+
+// dtype of `residual + y` for a y in the compute dtype.
+ScalarType promoted(ScalarType dtype, const std::optional<Tensor>& residual);
+void check_same_shape(const Tensor& tensor, const Tensor& other, const char* name);
+
+}  // namespace fk
