@@ -1,0 +1,31 @@
+"""The public names. A name leaves these lists only through a deprecation."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+SURFACE = {
+    "fastvit_kernels": [
+        "BackendError",
+        "Explanation",
+        "Info",
+        "Report",
+        "accelerate",
+        "explain",
+        "info",
+        "ops",
+        "restore",
+        "use_backend",
+    ],
+    "fastvit_kernels.nn": ["ConvProjectionAttention", "PointwiseMLP"],
+    "fastvit_kernels.ops": ["BatchNorm", "Projection", "conv_projection", "global_attention", "pointwise_mlp"],
+}
+
+
+@pytest.mark.parametrize("module", SURFACE)
+def test_public_names(module):
+    found = importlib.import_module(module)
+    assert sorted(found.__all__) == SURFACE[module]
+    assert all(hasattr(found, name) for name in SURFACE[module])
