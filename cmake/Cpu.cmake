@@ -1,7 +1,6 @@
 file(GLOB cpu_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cpu/*.cpp)
 if(NOT cpu_sources)
-  message(WARNING "csrc/cpu holds no sources: the source tree is incomplete.")
-  return()
+  message(FATAL_ERROR "csrc/cpu holds no sources: the source tree is incomplete.")
 endif()
 
 set(FASTVIT_CXX_FLAGS -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra)

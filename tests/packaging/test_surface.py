@@ -19,7 +19,7 @@ SURFACE = {
         "restore",
         "use_backend",
     ],
-    "fastvit_kernels.nn": ["ConvProjectionAttention", "PointwiseMLP"],
+    "fastvit_kernels.nn": ["ConvProjectionAttention", "DropPath", "LayerNorm", "PointwiseMLP", "QuickGELU"],
     "fastvit_kernels.ops": ["BatchNorm", "Projection", "conv_projection", "global_attention", "pointwise_mlp"],
 }
 

@@ -1,0 +1,65 @@
+"""What `info()` reports, and the reasons for what is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import torch
+
+import fastvit_kernels
+from fastvit_kernels import _extension, environment
+
+
+def test_this_machine():
+    info = fastvit_kernels.info()
+    assert info.torch == torch.__version__
+    assert info.threads == torch.get_num_threads()
+    assert info.build == _extension.build_metadata()
+    assert list(info.backends) == ["cuda", "triton", "cpu", "reference"]
+    assert info.backends["cpu"].usable and info.backends["reference"].usable
+    assert info.isa.detail.split()[0] in info.build["cpu_isas"].split()
+    assert info.backends["cuda"].usable <= torch.cuda.is_available()
+
+
+def test_table_has_everything():
+    info = fastvit_kernels.info()
+    table = str(info)
+    for value in (info.version, info.processor, info.python, info.torch, info.isa.detail, info.triton.detail):
+        assert value in table
+    for name, availability in info.backends.items():
+        assert f"{name} " in table and str(availability) in table
+
+
+def test_default_backend_is_the_choice_in_force():
+    with fastvit_kernels.use_backend("reference"):
+        assert fastvit_kernels.info().default_backend == "reference"
+
+
+def test_missing_part_gives_its_reason(monkeypatch):
+    problem = "not built: some reason"
+    monkeypatch.setitem(_extension.parts, "cpu", _extension.Part("cpu", None, problem))
+    monkeypatch.setitem(_extension.parts, "cuda", _extension.Part("cuda", None, problem))
+    info = fastvit_kernels.info()
+    assert not info.backends["cpu"].usable and info.backends["cpu"].detail == problem
+    assert not info.backends["cuda"].usable and problem in info.backends["cuda"].detail
+
+
+def test_nothing_compiled_is_said(monkeypatch):
+    monkeypatch.setattr(_extension, "build_metadata", dict)
+    assert "nothing compiled" in str(fastvit_kernels.info())
+
+
+def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setattr(environment.triton_support, "import_problem", lambda: "not installed: no triton")
+    info = fastvit_kernels.info()
+    assert not info.triton.usable and info.backends["triton"] == info.triton
+
+
+def test_lowered_instruction_set():
+    script = "import fastvit_kernels; print(fastvit_kernels.info().isa.detail)"
+    told = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "FASTVIT_CPU_ISA": "generic"}, capture_output=True, text=True
+    )
+    assert told.stdout.strip() == "generic (FASTVIT_CPU_ISA=generic)", told.stderr
