@@ -174,7 +174,8 @@ FK_INLINE void projection_task(const struct fk_conv_projection& p, int64_t task,
     // Prefix rows stand right before the first band's pixels, in scratch and in the output alike.
     const int64_t out_tokens = p.prefix + b.out_h * b.out_w;
     const int64_t start = image * out_tokens + (tile == 0 ? 0 : p.prefix + band.first * b.out_w);
-    product(s.rows, s.lda, rows, (const A*)b.linear.panels, b.linear.k, 0, ceil_div(b.linear.n, kPanel),
+    const A* after = (const A*)p.branch[(i + 1) % kBranches].linear.panels;
+    product(s.rows, s.lda, rows, (const A*)b.linear.panels, b.linear.k, 0, ceil_div(b.linear.n, kPanel), after,
             [&](int64_t row, int64_t height, int64_t column, const float* tile_sums) {
               write_tile(tile_sums, kPanel, height, start + row, column, b.linear, b.out, p.out_dtype, no_residual);
             });

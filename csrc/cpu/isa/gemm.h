@@ -22,17 +22,25 @@ constexpr int64_t kStep = sizeof(A) == 2 ? 2 : 1;
 // A running fp32 sum longer than this is cut into partial sums: its rounding error grows with its length.
 constexpr int64_t kLongestSum = 256;
 
+// Weights are read once per block of rows and mostly come from beyond L2: while a tile is computed, its share of the
+// panel that comes next is fetched, `step` bytes per value of K.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+
 // out[MR][kPanel] (+)= A[MR][k] * panel[k][kPanel]. `a` is row-major with `lda` between rows; with `Transposed` it is
 // column-major with `lda` between values of K.
 template <int MR, bool Transposed>
 static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, const float* panel, int64_t k,
-                                                   float* out, int64_t ldo, bool accumulate) {
+                                                   float* out, int64_t ldo, bool accumulate, Ahead ahead) {
   vf c[MR][FK_NV];
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < FK_NV; ++j) c[i][j] = splat(0.0f);
   const float* row[5];
   for (int i = 0; i < (MR + 2) / 3; ++i) row[i] = a + 3 * i * lda;
   for (int64_t p = 0; p < k; ++p) {
+    __builtin_prefetch(ahead.at + p * ahead.step, 0, 2);
     vf b[FK_NV];
     for (int j = 0; j < FK_NV; ++j) b[j] = load(panel + p * kPanel + j * FK_VL);
 #pragma GCC unroll 16
@@ -53,13 +61,14 @@ static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, 
 // The same on bf16 pairs: panel[k / 2][kPanel][2]; k is even. A transposed operand is packed as [k / 2][lda / 2][2].
 template <int MR, bool Transposed>
 static __attribute__((noinline)) void tile_product(const bf16* a, int64_t lda, const bf16* panel, int64_t k, float* out,
-                                                   int64_t ldo, bool accumulate) {
+                                                   int64_t ldo, bool accumulate, Ahead ahead) {
   __m512 c[MR][FK_NV];
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < FK_NV; ++j) c[i][j] = _mm512_setzero_ps();
   const bf16* row[5];
   for (int i = 0; i < (MR + 2) / 3; ++i) row[i] = a + 3 * i * lda;
   for (int64_t p = 0; p < k; p += 2) {
+    __builtin_prefetch(ahead.at + p * ahead.step, 0, 2);
     __m512i b[FK_NV];
     for (int j = 0; j < FK_NV; ++j) b[j] = _mm512_loadu_si512(panel + p * kPanel + j * FK_VL * 2);
 #pragma GCC unroll 16
@@ -82,24 +91,27 @@ static __attribute__((noinline)) void tile_product(const bf16* a, int64_t lda, c
 template <class A, bool Transposed, int MR>
 struct TileProducts {
   FK_INLINE void run(int64_t rows, const A* a, int64_t lda, const A* panel, int64_t k, float* out, int64_t ldo,
-                     bool accumulate) {
-    if (rows == MR) return tile_product<MR, Transposed>(a, lda, panel, k, out, ldo, accumulate);
-    TileProducts<A, Transposed, MR - 1>::run(rows, a, lda, panel, k, out, ldo, accumulate);
+                     bool accumulate, Ahead ahead) {
+    if (rows == MR) return tile_product<MR, Transposed>(a, lda, panel, k, out, ldo, accumulate, ahead);
+    TileProducts<A, Transposed, MR - 1>::run(rows, a, lda, panel, k, out, ldo, accumulate, ahead);
   }
 };
 template <class A, bool Transposed>
 struct TileProducts<A, Transposed, 0> {
-  FK_INLINE void run(int64_t, const A*, int64_t, const A*, int64_t, float*, int64_t, bool) {}
+  FK_INLINE void run(int64_t, const A*, int64_t, const A*, int64_t, float*, int64_t, bool, Ahead) {}
 };
 
 template <bool Transposed = false, class A>
 FK_INLINE void tile(int64_t rows, const A* a, int64_t lda, const A* panel, int64_t k, float* out, int64_t ldo,
-                    bool accumulate) {
+                    bool accumulate, Ahead ahead) {
   // Twice as many values are allowed: splitting a sum of 384 would cost more than its rounding does.
   const int64_t step = k <= 2 * kLongestSum ? k : kLongestSum;
-  for (int64_t p = 0; p < k; p += step)
+  for (int64_t p = 0; p < k; p += step) {
+    const Ahead rest = {ahead.at + p * ahead.step, ahead.step};
     TileProducts<A, Transposed, kTileRows>::run(rows, a + (Transposed ? p / kStep<A> * lda : p), lda,
-                                                panel + p * kPanel, min64(step, k - p), out, ldo, accumulate || p > 0);
+                                                panel + p * kPanel, min64(step, k - p), out, ldo, accumulate || p > 0,
+                                                rest);
+  }
 }
 
 // Rows are cut into tiles of nearly equal height: a tile of one or two rows would wait on the latency of its few sums.
@@ -114,19 +126,37 @@ FK_INLINE RowTiles row_tiles(int64_t rows) {
 FK_INLINE int64_t tile_start(const RowTiles& t, int64_t i) { return i * t.base + min64(i, t.longer); }
 FK_INLINE int64_t tile_height(const RowTiles& t, int64_t i) { return t.base + (i < t.longer ? 1 : 0); }
 
+// The share of tile `t` in fetching the panel at `next`, k values deep.
+template <class A>
+FK_INLINE Ahead fetch_ahead(const A* next, int64_t k, const RowTiles& tiles, int64_t t) {
+  const int64_t step = kPanel * (int64_t)sizeof(A) / tiles.count;
+  Ahead ahead = {(const char*)next + t * k * step, step};
+  return ahead;
+}
+// For operands that are in the cache anyway.
+template <class A>
+FK_INLINE Ahead fetch_nothing(const A* panel) {
+  Ahead ahead = {(const char*)panel, 0};
+  return ahead;
+}
+
 // Panels [first, last) of rows x panels; `epilogue(row, rows, column, tile)` sees each finished tile [rows][kPanel].
+// `after` is what will be read next.
 template <class A, class Epilogue>
 FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, int64_t k, int64_t first, int64_t last,
-                       Epilogue epilogue) {
+                       const A* after, Epilogue epilogue) {
   float out[kTileRows * kPanel] __attribute__((aligned(64)));
-  RowTiles tiles = row_tiles(rows);
-  int64_t depth = round_up(k, kStep<A>);
-  for (int64_t n = first; n < last; ++n)
+  const RowTiles tiles = row_tiles(rows);
+  const int64_t depth = round_up(k, kStep<A>);
+  for (int64_t n = first; n < last; ++n) {
+    const A* panel = panels + n * depth * kPanel;
+    const A* next = n + 1 < last ? panel + depth * kPanel : after;
     for (int64_t t = 0; t < tiles.count; ++t) {
-      int64_t row = tile_start(tiles, t), height = tile_height(tiles, t);
-      tile(height, a + row * lda, lda, panels + n * depth * kPanel, depth, out, kPanel, false);
+      const int64_t row = tile_start(tiles, t), height = tile_height(tiles, t);
+      tile(height, a + row * lda, lda, panel, depth, out, kPanel, false, fetch_ahead(next, depth, tiles, t));
       epilogue(row, height, n * kPanel, out);
     }
+  }
 }
 
 // Write a finished tile to a row-major tensor: bias, optional residual, conversion; columns past n are dropped.

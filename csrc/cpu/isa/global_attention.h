@@ -172,7 +172,7 @@ static __attribute__((noinline)) void attend(const struct fk_global_attention& p
     for (int64_t t = 0; t < key_tiles.count; ++t) {
       const int64_t row = tile_start(key_tiles, t);
       tile(tile_height(key_tiles, t), keys + (first + row) * key_stride, key_stride, s.queries, s.depth,
-           s.scores + row * kPanel, kPanel, false);
+           s.scores + row * kPanel, kPanel, false, fetch_nothing(s.queries));
     }
     for (int j = 0; j < FK_NV; ++j) {
       float* column = s.scores + j * FK_VL;
@@ -201,7 +201,8 @@ static __attribute__((noinline)) void attend(const struct fk_global_attention& p
       for (int64_t t = 0; t < query_tiles.count; ++t) {
         const int64_t row = tile_start(query_tiles, t);
         tile<true>(tile_height(query_tiles, t), weights + row * kStep<A>, kPanel * kStep<A>,
-                   s.values + c * depth + first * kPanel, k, s.head + row * s.ldv + c, s.ldv, first > 0);
+                   s.values + c * depth + first * kPanel, k, s.head + row * s.ldv + c, s.ldv, first > 0,
+                   fetch_nothing(s.values));
       }
   }
   for (int64_t q = 0; q < queries; ++q) {
@@ -249,7 +250,8 @@ FK_INLINE void attention_task(const struct fk_global_attention& p, int64_t task,
   if (!p.projection.panels) return write_rows(p, s.rows, s.lda, start, rows);
   if (p.value_channels % 2)
     for (int64_t i = 0; i < rows; ++i) from_float(s.rows + i * s.lda + p.value_channels, 0.0f);
-  product(s.rows, s.lda, rows, (const A*)p.projection.panels, p.projection.k, 0, ceil_div(p.projection.n, kPanel),
+  const A* panels = (const A*)p.projection.panels;
+  product(s.rows, s.lda, rows, panels, p.projection.k, 0, ceil_div(p.projection.n, kPanel), panels,
           [&](int64_t row, int64_t height, int64_t column, const float* sums) {
             write_tile(sums, kPanel, height, start + row, column, p.projection, p.out, p.out_dtype, p.residual);
           });

@@ -56,7 +56,8 @@ FK_INLINE void embedding_task(const struct fk_patch_embedding& p, int64_t task, 
       gather_neighbourhood<float>(p, first + i, s.rows + i * s.lda, padded);
     else
       gather_neighbourhood<bf16>(p, first + i, s.rows + i * s.lda, padded);
-  product(s.rows, s.lda, rows, (const A*)p.linear.panels, p.linear.k, 0, ceil_div(p.linear.n, kPanel),
+  const A* panels = (const A*)p.linear.panels;
+  product(s.rows, s.lda, rows, panels, p.linear.k, 0, ceil_div(p.linear.n, kPanel), panels,
           [&](int64_t row, int64_t height, int64_t column, const float* tile) {
             for (int64_t i = 0; i < height; ++i)
               for (int64_t j = 0; j < kPanel; j += FK_VL)

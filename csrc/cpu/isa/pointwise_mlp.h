@@ -50,24 +50,30 @@ static __attribute__((noinline)) void mlp_block(const struct fk_pointwise_mlp& p
   const int64_t depth = round_up(p.expand.k, kStep<A>), hidden_depth = round_up(p.project.k, kStep<A>);
   const int64_t hidden_panels = ceil_div(p.expand.n, kPanel), out_panels = ceil_div(p.project.n, kPanel);
   const int64_t chunk = kHiddenChunk / kPanel;
+  const A* expand = (const A*)p.expand.panels;
   for (int64_t h = 0; h < hidden_panels; h += chunk) {
     const int64_t h_end = min64(h + chunk, hidden_panels);
-    product(s.normed, s.lda, rows, (const A*)p.expand.panels, depth, h, h_end,
+    const int64_t k_first = h * kPanel;
+    const A* project = (const A*)p.project.panels + k_first * kPanel;
+    product(s.normed, s.lda, rows, expand, depth, h, h_end, project,
             [&](int64_t row, int64_t height, int64_t column, const float* tile) {
               activate_tile<A, Activation>(tile, height, p.expand.bias + column,
                                            s.hidden + row * s.ldh + column - h * kPanel, s.ldh);
             });
     // Hidden channels past the end are act(0) = 0 against no weights: the depth stops at the last real one.
-    const int64_t k_first = h * kPanel, k = min64(h_end * kPanel, hidden_depth) - k_first;
+    const int64_t k = min64(h_end * kPanel, hidden_depth) - k_first;
     const bool last = h_end == hidden_panels;
-    for (int64_t n = 0; n < out_panels; ++n)
+    for (int64_t n = 0; n < out_panels; ++n) {
+      const A* panel = project + n * hidden_depth * kPanel;
+      const A* next =
+          n + 1 < out_panels ? panel + hidden_depth * kPanel : expand + h_end % hidden_panels * depth * kPanel;
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t row = tile_start(tiles, t), height = tile_height(tiles, t);
         float* sums = s.sums + row * s.lds + n * kPanel;
-        tile(height, s.hidden + row * s.ldh, s.ldh, (const A*)p.project.panels + (n * hidden_depth + k_first) * kPanel,
-             k, sums, s.lds, h > 0);
+        tile(height, s.hidden + row * s.ldh, s.ldh, panel, k, sums, s.lds, h > 0, fetch_ahead(next, k, tiles, t));
         if (last) write_tile(sums, s.lds, height, first + row, n * kPanel, p.project, p.out, p.out_dtype, p.residual);
       }
+    }
   }
 }
 
