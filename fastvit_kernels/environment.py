@@ -83,7 +83,7 @@ class Info:
         return "\n".join(lines)
 
 
-def processor() -> str:
+def cpu_model() -> str:
     """The processor's own name for itself, the architecture where it has none."""
     path = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
@@ -106,9 +106,15 @@ def _isa() -> Availability:
     problem = _extension.parts["cpu"].problem
     if problem is not None:
         return Availability(False, problem)
+    chosen = str(torch.ops.fastvit.cpu_isa())
     wish = os.environ.get("FASTVIT_CPU_ISA")
-    reason = f"FASTVIT_CPU_ISA={wish}" if wish else "the best this processor has of those built"
-    return Availability(True, f"{torch.ops.fastvit.cpu_isa()} ({reason})")
+    if not wish:
+        reason = "the best of those built that this processor has"
+    elif wish == chosen:
+        reason = "FASTVIT_CPU_ISA"
+    else:
+        reason = f"FASTVIT_CPU_ISA={wish} is not among those built that this processor has"
+    return Availability(True, f"{chosen} ({reason})")
 
 
 def _triton() -> Availability:
@@ -160,7 +166,7 @@ def info() -> Info:
         python=platform.python_version(),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
-        processor=processor(),
+        processor=cpu_model(),
         cores=cores(),
         isa=isa,
         triton=triton,
