@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastvit_kernels.models.checkpoints import Conversion
+from fastvit_kernels.models.cvt_keys import from_transformers, is_transformers
+from fastvit_kernels.models.registry import register
 from fastvit_kernels.nn import ConvProjectionAttention, DropPath, LayerNorm, PointwiseMLP, QuickGELU
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
-
-from .checkpoints import Conversion
-from .cvt_keys import from_transformers, is_transformers
-from .registry import register
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 

@@ -188,7 +188,9 @@ class DepthwiseConvNorm(nn.Module):
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
+        # For one image a convolution may leave channels-last memory, and then PyTorch's CPU batch norm (seen in 2.13)
+        # returns a wrong input gradient when the batch stride of the gradient it gets is not H*W*C.
+        return self.bn(self.conv(x).contiguous(memory_format=torch.channels_last))
 
 
 def _map_step(method: str, channels: int, kernel_size: int, stride: int, padding: int) -> nn.Module | None:
