@@ -1,9 +1,22 @@
 """Fused kernels for hybrid convolution/attention vision transformers."""
 
 from fastvit_kernels import _extension, ops
+from fastvit_kernels.accelerate import Report, accelerate, restore
 from fastvit_kernels.environment import Info, info
+from fastvit_kernels.explain import Explanation, explain
 from fastvit_kernels.ops.dispatch import BackendError, use_backend
 
-__all__ = ["BackendError", "Info", "info", "ops", "use_backend"]
+__all__ = [
+    "BackendError",
+    "Explanation",
+    "Info",
+    "Report",
+    "accelerate",
+    "explain",
+    "info",
+    "ops",
+    "restore",
+    "use_backend",
+]
 
 _extension.load()

@@ -1,0 +1,31 @@
+"""Which classes of other libraries can be accelerated: one table, and the look-up."""
+
+from __future__ import annotations
+
+import importlib
+
+from fastvit_kernels.integrations.adapter import Adapter
+
+# A library is imported by nobody but its own instances: a row is used only when an instance of its class turns up.
+_HOSTS = {
+    "transformers.models.cvt.modeling_cvt.CvtLayer": "transformers_cvt",
+}
+
+KNOWN = tuple(_HOSTS)
+
+
+def adapter_of(cls: type) -> Adapter | None:
+    """The adapter whose host or accelerated class `cls` is, exactly; None for any other class."""
+    if cls.__module__.startswith(f"{__name__}."):
+        integration = cls.__module__
+    elif (name := _HOSTS.get(f"{cls.__module__}.{cls.__qualname__}")) is not None:
+        integration = f"{__name__}.{name}"
+    else:
+        return None
+    adapter: Adapter = importlib.import_module(integration).ADAPTER
+    return adapter if cls in (adapter.host, adapter.fused) else None
+
+
+def known_base(cls: type) -> type | None:
+    """The class with an adapter that `cls` derives from without being it, or None."""
+    return next((base for base in cls.__mro__[1:] if adapter_of(base) is not None), None)

@@ -1,0 +1,82 @@
+"""What an integration provides: a host class, the class that stands in for it, and when it may.
+
+Acceleration changes the class of an instance and nothing else, so parameters, buffers, hooks, children, `state_dict`
+keys and everybody's references stay what they were. What the new class needs beside the host's attributes is one
+`State` in the instance's `__dict__`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from fastvit_kernels.ops.packing import PackedWeights
+
+STATE = "_fastvit"
+
+
+@dataclass
+class State:
+    """What an accelerated module carries.
+
+    Attributes:
+        backend: passed to its operators.
+        packed: packed weights by operator name, or None when it is not prepared for inference.
+    """
+
+    backend: str | None
+    packed: dict[str, PackedWeights] | None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One host class and its accelerated form.
+
+    Attributes:
+        host: the class as its library defines it; only exact instances are replaced.
+        fused: a subclass of `host` that overrides `forward` and nothing else.
+        operators: names of the operators that `fused` calls, each once.
+        obstacles: why an instance of `host` must be left alone.
+        unfused: why parts of an accelerated instance would run the host's own code if it were called now.
+        pack: packs the weights of an accelerated, prepared instance in evaluation mode now, not at its first call.
+    """
+
+    host: type[nn.Module]
+    fused: type[nn.Module]
+    operators: tuple[str, ...]
+    obstacles: Callable[[nn.Module], list[str]]
+    unfused: Callable[[nn.Module], list[str]]
+    pack: Callable[[nn.Module], None]
+
+
+class Outcome(NamedTuple):
+    """What became of one known module.
+
+    Attributes:
+        before, after: class and configuration; equal when nothing changed.
+        reasons: why nothing changed, or why parts of an accelerated module would run unfused if it were called now.
+    """
+
+    before: str
+    after: str
+    reasons: tuple[str, ...]
+
+
+def state_of(module: nn.Module) -> State:
+    """The state of an accelerated module."""
+    state = module.__dict__[STATE]
+    assert isinstance(state, State)
+    return state
+
+
+def describe(cls: type, backend: str | None, prepared: bool) -> str:
+    """A class and its configuration, as reports show it."""
+    words = [cls.__name__]
+    if prepared:
+        words.append("weights packed")
+    if backend is not None:
+        words.append(f"backend {backend!r}")
+    return ", ".join(words)

@@ -1,0 +1,35 @@
+"""Fixtures shared by the test suite."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def tiny_cvt():
+    """Makes small CvTs of transformers with weights so large that every layer matters; arguments go to `CvtConfig`."""
+    from transformers import CvtConfig, CvtForImageClassification
+
+    def make(seed: int = 0, **config):
+        torch.manual_seed(seed)
+        small = {"depth": [1, 2, 3], "embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "num_labels": 7}
+        model = CvtForImageClassification(CvtConfig(**{**small, "drop_path_rate": [0.0, 0.0, 0.0], **config}))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                scale = 0.3 if parameter.ndim < 2 else 2.0 / parameter[0].numel() ** 0.5
+                parameter.normal_(0.0, scale)
+            for name, buffer in model.named_buffers():
+                if buffer.is_floating_point():
+                    buffer.uniform_(0.5, 1.5) if name.endswith("var") else buffer.normal_(0.0, 0.3)
+        return model.eval()
+
+    # Models this small only wait for a second thread.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make
+    torch.set_num_threads(threads)

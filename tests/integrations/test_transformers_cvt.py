@@ -1,0 +1,430 @@
+"""transformers' CvT on fused operators: the same numbers in every mode, the original code where that is impossible."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import QuickGELUActivation
+from transformers.models.cvt.modeling_cvt import CvtDropPath, CvtLayer
+
+import fastvit_kernels
+from fastvit_kernels.integrations.transformers_cvt import FusedCvtLayer
+from fastvit_kernels.nn import QuickGELU
+from fastvit_kernels.testing import relative_l2
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+OPERATORS = ["conv_projection", "global_attention", "pointwise_mlp"]
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, CvtLayer)]
+
+
+def image(*size, dtype=torch.float32, seed=1):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def pair(model, inference=False):
+    """The model as it is, and an accelerated copy of it."""
+    fused = copy.deepcopy(model)
+    report = fastvit_kernels.accelerate(fused, inference=inference)
+    assert len(report.replaced) == len(layers(model)) and not report.left_alone
+    return model, fused
+
+
+def training_step(model, x, seed=5):
+    """Logits, loss, every gradient and every buffer after one step's forward and backward."""
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    output = model(x, labels=torch.arange(len(x)) % 7)
+    output.loss.backward()
+    gradients = {"input": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+    return {"logits": output.logits, "loss": output.loss, **gradients, **dict(model.named_buffers())}
+
+
+def assert_same_step(stock, fused, x, tolerance):
+    expected, found = training_step(stock, x), training_step(fused, x)
+    assert expected.keys() == found.keys()
+    # Some gradients are zero but for rounding (the bias of the keys): they are measured against the largest one.
+    floor = max(float(value.grad.norm()) for value in stock.parameters())
+    for name, value in expected.items():
+        difference = float((found[name] - value).detach().double().norm())
+        assert difference <= tolerance * max(float(value.detach().double().norm()), floor), name
+
+
+def fused_calls(model, *inputs):
+    """Which operators ran, by module path."""
+    calls = {}
+    for decision in fastvit_kernels.explain(model, *inputs).decisions:
+        calls.setdefault(decision.module, []).append(decision.operator)
+    return calls
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_logits_and_hidden_states(tiny_cvt, dtype, inference):
+    stock, fused = pair(tiny_cvt().to(dtype), inference)
+    with torch.no_grad():
+        for size in ((2, 3, 48, 64), (1, 3, 45, 51)):
+            x = image(*size, dtype=dtype)
+            expected = stock(x, output_hidden_states=True)
+            found = fused(x, output_hidden_states=True)
+            assert relative_l2(found.logits, expected.logits) <= TOLERANCE[dtype]
+            assert len(found.hidden_states) == len(expected.hidden_states) == 3
+            for a, b in zip(found.hidden_states, expected.hidden_states, strict=True):
+                assert a.shape == b.shape and relative_l2(a, b) <= TOLERANCE[dtype]
+
+
+def test_every_layer_runs_the_three_operators(tiny_cvt):
+    fused = tiny_cvt()
+    fastvit_kernels.accelerate(fused)
+    calls = fused_calls(fused, image(1, 3, 48, 64))
+    assert list(calls.values()) == [OPERATORS] * 6
+    assert [fused.get_submodule(path) for path in calls] == layers(fused)
+
+
+def test_the_arithmetic_is_tested_by_a_model_that_reacts(tiny_cvt):
+    """A change of any layer shows in the logits far above the tolerances used here."""
+    model = tiny_cvt()
+    x = image(2, 3, 48, 64)
+    with torch.no_grad():
+        before = model(x).logits
+        for layer in layers(model):
+            changed = copy.deepcopy(layer.attention.attention.projection_value.weight)
+            layer.attention.attention.projection_value.weight.mul_(1.01)
+            assert relative_l2(model(x).logits, before) > 1e-4
+            layer.attention.attention.projection_value.weight.copy_(changed)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_training_step(tiny_cvt, dtype):
+    stock, fused = pair(tiny_cvt().train().to(dtype))
+    assert_same_step(stock, fused, image(3, 3, 48, 64, dtype=dtype), 20 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rate", ["drop_rate", "attention_drop_rate", "drop_path_rate"])
+def test_dropouts_draw_the_same_numbers(tiny_cvt, rate):
+    rates = [0.3, 0.3, 0.3]
+    model = tiny_cvt(**{rate: rates}).train().double()
+    if rate == "drop_path_rate":
+        # The first rate of a stage is 0, and all layers of the first stage get that one.
+        assert [type(layer.drop_path) for layer in layers(model)] == [nn.Identity, *[CvtDropPath] * 5]
+    stock, fused = pair(model)
+    x = image(4, 3, 48, 64, dtype=torch.float64)
+    once, again = (copy.deepcopy(stock)(x).logits for _ in range(2))
+    assert relative_l2(once, again) > 1e-3
+    assert_same_step(stock, fused, x, 1e-10)
+
+
+def test_attention_dropout_runs_the_attention_unfused_in_training_only(tiny_cvt):
+    model = tiny_cvt(attention_drop_rate=[0.3, 0.3, 0.3])
+    fastvit_kernels.accelerate(model)
+    x = image(2, 3, 48, 64)
+    assert list(fused_calls(model, x).values()) == [OPERATORS] * 6
+    assert list(fused_calls(model.train(), x).values()) == [["pointwise_mlp"]] * 6
+
+
+def batch_norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def cumulative(model):
+    for bn in batch_norms(model):
+        bn.momentum = None
+
+
+def untracked(model):
+    for bn in batch_norms(model):
+        bn.track_running_stats = False
+        bn.running_mean = bn.running_var = bn.num_batches_tracked = None
+
+
+def frozen(model):
+    for bn in batch_norms(model):
+        bn.eval()
+
+
+def partly_frozen(model):
+    batch_norms(model)[0].eval()
+
+
+@pytest.mark.parametrize("change", [cumulative, untracked, frozen, partly_frozen])
+def test_batch_norm_modes(tiny_cvt, change):
+    stock, fused = pair(tiny_cvt().double())
+    x = image(3, 3, 48, 64, dtype=torch.float64)
+    for model in (stock, fused):
+        change(model.train())
+    for _ in range(2):
+        assert_same_step(stock, fused, x, 1e-10)
+    with torch.no_grad():
+        assert relative_l2(fused.eval()(x).logits, stock.eval()(x).logits) <= 1e-10
+
+
+def test_sync_batch_norm_in_one_process(tiny_cvt):
+    stock = tiny_cvt().double()
+    fused = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(stock))
+    assert fastvit_kernels.accelerate(fused)
+    x = image(2, 3, 48, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_l2(fused(x).logits, stock(x).logits) <= 1e-12
+    assert list(fused_calls(fused, x).values()) == [OPERATORS] * 6
+
+
+def test_autocast(tiny_cvt):
+    stock, fused = pair(tiny_cvt())
+    x = image(2, 3, 48, 64)
+    with torch.no_grad():
+        exact = copy.deepcopy(stock).double()(x.double(), output_hidden_states=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, found = (model(x, output_hidden_states=True) for model in (stock, fused))
+    assert found.logits.dtype == expected.logits.dtype
+    pairs = zip(found.hidden_states, expected.hidden_states, exact.hidden_states, strict=True)
+    for a, b, y in [*pairs, (found.logits, expected.logits, exact.logits)]:
+        assert a.dtype == b.dtype
+        assert relative_l2(a, y) <= 2 * relative_l2(b, y) + 2**-8
+
+
+def test_bfloat16_model(tiny_cvt):
+    stock, fused = pair(tiny_cvt().bfloat16())
+    x = image(2, 3, 48, 64)
+    with torch.no_grad():
+        exact = copy.deepcopy(stock).double()(x.double()).logits
+        found, expected = fused(x.bfloat16()).logits, stock(x.bfloat16()).logits
+    assert found.dtype == torch.bfloat16
+    assert relative_l2(found, exact) <= 2 * relative_l2(expected, exact) + 2**-8
+
+
+@pytest.mark.parametrize("activation", [QuickGELU, QuickGELUActivation])
+def test_quick_gelu(tiny_cvt, activation):
+    model = tiny_cvt().double()
+    with_gelu = copy.deepcopy(model)
+    for layer in layers(model):
+        layer.intermediate.activation = activation()
+    stock, fused = pair(model)
+    x = image(2, 3, 48, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_l2(stock(x).logits, with_gelu(x).logits) > 1e-4
+        assert relative_l2(fused(x).logits, stock(x).logits) <= 1e-12
+    assert list(fused_calls(fused, x).values()) == [OPERATORS] * 6
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OtherLayer(CvtLayer):
+    def forward(self, hidden_state, height, width):
+        return 2 * super().forward(hidden_state, height, width)
+
+
+def tanh_gelu(layer):
+    layer.intermediate.activation = nn.GELU("tanh")
+
+
+def hook_on_a_linear(layer):
+    layer.attention.attention.projection_key.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def hook_on_a_container(layer):
+    layer.intermediate.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def hook_on_attention_dropout(layer):
+    layer.attention.attention.dropout.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def backward_hook(layer):
+    layer.output.dense.register_full_backward_hook(lambda module, grads, outputs: None)
+
+
+def another_linear(layer):
+    linear = layer.attention.attention.projection_query
+    layer.attention.attention.projection_query = ScaledLinear(
+        linear.in_features, linear.out_features, dtype=linear.weight.dtype
+    )
+
+
+def parametrized_linear(layer):
+    parametrizations.weight_norm(layer.output.dense)
+
+
+def circular_padding(layer):
+    layer.attention.attention.convolution_projection_key.convolution_projection.convolution.padding_mode = "circular"
+
+
+def replaced_forward(layer):
+    original = layer.forward
+    layer.forward = lambda *args: 2 * original(*args)
+
+
+def replaced_child_forward(layer):
+    original = layer.layernorm_after.forward
+    layer.layernorm_after.forward = lambda x: 2 * original(x)
+
+
+def subclass(layer):
+    layer.__class__ = OtherLayer
+
+
+OBSTACLES = {
+    tanh_gelu: "the fused ones are QuickGELU and exact GELU",
+    hook_on_a_linear: "k's linear has hooks",
+    hook_on_a_container: "intermediate has hooks",
+    hook_on_attention_dropout: "attention dropout has hooks",
+    backward_hook: "second linear has hooks",
+    another_linear: "is a ScaledLinear",
+    parametrized_linear: "is a ParametrizedLinear",
+    circular_padding: "pads with 'circular'",
+    replaced_forward: "its forward was replaced",
+    replaced_child_forward: "layer norm has hooks",
+    subclass: "derives from CvtLayer",
+}
+
+
+@pytest.mark.parametrize("change", OBSTACLES, ids=lambda change: change.__name__)
+def test_left_alone_with_reason(tiny_cvt, change):
+    model = tiny_cvt().double()
+    layer = layers(model)[2]
+    change(layer)
+    cls = type(layer)
+    x = image(1, 3, 48, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x).logits
+        report = fastvit_kernels.accelerate(model)
+        assert relative_l2(model(x).logits, expected) <= 1e-12
+    assert len(report.replaced) == 5 and type(layer) is cls
+    (entry,) = report.left_alone
+    assert entry.path == "cvt.encoder.stages.1.layers.1" and entry.module == cls.__name__
+    assert any(OBSTACLES[change] in reason for reason in entry.reasons), entry.reasons
+    assert OBSTACLES[change] in str(report)
+
+
+LATER = [change for change in OBSTACLES if change not in (subclass, replaced_forward)]
+
+
+@pytest.mark.parametrize("change", LATER, ids=lambda change: change.__name__)
+def test_obstacles_that_come_later_are_noticed(tiny_cvt, change):
+    stock, fused = pair(tiny_cvt().double(), inference=True)
+    for model in (stock, fused):
+        torch.manual_seed(7)
+        change(layers(model)[2])
+        model.double()
+    assert_same_step(stock, fused, image(2, 3, 48, 64, dtype=torch.float64), 1e-10)
+    explanation = fastvit_kernels.explain(fused, image(1, 3, 48, 64, dtype=torch.float64))
+    (entry,) = explanation.unfused
+    assert entry.path == "cvt.encoder.stages.1.layers.1"
+    assert any(OBSTACLES[change] in reason for reason in entry.reasons)
+
+
+def test_a_hook_that_is_removed_lets_the_layer_fuse_again(tiny_cvt):
+    model = tiny_cvt()
+    fastvit_kernels.accelerate(model)
+    x, seen = image(1, 3, 48, 64), []
+    handle = layers(model)[0].output.dense.register_forward_hook(lambda *args: seen.append(1))
+    assert fused_calls(model, x)["cvt.encoder.stages.0.layers.0"] == OPERATORS[:2] and seen
+    handle.remove()
+    assert fused_calls(model, x)["cvt.encoder.stages.0.layers.0"] == OPERATORS
+
+
+def test_hooks_of_the_layer_and_of_modules_that_are_called_do_not_keep_it_from_fusing(tiny_cvt):
+    model = tiny_cvt()
+    seen = []
+    layers(model)[0].register_forward_hook(lambda *args: seen.append("layer"))
+    layers(model)[0].drop_path.register_forward_hook(lambda *args: seen.append("drop_path"))
+    stock, fused = pair(model)
+    x = image(1, 3, 48, 64)
+    with torch.no_grad():
+        expected = stock(x).logits
+        calls = list(seen)
+        seen.clear()
+        assert relative_l2(fused(x).logits, expected) <= 1e-5
+    assert seen == calls == ["drop_path", "drop_path", "layer"]
+    assert fused_calls(fused, x)["cvt.encoder.stages.0.layers.0"] == OPERATORS
+
+
+@pytest.mark.parametrize("method", ["avg", "linear"])
+def test_other_projection_methods_are_left_alone(method):
+    layer = CvtLayer(1, 16, 3, 1, 1, 1, 2, method, True, 0.0, 0.0, 4.0, 0.0, with_cls_token=False)
+    report = fastvit_kernels.accelerate(layer)
+    assert not report and type(layer) is CvtLayer
+    assert "convolution_projection_key has no convolution" in str(report)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(tiny_cvt, use_reentrant):
+    results = []
+    for model in pair(tiny_cvt(drop_path_rate=[0.3, 0.3, 0.3]).train().double()):
+        layer = layers(model)[1]
+        tokens = image(3, 24, 32, dtype=torch.float64).requires_grad_()
+        torch.manual_seed(2)
+        checkpoint(layer, tokens, 4, 6, use_reentrant=use_reentrant).square().sum().backward()
+        results.append([tokens.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_lone_layer(tiny_cvt):
+    layer = layers(tiny_cvt())[-1]
+    tokens = image(2, 1 + 3 * 5, 64)
+    with torch.no_grad():
+        expected = layer(tokens, 3, 5)
+        report = fastvit_kernels.accelerate(layer)
+        assert [entry.path for entry in report.replaced] == [""]
+        assert type(layer) is FusedCvtLayer and relative_l2(layer(tokens, 3, 5), expected) <= 1e-5
+        assert relative_l2(layer(tokens, height=3, width=5), expected) <= 1e-5
+
+
+def test_compiled_inference(tiny_cvt):
+    stock, fused = pair(tiny_cvt(), inference=True)
+    compiled = torch.compile(fused, fullgraph=True)
+    x = image(2, 3, 48, 64)
+    with torch.no_grad():
+        assert relative_l2(compiled(x).logits, stock(x).logits) <= 1e-5
+        # The compiled code must not go on with weights packed before a change either.
+        for model in (stock, fused):
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+        assert relative_l2(compiled(x).logits, stock(x).logits) <= 1e-5
+
+
+def test_compiled_training(tiny_cvt):
+    stock, fused = pair(tiny_cvt(depth=[1, 2, 3]).train())
+    layer, fused_layer = layers(stock)[-1], layers(fused)[-1]
+    compiled = torch.compile(fused_layer, fullgraph=True)
+    results = []
+    for module in (layer, compiled):
+        tokens = image(2, 1 + 12, 64).requires_grad_()
+        module(tokens, 3, 4).square().sum().backward()
+        results.append([tokens.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    largest = max(float(gradient.norm()) for gradient in results[0][1:-9])
+    for expected, found in zip(*results, strict=True):
+        assert float((found - expected).double().norm()) <= 1e-4 * max(float(expected.double().norm()), largest)
+
+
+def test_accelerating_a_compiled_model(tiny_cvt):
+    stock = tiny_cvt()
+    model = copy.deepcopy(stock)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = image(1, 3, 48, 64)
+    with torch.no_grad():
+        expected = compiled(x).logits
+        report = fastvit_kernels.accelerate(compiled)
+        assert len(report.replaced) == 6 and "compiled again at the next call" in str(report)
+        assert report.replaced[0].path == "_orig_mod.cvt.encoder.stages.0.layers.0"
+        for layer in layers(model):
+            # Only the accelerated code reads this; a result that follows it comes from new code.
+            layer.__dict__["_fastvit"].backend = "no such backend"
+        with pytest.raises(Exception, match="no such backend"):
+            compiled(x)
+        for layer in layers(model):
+            layer.__dict__["_fastvit"].backend = None
+        assert relative_l2(compiled(x).logits, expected) <= 1e-5
+        assert len(fastvit_kernels.explain(compiled, x).decisions) == 18
+        fastvit_kernels.restore(compiled)
+        assert relative_l2(compiled(x).logits, expected) <= 1e-5
