@@ -1,6 +1,12 @@
-"""Argument checks shared by the operators: every message names the argument, what came and what was expected."""
+"""Argument checks shared by the operators: every message names the argument, what came and what was expected.
+
+They run on every call, before kernels of a few tens of microseconds: a good argument is recognised in one expression,
+and only a bad one pays for finding out what is wrong.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -12,45 +18,117 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_tensor(name: str, value: object) -> Tensor:
+def check_tensor(name: str, value: object, layout: str | None = None) -> Tensor:
+    """A tensor; with `layout`, as in `"[C_out, C]"`, of that many dimensions, none of them empty."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if layout is not None and (value.ndim != layout.count(",") + 1 or 0 in value.shape):
+        raise ValueError(f"{name}: expected {layout}, got shape {tuple(value.shape)}")
     return value
 
 
 def check_activation_tensor(name: str, value: object, rank: int | None = None) -> Tensor:
-    """A floating tensor of the given rank."""
+    """A floating strided tensor, of the given rank, with at least one channel in its last axis."""
     tensor = check_tensor(name, value)
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name}: expected one of {', '.join(map(short, FLOATING))}, got {short(tensor.dtype)}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got {tensor.layout}")
     if rank is not None and tensor.ndim != rank:
         raise ValueError(f"{name}: expected {rank} dimensions, got shape {tuple(tensor.shape)}")
+    if tensor.ndim < 1 or tensor.shape[-1] < 1:
+        raise ValueError(f"{name}: expected at least one channel in the last axis, got shape {tuple(tensor.shape)}")
     return tensor
 
 
 def check_parameter(
     name: str, value: object, shape: tuple[int, ...], like: Tensor, optional: bool = False
 ) -> Tensor | None:
-    """A parameter of exactly this shape, on `like`'s device, in fp32 or `like`'s dtype (fp64 goes with fp64 only)."""
+    """A parameter of exactly this shape, on `like`'s device, in fp32 or `like`'s dtype (fp64 goes with fp64 only).
+
+    Under autocast it may also have autocast's dtype.
+    """
     if value is None and optional:
         return None
+    if not (
+        isinstance(value, Tensor)
+        and value.shape == shape
+        and (value.dtype is like.dtype or _goes_with(value.dtype, like))
+        and value.device == like.device
+    ):
+        _reject_parameter(name, value, shape, like)
+    return value  # type: ignore[return-value]
+
+
+def _goes_with(dtype: torch.dtype, like: Tensor) -> bool:
+    return like.dtype is not torch.float64 and (dtype is torch.float32 or dtype is compute_dtype(like))
+
+
+def _reject_parameter(name: str, value: object, shape: tuple[int, ...], like: Tensor) -> None:
     tensor = check_tensor(name, value)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    check_device(name, tensor, like)
+    wide = "" if like.dtype is torch.float64 else "float32 or "
+    raise TypeError(
+        f"{name}: {short(tensor.dtype)} parameters do not go with {short(like.dtype)} activations; "
+        f"expected {wide}the activations' dtype"
+    )
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {tensor.device}")
-    if tensor.dtype not in FLOATING or (tensor.dtype == torch.float64) != (like.dtype == torch.float64):
+
+
+def check_residual(value: object, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """The tensor added to a result of this shape: any floating dtype (fp64 goes with fp64 only), `like`'s device."""
+    residual = check_activation_tensor("residual", value)
+    if residual.shape != shape:
+        raise ValueError(f"residual: expected shape {shape}, got {tuple(residual.shape)}")
+    check_device("residual", residual, like)
+    if (residual.dtype is torch.float64) != (like.dtype is torch.float64):
         raise TypeError(
-            f"{name}: {short(tensor.dtype)} parameters do not go with {short(like.dtype)} activations; "
-            "expected float32 or the activations' dtype"
+            f"residual: {short(residual.dtype)} does not go with {short(like.dtype)} activations; "
+            "expected float64 beside float64 only"
         )
-    return tensor
+    return residual
 
 
-def check_positive(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value}")
-    return value
+def check_integer(name: str, value: object, least: int) -> int:
+    """A Python integer, or what stands for one while a graph is made, of at least this."""
+    traced = isinstance(value, Tensor) and torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    if not (isinstance(value, (int, torch.SymInt)) or traced) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def check_eps(name: str, value: object) -> float:
+    """An epsilon: a number that is not negative."""
+    return check_number(name, value, 0.0, math.inf)
+
+
+def check_number(name: str, value: object, least: float, most: float) -> float:
+    """A finite real number within these bounds."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not (least <= value <= most and math.isfinite(value)):
+        raise ValueError(f"{name}: expected a finite number in [{least:g}, {most:g}], got {value}")
+    return float(value)
+
+
+def check_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float | None, x: Tensor) -> float | None:
+    """The LayerNorm in front of an operator; returns its epsilon, None for no normalisation."""
+    if norm_eps is not None:
+        norm_eps = check_eps("norm_eps", norm_eps)
+    elif norm_weight is not None or norm_bias is not None:
+        raise ValueError("norm_eps: expected the LayerNorm's epsilon beside norm_weight or norm_bias, got None")
+    channels = x.shape[-1]
+    check_parameter("norm_weight", norm_weight, (channels,), x, optional=True)
+    check_parameter("norm_bias", norm_bias, (channels,), x, optional=True)
+    return norm_eps
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -59,8 +137,3 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
-
-
-def dense(x: Tensor) -> Tensor:
-    """`x` itself when its memory is row-major, one explicit copy otherwise."""
-    return x if x.is_contiguous() else x.contiguous()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
+from fastvit_kernels.ops.operator import Backend, Operator, Outputs, Tensors
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
@@ -25,7 +25,12 @@ class _Reference(NamedTuple):
         return []
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Any) -> Outputs:
-        return self.operator.reference(tensors, static)
+        device = tensors[0].device.type  # type: ignore[union-attr]
+        if not torch.is_autocast_enabled(device):
+            return self.operator.reference(tensors, static)
+        # `static.dtype` is what autocast asks for; it must not change single steps of the reference besides.
+        with torch.autocast(device, enabled=False):
+            return self.operator.reference(tensors, static)
 
 
 class BackendError(RuntimeError):
@@ -107,44 +112,43 @@ def requested_backend(backend: str | None = None) -> str:
     return _state.backend if _state.backend is not None else _environment
 
 
-def _tracing_reasons() -> list[str]:
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+def _reasons(candidate: Backend, operator: Operator, tensors: Tensors, static: Any, wanted: str) -> list[str]:
+    """Why `candidate` cannot run this call, whether or not it was asked for."""
+    if candidate.name == "reference":
+        return []
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return ["exporting or tracing: the graph is kept to plain PyTorch operators"]
-    return []
+    reasons = candidate.supports(tensors, static)
+    if wanted == "auto" and candidate.name == "triton" and tensors[0].device.type == "cpu":  # type: ignore[union-attr]
+        return [*reasons, "on a CPU Triton only interprets: it runs when asked for by name"]
+    return reasons
 
 
-def select(operator: Operator, tensors: Tensors, static: Any, backend: str | None = None) -> Any:
+def select(operator: Operator, tensors: Tensors, static: Any, backend: str | None = None) -> Backend:
     """The backend that runs this call; records the decision when `explain` listens.
 
     Raises:
         BackendError: a backend was asked for by name and cannot run the call.
     """
     wanted = requested_backend(backend)
-    reference = _Reference(operator)
+    candidates: list[Backend] = [*operator.backends, _Reference(operator)]
     recorder = None if torch.compiler.is_compiling() else _state.recorder
-    if wanted == "reference" and recorder is None:
-        return reference
-    candidates = [*operator.backends, reference]
-    rejected: dict[str, list[str]] = {}
-    tracing = _tracing_reasons()
-    chosen = None
-    for candidate in candidates:
-        reasons = [] if candidate is reference else tracing + candidate.supports(tensors, static)
-        if wanted == "auto" and candidate.name == "triton" and tensors[0].device.type == "cpu":
-            reasons = [*reasons, "on a CPU Triton only interprets: it runs when asked for by name"]
-        if wanted not in ("auto", candidate.name):
-            reasons = [*reasons, f"{wanted!r} was asked for"]
-        if not reasons and chosen is None:
-            chosen = candidate
-            if recorder is None:
-                return chosen
-        elif reasons:
-            rejected[candidate.name] = reasons
-        else:
-            rejected[candidate.name] = [f"{chosen.name} comes first" if chosen is not None else ""]
-    if chosen is None:
-        raise BackendError(_explain_failure(operator, tensors, wanted, rejected))
+    if recorder is None:
+        for candidate in candidates:
+            if wanted in ("auto", candidate.name) and not _reasons(candidate, operator, tensors, static, wanted):
+                return candidate
+    reasons = {candidate.name: _reasons(candidate, operator, tensors, static, wanted) for candidate in candidates}
+    able = [c for c in candidates if not reasons[c.name] and wanted in ("auto", c.name)]
+    if not able:
+        raise BackendError(_explain_failure(operator, tensors, wanted, reasons))
+    chosen = able[0]
     assert recorder is not None
+    rejected = {}
+    for candidate in candidates:
+        if candidate is not chosen:
+            unwanted = f"{wanted!r} was asked for" if wanted != "auto" else f"{chosen.name} comes first"
+            own = reasons[candidate.name]
+            rejected[candidate.name] = [*own, unwanted] if wanted != "auto" or not own else own
     recorder.decisions.append(
         Decision(operator.name, ".".join(recorder.path), describe(tensors), chosen.name, rejected)
     )
@@ -157,11 +161,9 @@ def describe(tensors: Sequence[Tensor | None]) -> str:
     return f"{tuple(first.shape)} {str(first.dtype).removeprefix('torch.')} {first.device.type}"
 
 
-def _explain_failure(operator: Operator, tensors: Tensors, wanted: str, rejected: dict[str, list[str]]) -> str:
+def _explain_failure(operator: Operator, tensors: Tensors, wanted: str, reasons: dict[str, list[str]]) -> str:
     lines = [f"{operator.name}: backend {wanted!r} cannot run this call on {describe(tensors)}"]
-    if wanted not in rejected:
-        rejected = {**rejected, wanted: [f"{operator.name} has no {wanted} kernels in this build"]}
-    for name, reasons in rejected.items():
-        own = [reason for reason in reasons if not reason.endswith("was asked for")]
+    missing = {} if wanted in reasons else {wanted: [f"{operator.name} has no {wanted} kernels in this build"]}
+    for name, own in {**reasons, **missing}.items():
         lines.append(f"  {name}: {'; '.join(own) if own else 'could run it'}")
     return "\n".join(lines)

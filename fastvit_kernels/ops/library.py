@@ -5,10 +5,11 @@ For every operator `name` this defines
 * `fastvit::name(Tensor?[] tensors, Tensor? packed, ...)`: the C++ kernels, CPU and CUDA dispatch keys;
 * `fastvit::name.triton(Tensor?[] tensors, ...)`: the Triton kernels (on a CPU they run under Triton's interpreter);
 * `fastvit::name_pack(Tensor?[] tensors, ...)`: weights in the layout the CPU kernels read;
-* `fastvit::name_backward(Tensor[] grads, Tensor?[] tensors, bool[] needs, ...)`: gradients, recomputed through the reference.
+* `fastvit::name_backward(Tensor[] grads, Tensor?[] tensors, bool[] needs, ...)`: gradients, recomputed through the
+  reference.
 
-`...` stands for the operator's static arguments. The tensors of a call travel as one list in a documented order, so that
-the autograd, fake and packing code below exists once for all operators.
+`...` stands for the operator's static arguments. The tensors of a call travel as one list in a documented order, so
+that the autograd, fake and packing code below exists once for all operators.
 """
 
 from __future__ import annotations
@@ -73,18 +74,14 @@ def register(operator: Operator, triton_launcher: Callable[[Tensors, Any], Outpu
         # The layout, and with it the size, depends on the instruction set found at run time.
         return torch.empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
-    def fake_backward(
-        grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any
-    ) -> list[Tensor]:
+    def fake_backward(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
         wanted = zip(tensors, needs, strict=True)
         return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in wanted if n and t is not None]
 
     def run_triton(tensors: Tensors, *static: Any) -> Tensor | Outputs:
         return _unwrap(triton_launcher(tensors, operator.static(*static)))
 
-    def run_backward(
-        grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any
-    ) -> list[Tensor]:
+    def run_backward(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
         with _autograd_inside_kernel():
             found = recompute_gradients(operator, grads, tensors, needs, operator.static(*static), create_graph=False)
         # Gradients leave as fresh dense tensors, whatever autograd returned: the fake promises it.
@@ -169,6 +166,19 @@ def _make_function(operator: Operator) -> Any:
     return Fused
 
 
+def dense(tensors: Tensors) -> list[Tensor | None]:
+    """The tensors as kernels read them: row-major, after one explicit copy where they are not."""
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def _distinct(tensors: Tensors) -> list[Tensor | None]:
+    """Views for repeated tensors (x is often its own residual), which torch.compile cannot pass to a Function."""
+    found: list[Tensor | None] = []
+    for t in tensors:
+        found.append(t.view_as(t) if t is not None and any(t is other for other in found) else t)
+    return found
+
+
 def call(
     operator: Operator,
     tensors: Tensors,
@@ -180,8 +190,11 @@ def call(
     """Run `operator` on the backend that `dispatch` selects, with autograd when a gradient is needed."""
     chosen = dispatch.select(operator, tensors, static, backend)
     if chosen.name == "reference":
-        return operator.reference(tensors, static)
+        return chosen.run(tensors, None, static)
+    tensors = dense(tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if torch.compiler.is_compiling():
+            tensors = _distinct(tensors)
         return _as_tuple(_functions[operator.name].apply(chosen.run, static, *tensors))
     prepared = packed.get(operator, tensors, static) if packed is not None and chosen.name == "cpu" else None
     return chosen.run(tensors, prepared, static)

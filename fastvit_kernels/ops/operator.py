@@ -15,7 +15,8 @@ Outputs = tuple[Tensor, ...]
 class Backend(Protocol):
     """One way to run an operator. `supports` lists every reason it cannot (an empty list: it can)."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def supports(self, tensors: Tensors, static: Any) -> list[str]: ...
 

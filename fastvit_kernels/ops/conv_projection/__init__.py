@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops import library
+from fastvit_kernels.ops import dispatch, library
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
+    check_eps,
+    check_integer,
+    check_norm,
+    check_number,
     check_parameter,
-    check_positive,
     check_tensor,
     compute_dtype,
-    dense,
 )
 from fastvit_kernels.ops.conv_projection import native, triton
 from fastvit_kernels.ops.conv_projection.reference import (
     BRANCHES,
+    PER_BRANCH,
     STATIC_SCHEMA,
+    Branch,
     Static,
     batch_statistics,
     branch,
@@ -148,21 +152,15 @@ def conv_projection(
     Source: Wu et al., "CvT: Introducing Convolutions to Vision Transformers", section 3.2.
     """
     x, grid = _tokens(x, grid, num_prefix_tokens)
-    if norm_eps is None and (norm_weight is not None or norm_bias is not None):
-        raise ValueError("norm_eps: expected the LayerNorm's epsilon beside norm_weight or norm_bias, got None")
-    channels = x.shape[-1]
-    tensors: list[Tensor | None] = [
-        dense(x),
-        check_parameter("norm_weight", norm_weight, (channels,), x, optional=True),
-        check_parameter("norm_bias", norm_bias, (channels,), x, optional=True),
-    ]
+    norm_eps = check_norm(norm_weight, norm_bias, norm_eps, x)
     branches = (query, key, value)
-    for name, item in zip(("query", "key", "value"), branches, strict=True):
-        tensors += _branch_tensors(name, item, x, grid)
+    tensors: list[Tensor | None] = [x, norm_weight, norm_bias]
+    for names, item in zip(_NAMES, branches, strict=True):
+        tensors += _branch_tensors(names, item, x, grid)
     norms = [item.bn for item in branches if item.bn is not None]
     training = bool(norms) and norms[0].training
     if norms and (len(norms) != len(branches) or any(bn.training != training for bn in norms)):
-        raise ValueError("bn: expected all three branches with batch normalisation in the same mode, or none")
+        raise ValueError("query.bn, key.bn, value.bn: expected all three in the same mode, or none at all")
     static = Static(
         norm_eps,
         [item.bn.eps if item.bn is not None else 0.0 for item in branches],
@@ -182,76 +180,96 @@ def conv_projection(
 
 def _tokens(x: Tensor, grid: tuple[int, int] | None, num_prefix_tokens: int) -> tuple[Tensor, tuple[int, int]]:
     check_activation_tensor("x", x)
-    if num_prefix_tokens < 0:
-        raise ValueError(f"num_prefix_tokens: expected at least 0, got {num_prefix_tokens}")
+    check_integer("num_prefix_tokens", num_prefix_tokens, 0)
     if x.ndim == 4:
         if num_prefix_tokens:
-            raise ValueError("num_prefix_tokens: a [B, C, H, W] map has none; pass [B, P + H*W, C] tokens and grid")
+            raise ValueError(
+                f"num_prefix_tokens: expected 0 beside a [B, C, H, W] map, got {num_prefix_tokens}; "
+                "prefix tokens come with [B, P + H*W, C] tokens and a grid"
+            )
         if grid is not None and tuple(grid) != tuple(x.shape[2:]):
             raise ValueError(f"grid: expected {tuple(x.shape[2:])} from x's shape, got {tuple(grid)}")
         grid = (x.shape[2], x.shape[3])
-        x = x.permute(0, 2, 3, 1).flatten(1, 2)
+        x = check_activation_tensor("x", x.permute(0, 2, 3, 1).flatten(1, 2))
     if x.ndim != 3:
         raise ValueError(f"x: expected [B, P + H*W, C] tokens or a [B, C, H, W] map, got shape {tuple(x.shape)}")
-    if grid is None:
-        raise ValueError("grid: expected (H, W) beside [B, P + H*W, C] tokens, got None")
-    height, width = grid
-    if height < 1 or width < 1 or num_prefix_tokens + height * width != x.shape[1]:
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise ValueError(f"grid: expected (H, W) beside [B, P + H*W, C] tokens, got {grid!r}")
+    height, width = check_integer("grid", grid[0], 1), check_integer("grid", grid[1], 1)
+    if num_prefix_tokens + height * width != x.shape[1]:
         raise ValueError(
             f"grid: {height} x {width} and {num_prefix_tokens} prefix tokens do not make the {x.shape[1]} tokens of x"
         )
     return x, (height, width)
 
 
-def _branch_tensors(name: str, item: Projection, x: Tensor, grid: tuple[int, int]) -> list[Tensor | None]:
+def _names(name: str) -> Any:
+    fields = ("conv_weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "weight", "bias")
+    return name, Branch(*(f"{name}.{field}" for field in fields))  # type: ignore[arg-type]
+
+
+_NAMES = tuple(_names(name) for name in ("query", "key", "value"))
+
+
+def _branch_tensors(names: Any, item: Projection, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor | None, ...]:
+    name, names = names
+    if not isinstance(item, Projection):
+        raise TypeError(f"{name}: expected a Projection, got {type(item).__name__}")
+    conv_weight, weight, bias, bn, stride, padding = item
     channels = x.shape[-1]
-    conv_weight = check_tensor(f"{name}.conv_weight", item.conv_weight)
-    kernel = conv_weight.shape[-1] if conv_weight.ndim == 4 else 0
-    check_parameter(f"{name}.conv_weight", conv_weight, (channels, 1, kernel, kernel), x)
-    check_positive(f"{name}.stride", item.stride)
-    if item.padding < 0:
-        raise ValueError(f"{name}.padding: expected at least 0, got {item.padding}")
-    if min(grid) + 2 * item.padding < kernel:
-        raise ValueError(f"{name}.conv_weight: a {kernel} x {kernel} filter is larger than the padded {grid} map")
-    weight = check_tensor(f"{name}.weight", item.weight)
-    out = weight.shape[0] if weight.ndim == 2 else 0
-    bn = item.bn
-    if bn is not None and not bn.training and (bn.running_mean is None or bn.running_var is None):
+    kernel = check_tensor(names.conv_weight, conv_weight, "[C, 1, K, K]").shape[-1]
+    check_parameter(names.conv_weight, conv_weight, (channels, 1, kernel, kernel), x)
+    out = check_tensor(names.weight, weight, "[C_out, C]").shape[0]
+    check_parameter(names.weight, weight, (out, channels), x)
+    check_parameter(names.bias, bias, (out,), x, optional=True)
+    if not (type(stride) is int and stride > 0 and type(padding) is int and padding >= 0):
+        check_integer(f"{name}.stride", stride, 1)
+        check_integer(f"{name}.padding", padding, 0)
+    if min(grid) + 2 * padding < kernel:
+        raise ValueError(f"{names.conv_weight}: a {kernel} x {kernel} filter is larger than the padded {grid} map")
+    if bn is None:
+        return conv_weight, None, None, None, None, weight, bias
+    _check_batch_norm(name, bn)
+    vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    for vector_name, vector in zip(names[1:5], vectors, strict=True):
+        check_parameter(vector_name, vector, (channels,), x, optional=True)
+    return conv_weight, *vectors, weight, bias
+
+
+def _check_batch_norm(name: str, bn: BatchNorm) -> None:
+    if not isinstance(bn, BatchNorm):
+        raise TypeError(f"{name}.bn: expected a BatchNorm or None, got {type(bn).__name__}")
+    check_eps(f"{name}.bn.eps", bn.eps)
+    if bn.training:
+        check_number(f"{name}.bn.momentum", bn.momentum, 0.0, 1.0)
+        if (bn.running_mean is None) != (bn.running_var is None):
+            raise ValueError(f"{name}.bn: expected both running statistics or none, got one of them")
+    elif bn.running_mean is None or bn.running_var is None:
         raise ValueError(f"{name}.bn: expected running statistics outside training, got None")
-    vectors: list[Tensor | None] = [None] * 4
-    if bn is not None:
-        vectors = [
-            check_parameter(f"{name}.bn.{field}", getattr(bn, field), (channels,), x, optional=True)
-            for field in ("weight", "bias", "running_mean", "running_var")
-        ]
-    return [
-        conv_weight,
-        *vectors,
-        check_parameter(f"{name}.weight", weight, (out, channels), x),
-        check_parameter(f"{name}.bias", item.bias, (out,), x, optional=True),
-    ]
 
 
 def _use_batch_statistics(
     tensors: list[Tensor | None], static: Static, norms: list[BatchNorm], backend: str | None
 ) -> None:
     """Put this batch's mean and variance into `tensors` and update the running statistics as BatchNorm2d does."""
+    x = tensors[0]
+    assert x is not None
+    counts = []
+    for index in range(len(norms)):
+        height, width = output_grid(static, index, branch(tensors, index).conv_weight.shape[-1])
+        counts.append(x.shape[0] * height * width)
+    if min(counts) < 2:
+        raise ValueError(f"x: expected more than 1 value per channel when training, got {min(counts)}")
     with torch.no_grad():
-        chosen = library.dispatch.select(OPERATOR, tensors, static, backend)
+        chosen = dispatch.select(OPERATOR, tensors, static, backend)
         if chosen.name == "cpu":
-            statistics = torch.ops.fastvit.conv_projection_statistics.default(tensors, *static)
+            statistics = torch.ops.fastvit.conv_projection_statistics.default(library.dense(tensors), *static)
         else:
             statistics = batch_statistics(tensors, static)
-    for index, bn in enumerate(norms):
-        b = branch(tensors, index)
-        height, width = output_grid(static, index, b.conv_weight.shape[-1])
-        count = tensors[0].shape[0] * height * width  # type: ignore[union-attr]
-        if count < 2:
-            raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
-        mean, var = statistics[index]
-        first = 3 + 7 * index
-        tensors[first + 3], tensors[first + 4] = mean, var
-        if bn.running_mean is not None and bn.running_var is not None:
-            with torch.no_grad():
+        for index, (bn, count) in enumerate(zip(norms, counts, strict=True)):
+            mean, var = statistics[index]
+            first = 3 + PER_BRANCH * index
+            tensors[first + 3], tensors[first + 4] = mean, var
+            if bn.running_mean is not None and bn.running_var is not None:
                 bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
                 bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), bn.momentum)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastvit_kernels.ops.normalization import normalize
 from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.precision import wide
 
 BRANCHES = ("q", "k", "v")
 PER_BRANCH = 7
@@ -66,27 +67,31 @@ def depthwise(tokens: Tensor, weight: Tensor, static: Static, index: int) -> Ten
     """The depthwise convolution of a `[B, H*W, C]` map, as NCHW."""
     batch, _, channels = tokens.shape
     maps = tokens.transpose(1, 2).reshape(batch, channels, static.height, static.width)
-    return F.conv2d(
-        maps, weight.to(tokens.dtype), stride=static.stride[index], padding=static.padding[index], groups=channels
-    )
+    weight = weight.to(maps.dtype)
+    dtype = maps.dtype
+    if maps.device.type == "cpu":
+        # The 16-bit convolutions of a CPU leave parts of the filter's gradient unwritten on maps one pixel wide.
+        maps, weight = maps.to(wide(dtype)), weight.to(wide(dtype))
+    stride, padding = static.stride[index], static.padding[index]
+    return F.conv2d(maps, weight, stride=stride, padding=padding, groups=channels).to(dtype)
 
 
 def _batch_norm(maps: Tensor, b: Branch, training: bool, eps: float) -> Tensor:
     if b.bn_mean is None and not training:
         return maps
-    wide = torch.promote_types(maps.dtype, torch.float32)
-    x = maps.to(wide)
+    dtype = wide(maps.dtype)
+    x = maps.to(dtype)
     if training:
         var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
     else:
         assert b.bn_mean is not None and b.bn_var is not None
-        mean, var = b.bn_mean.to(wide), b.bn_var.to(wide)
+        mean, var = b.bn_mean.to(dtype), b.bn_var.to(dtype)
     scale = torch.rsqrt(var + eps)
     if b.bn_weight is not None:
-        scale = scale * b.bn_weight.to(wide)
+        scale = scale * b.bn_weight.to(dtype)
     y = (x - mean[:, None, None]) * scale[:, None, None]
     if b.bn_bias is not None:
-        y = y + b.bn_bias.to(wide)[:, None, None]
+        y = y + b.bn_bias.to(dtype)[:, None, None]
     return y.to(maps.dtype)
 
 
@@ -113,10 +118,9 @@ def batch_statistics(tensors: Tensors, static: Static) -> Tensor:
     assert x is not None
     normed = normalize(x, norm_weight, norm_bias, static.norm_eps, static.dtype)
     tokens = normed[:, static.num_prefix_tokens :]
-    wide = torch.promote_types(static.dtype, torch.float32)
     rows = []
     for index in range(len(BRANCHES)):
         maps = depthwise(tokens, branch(tensors, index).conv_weight, static, index)
-        var, mean = torch.var_mean(maps.to(wide), dim=(0, 2, 3), correction=0)
+        var, mean = torch.var_mean(maps.to(wide(static.dtype)), dim=(0, 2, 3), correction=0)
         rows.append(torch.stack([mean, var]))
     return torch.stack(rows)

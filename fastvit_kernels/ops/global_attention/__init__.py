@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastvit_kernels.ops import library
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
+    check_device,
+    check_integer,
+    check_number,
     check_parameter,
+    check_residual,
     check_tensor,
     compute_dtype,
-    dense,
+    short,
 )
 from fastvit_kernels.ops.global_attention import native, triton
 from fastvit_kernels.ops.global_attention.reference import STATIC_SCHEMA, Static, reference
@@ -87,29 +93,28 @@ def global_attention(
     check_activation_tensor("q", q, 3)
     for name, tensor in (("k", k), ("v", v)):
         check_activation_tensor(name, tensor, 3)
-        if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise TypeError(f"{name}: expected {q.dtype} on {q.device} like q, got {tensor.dtype} on {tensor.device}")
+        if tensor.dtype is not q.dtype:
+            raise TypeError(f"{name}: expected {short(q.dtype)} like q, got {short(tensor.dtype)}")
+        check_device(name, tensor, q)
         if tensor.shape[0] != q.shape[0] or tensor.shape[1] != k.shape[1]:
             raise ValueError(f"{name}: expected batch {q.shape[0]} and {k.shape[1]} rows, got {tuple(tensor.shape)}")
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"k: expected {q.shape[2]} channels like q, got {k.shape[2]}")
     if k.shape[1] < 1:
         raise ValueError("k: expected at least one key, got none")
-    if num_heads < 1 or q.shape[2] % num_heads or v.shape[2] % num_heads:
+    check_integer("num_heads", num_heads, 1)
+    if q.shape[2] % num_heads or v.shape[2] % num_heads:
         raise ValueError(f"num_heads: {num_heads} does not divide {q.shape[2]} and {v.shape[2]} channels")
+    scale = check_number("scale", scale, -math.inf, math.inf)
     out = v.shape[2]
     if proj_weight is not None:
-        check_tensor("proj_weight", proj_weight)
-        out = proj_weight.shape[0]
+        out = check_tensor("proj_weight", proj_weight, "[C_out, C_v]").shape[0]
         check_parameter("proj_weight", proj_weight, (out, v.shape[2]), q)
     elif proj_bias is not None:
         raise ValueError("proj_bias: expected a proj_weight beside it, got None")
     check_parameter("proj_bias", proj_bias, (out,), q, optional=True)
     if residual is not None:
-        check_activation_tensor("residual", residual, 3)
-        if tuple(residual.shape) != (q.shape[0], q.shape[1], out):
-            raise ValueError(f"residual: expected {(q.shape[0], q.shape[1], out)}, got {tuple(residual.shape)}")
-        residual = dense(residual)
-    tensors = [dense(q), dense(k), dense(v), proj_weight, proj_bias, residual]
-    static = Static(num_heads, float(scale), compute_dtype(q))
+        check_residual(residual, (q.shape[0], q.shape[1], out), q)
+    tensors = [q, k, v, proj_weight, proj_bias, residual]
+    static = Static(num_heads, scale, compute_dtype(q))
     return library.call(OPERATOR, tensors, static, packed=packed, backend=backend)[0]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.precision import wide
 
 
 class Static(NamedTuple):
@@ -22,13 +23,12 @@ STATIC_SCHEMA = "int num_heads, float scale, ScalarType dtype"
 
 
 def reference(tensors: Tensors, static: Static) -> Outputs:
-    """`softmax(q k^T * scale) v` per head, then the optional linear and residual of `[q, k, v, weight, bias, residual]`."""
+    """`softmax(q k^T * scale) v` per head, then linear and residual; of `[q, k, v, weight, bias, residual]`."""
     q, k, v, proj_weight, proj_bias, residual = tensors
     assert q is not None and k is not None and v is not None
     q, k, v = (t.to(static.dtype).unflatten(-1, (static.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     scores = (q * static.scale) @ k.transpose(-2, -1)
-    wide = torch.promote_types(static.dtype, torch.float32)
-    probabilities = scores.softmax(-1, dtype=wide).to(static.dtype)
+    probabilities = scores.softmax(-1, dtype=wide(static.dtype)).to(static.dtype)
     out = (probabilities @ v).transpose(1, 2).flatten(2)
     if proj_weight is not None:
         bias = None if proj_bias is None else proj_bias.to(static.dtype)

@@ -9,10 +9,11 @@ from fastvit_kernels.ops import library
 from fastvit_kernels.ops.activations import ACTIVATIONS
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
+    check_norm,
     check_parameter,
+    check_residual,
     check_tensor,
     compute_dtype,
-    dense,
 )
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
 from fastvit_kernels.ops.packing import PackedWeights
@@ -65,7 +66,7 @@ def pointwise_mlp(
         out = residual + F.linear(act(F.linear(h, weight1, bias1)), weight2, bias2)
 
     Args:
-        x: `[..., C]`, fp64, fp32, bf16 or fp16; an NCHW map in `torch.channels_last` goes in as `x.permute(0, 2, 3, 1)`.
+        x: `[..., C]`, fp64, fp32, bf16 or fp16; a map in `torch.channels_last` goes in as `x.permute(0, 2, 3, 1)`.
         weight1: `[C_hidden, C]`; fp32 or x's dtype, like all parameters.
         bias1: `[C_hidden]` or None.
         weight2: `[C_out, C_hidden]`.
@@ -87,26 +88,17 @@ def pointwise_mlp(
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", equation 3; QuickGELU as in the CvT code.
     """
     check_activation_tensor("x", x)
-    if x.ndim < 1:
-        raise ValueError("x: expected at least 1 dimension, got a scalar")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if norm_eps is None and (norm_weight is not None or norm_bias is not None):
-        raise ValueError("norm_eps: expected the LayerNorm's epsilon beside norm_weight or norm_bias, got None")
-    channels = x.shape[-1]
-    check_parameter("norm_weight", norm_weight, (channels,), x, optional=True)
-    check_parameter("norm_bias", norm_bias, (channels,), x, optional=True)
-    hidden = check_tensor("weight1", weight1).shape[0]
-    out = check_tensor("weight2", weight2).shape[0]
-    check_parameter("weight1", weight1, (hidden, channels), x)
+    norm_eps = check_norm(norm_weight, norm_bias, norm_eps, x)
+    hidden = check_tensor("weight1", weight1, "[C_hidden, C]").shape[0]
+    out = check_tensor("weight2", weight2, "[C_out, C_hidden]").shape[0]
+    check_parameter("weight1", weight1, (hidden, x.shape[-1]), x)
     check_parameter("bias1", bias1, (hidden,), x, optional=True)
     check_parameter("weight2", weight2, (out, hidden), x)
     check_parameter("bias2", bias2, (out,), x, optional=True)
     if residual is not None:
-        check_activation_tensor("residual", residual)
-        if residual.shape != (*x.shape[:-1], out):
-            raise ValueError(f"residual: expected {(*x.shape[:-1], out)}, got {tuple(residual.shape)}")
-        residual = dense(residual)
-    tensors = [dense(x), norm_weight, norm_bias, weight1, bias1, weight2, bias2, residual]
+        check_residual(residual, (*x.shape[:-1], out), x)
+    tensors = [x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, residual]
     static = Static(norm_eps, activation, compute_dtype(x))
     return library.call(OPERATOR, tensors, static, packed=packed, backend=backend)[0]

@@ -1,0 +1,360 @@
+"""Seeded inputs for every operator: small, odd and awkward, and one case each at CvT's published size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels import ops
+from fastvit_kernels.ops import BatchNorm, Projection
+from fastvit_kernels.testing.calls import Call
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes of a call's activations and of its parameters."""
+
+    activations: torch.dtype
+    parameters: torch.dtype
+
+    def __str__(self) -> str:
+        names = [str(dtype).removeprefix("torch.") for dtype in (self.activations, self.parameters)]
+        return names[0] if names[0] == names[1] else f"{names[0]}-with-{names[1]}-parameters"
+
+
+FP64 = Precision(torch.float64, torch.float64)
+FP32 = Precision(torch.float32, torch.float32)
+BF16 = Precision(torch.bfloat16, torch.bfloat16)
+BF16_FP32 = Precision(torch.bfloat16, torch.float32)
+FP16 = Precision(torch.float16, torch.float16)
+
+
+class Maker:
+    """Draws the tensors of one call. The values are those of a seed, rounded to the call's precision."""
+
+    def __init__(self, precision: Precision, seed: int) -> None:
+        self.precision = precision
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def activation(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        return self._normal(shape, scale, shift, self.precision.activations)
+
+    def residual(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if self.precision.activations == torch.float64:
+            dtype = None
+        return self._normal(shape, 1.0, 0.0, dtype or self.precision.activations)
+
+    def weight(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Scaled by the square root of its fan-in, so that layers keep the size of their input."""
+        fan_in = max(1, torch.Size(shape[1:]).numel())
+        return self._normal(shape, scale * fan_in**-0.5, 0.0, self.precision.parameters)
+
+    def vector(self, *shape: int, scale: float = 0.3, shift: float = 0.0) -> Tensor:
+        return self._normal(shape, scale, shift, self.precision.parameters)
+
+    def positive(self, *shape: int) -> Tensor:
+        uniform = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return (uniform + 0.5).to(self.precision.parameters)
+
+    def _normal(self, shape: tuple[int, ...], scale: float, shift: float, dtype: torch.dtype) -> Tensor:
+        return (torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale + shift).to(dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one operator or module.
+
+    Attributes:
+        name: its test id.
+        make: builds the call.
+        tags: `smallest` for the few cases that slow checks (compilation, interpreted Triton) take, `inductor` for the
+            one that is compiled to C++, `empty` where there is nothing to compute, `map` for NCHW input, `published`
+            for a shape at a model's real size.
+        vanishing: leaves whose exact gradient is zero, where only rounding noise can be compared.
+    """
+
+    name: str
+    make: Callable[[Maker], Call]
+    tags: frozenset[str] = field(default_factory=frozenset)
+    vanishing: frozenset[str] = field(default_factory=frozenset)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def call(self, precision: Precision = FP32, seed: int = 0) -> Call:
+        return self.make(Maker(precision, seed))
+
+
+def _conv_projection(
+    maker: Maker,
+    *,
+    batch: int = 2,
+    grid: tuple[int, int] = (5, 7),
+    channels: int = 24,
+    out: tuple[int, int, int] | None = None,
+    prefix: int = 0,
+    kernel: tuple[int, int, int] = (3, 3, 3),
+    stride: tuple[int, int, int] = (1, 2, 2),
+    padding: tuple[int, int, int] = (1, 1, 1),
+    bias: bool = True,
+    bn: bool = True,
+    bn_affine: bool = True,
+    bn_training: bool = False,
+    bn_track: bool = True,
+    norm: bool = True,
+    norm_affine: bool = True,
+    as_map: torch.memory_format | None = None,
+) -> Call:
+    height, width = grid
+    if as_map is None:
+        x = maker.activation(batch, prefix + height * width, channels, scale=1.5, shift=0.5)
+        arguments: dict[str, Any] = {"x": x, "grid": grid, "num_prefix_tokens": prefix}
+    else:
+        x = maker.activation(batch, channels, height, width, scale=1.5, shift=0.5).to(memory_format=as_map)
+        arguments = {"x": x}
+    for index, name in enumerate(("query", "key", "value")):
+        k = kernel[index]
+        conv_weight = maker.weight(channels, 1, k, k)
+        norm_statistics = None
+        if bn:
+            norm_statistics = BatchNorm(
+                weight=maker.positive(channels) if bn_affine else None,
+                bias=maker.vector(channels) if bn_affine else None,
+                running_mean=maker.vector(channels) if bn_track else None,
+                running_var=maker.positive(channels) if bn_track else None,
+                eps=1e-5 * (index + 1),
+                training=bn_training,
+                momentum=0.1,
+            )
+        width_out = channels if out is None else out[index]
+        weight = maker.weight(width_out, channels)
+        linear_bias = maker.vector(width_out) if bias else None
+        arguments[name] = Projection(conv_weight, weight, linear_bias, norm_statistics, stride[index], padding[index])
+    if norm:
+        arguments["norm_eps"] = 1e-5
+        if norm_affine:
+            arguments |= {"norm_weight": maker.positive(channels), "norm_bias": maker.vector(channels)}
+    return Call(ops.conv_projection, arguments)
+
+
+def conv_projection_case(name: str, *tags: str, **options: Any) -> Case:
+    """A call of `conv_projection` with these options of `_conv_projection`."""
+    return Case(name, lambda maker: _conv_projection(maker, **options), frozenset(tags))
+
+
+CONV_PROJECTION = [
+    conv_projection_case("plain", "smallest", "inductor", prefix=1, channels=16),
+    conv_projection_case("map_channels_last", "map", channels=16, as_map=torch.channels_last),
+    conv_projection_case("map_contiguous", "map", batch=1, channels=10, as_map=torch.contiguous_format),
+    conv_projection_case("no_prefix", batch=1),
+    conv_projection_case("two_prefix_tokens", prefix=2, grid=(6, 4)),
+    conv_projection_case("empty_batch", "empty", batch=0, grid=(4, 4), channels=8, prefix=1),
+    conv_projection_case("odd_channels", grid=(3, 5), channels=13, prefix=1),
+    conv_projection_case("one_channel", grid=(3, 4), channels=1, norm=False),
+    conv_projection_case("one_pixel", batch=1, grid=(1, 1), channels=8, prefix=1),
+    conv_projection_case("one_row", grid=(1, 9), channels=8),
+    conv_projection_case("one_column", grid=(9, 1), channels=8, prefix=1),
+    conv_projection_case("strided_query", grid=(7, 6), prefix=1, stride=(2, 2, 2)),
+    conv_projection_case("three_strides", grid=(7, 8), stride=(3, 1, 2)),
+    conv_projection_case("kernel_1", prefix=1, kernel=(1, 1, 1), padding=(0, 0, 0)),
+    conv_projection_case("kernel_5", grid=(9, 4), kernel=(5, 5, 5), padding=(2, 2, 2)),
+    conv_projection_case("three_kernels", prefix=1, kernel=(3, 5, 1), padding=(1, 2, 0)),
+    conv_projection_case("no_padding", grid=(5, 6), prefix=1, padding=(0, 0, 0)),
+    conv_projection_case("wide_padding", grid=(4, 3), prefix=1, padding=(2, 2, 2)),
+    conv_projection_case("other_widths", prefix=1, out=(40, 16, 9)),
+    conv_projection_case("no_bias", prefix=1, bias=False),
+    conv_projection_case("no_bn", prefix=1, bn=False),
+    conv_projection_case("bn_without_affine", bn_affine=False),
+    conv_projection_case("no_norm", prefix=1, norm=False),
+    conv_projection_case("norm_without_affine", prefix=1, norm_affine=False),
+    conv_projection_case("bare", norm=False, bn=False, bias=False),
+    conv_projection_case("bn_training", "smallest", prefix=1, channels=12, bn_training=True),
+    conv_projection_case("bn_training_untracked", bn_training=True, bn_track=False, stride=(2, 1, 2)),
+    conv_projection_case("many_rows", batch=3, grid=(14, 13), channels=32, prefix=1),
+    conv_projection_case("many_channels", batch=1, grid=(6, 6), channels=136, out=(136, 72, 200)),
+    conv_projection_case("cvt_13_stage_1", "published", batch=1, grid=(56, 56), channels=64),
+    conv_projection_case("cvt_13_stage_3", "published", batch=1, grid=(14, 14), channels=384, prefix=1),
+]
+
+
+def _global_attention(
+    maker: Maker,
+    *,
+    batch: int = 2,
+    queries: int = 9,
+    keys: int = 5,
+    heads: int = 2,
+    width: int = 8,
+    value_width: int | None = None,
+    out: int | None = None,
+    proj: bool = True,
+    bias: bool = True,
+    residual: bool = True,
+    residual_dtype: torch.dtype | None = None,
+    score_scale: float = 2.0,
+) -> Call:
+    channels, value_channels = heads * width, heads * (value_width or width)
+    arguments: dict[str, Any] = {
+        "q": maker.activation(batch, queries, channels, scale=score_scale),
+        "k": maker.activation(batch, keys, channels),
+        "v": maker.activation(batch, keys, value_channels, shift=0.5),
+        "num_heads": heads,
+        "scale": width**-0.5,
+    }
+    out = value_channels if out is None or not proj else out
+    if proj:
+        arguments["proj_weight"] = maker.weight(out, value_channels)
+        if bias:
+            arguments["proj_bias"] = maker.vector(out)
+    if residual:
+        arguments["residual"] = maker.residual(batch, queries, out, dtype=residual_dtype)
+    return Call(ops.global_attention, arguments)
+
+
+def global_attention_case(name: str, *tags: str, **options: Any) -> Case:
+    """A call of `global_attention` with these options of `_global_attention`."""
+    return Case(name, lambda maker: _global_attention(maker, **options), frozenset(tags))
+
+
+GLOBAL_ATTENTION = [
+    global_attention_case("plain", "smallest", "inductor"),
+    global_attention_case("no_projection", "smallest", proj=False, residual=False, heads=1, width=16),
+    global_attention_case("empty_batch", "empty", batch=0),
+    global_attention_case("no_queries", "empty", queries=0),
+    global_attention_case("one_key", keys=1),
+    global_attention_case("one_query", batch=1, queries=1, keys=11),
+    global_attention_case("long_keys", batch=1, queries=70, keys=100, heads=1, width=16),
+    global_attention_case("longer_keys", batch=1, queries=260, keys=130, heads=2, width=32),
+    *(global_attention_case(f"width_{d}", queries=17, keys=9, width=d) for d in (46, 48, 52, 64, 76)),
+    *(global_attention_case(f"heads_{h}", keys=7, heads=h, width=12) for h in range(1, 7)),
+    global_attention_case("odd_width", heads=3, width=5),
+    global_attention_case("other_value_width", heads=2, width=8, value_width=20),
+    global_attention_case("other_out_width", out=23),
+    global_attention_case("projection_only", bias=False, residual=False),
+    global_attention_case("residual_only", proj=False),
+    global_attention_case("no_bias", bias=False),
+    global_attention_case("no_residual", residual=False),
+    global_attention_case("fp32_residual", residual_dtype=torch.float32),
+    global_attention_case("fp32_residual_only", proj=False, residual_dtype=torch.float32),
+    global_attention_case("large_scores", queries=20, keys=33, score_scale=60.0),
+    global_attention_case("cvt_13_stage_2", "published", batch=1, queries=784, keys=196, heads=3, width=64),
+    global_attention_case("cvt_13_stage_3", "published", batch=1, queries=197, keys=50, heads=6, width=64),
+]
+
+
+def _pointwise_mlp(
+    maker: Maker,
+    *,
+    leading: tuple[int, ...] = (2, 9),
+    channels: int = 16,
+    hidden: int = 40,
+    out: int | None = None,
+    activation: str = "gelu",
+    bias: bool = True,
+    norm: bool = True,
+    norm_affine: bool = True,
+    residual: bool = True,
+    residual_dtype: torch.dtype | None = None,
+    spread: float = 2.0,
+) -> Call:
+    out = channels if out is None else out
+    arguments: dict[str, Any] = {
+        "x": maker.activation(*leading, channels, scale=1.5, shift=0.5),
+        "weight1": maker.weight(hidden, channels, scale=spread),
+        "bias1": maker.vector(hidden) if bias else None,
+        "weight2": maker.weight(out, hidden),
+        "bias2": maker.vector(out) if bias else None,
+        "activation": activation,
+    }
+    if norm:
+        arguments["norm_eps"] = 1e-5
+        if norm_affine:
+            arguments |= {"norm_weight": maker.positive(channels), "norm_bias": maker.vector(channels)}
+    if residual:
+        arguments["residual"] = maker.residual(*leading, out, dtype=residual_dtype)
+    return Call(ops.pointwise_mlp, arguments)
+
+
+def pointwise_mlp_case(name: str, *tags: str, **options: Any) -> Case:
+    """A call of `pointwise_mlp` with these options of `_pointwise_mlp`."""
+    return Case(name, lambda maker: _pointwise_mlp(maker, **options), frozenset(tags))
+
+
+POINTWISE_MLP = [
+    pointwise_mlp_case("gelu", "smallest"),
+    pointwise_mlp_case("quick_gelu", "smallest", "inductor", activation="quick_gelu"),
+    pointwise_mlp_case("empty_batch", "empty", leading=(0, 9)),
+    pointwise_mlp_case("one_vector", leading=()),
+    pointwise_mlp_case("one_row", leading=(1,), activation="quick_gelu"),
+    pointwise_mlp_case("map", leading=(2, 3, 5)),
+    pointwise_mlp_case("odd_hidden", channels=46, hidden=165),
+    pointwise_mlp_case("odd_channels", channels=13, hidden=7, activation="quick_gelu"),
+    pointwise_mlp_case("one_channel", channels=1, hidden=1, norm=False),
+    pointwise_mlp_case("wide", leading=(3,), channels=80, hidden=328, out=200),
+    pointwise_mlp_case("many_rows", leading=(2, 151), channels=32, hidden=64, activation="quick_gelu"),
+    pointwise_mlp_case("other_out_width", out=23),
+    pointwise_mlp_case("no_bias", bias=False),
+    pointwise_mlp_case("no_norm", norm=False),
+    pointwise_mlp_case("norm_without_affine", norm_affine=False, activation="quick_gelu"),
+    pointwise_mlp_case("no_residual", residual=False),
+    pointwise_mlp_case("bare", norm=False, bias=False, residual=False, activation="quick_gelu"),
+    pointwise_mlp_case("fp32_residual", residual_dtype=torch.float32),
+    pointwise_mlp_case("gelu_tails", channels=8, hidden=64, spread=30.0),
+    pointwise_mlp_case("quick_gelu_tails", channels=8, hidden=64, spread=30.0, activation="quick_gelu"),
+    pointwise_mlp_case("cvt_13_stage_3", "published", leading=(1, 197), channels=384, hidden=1536),
+]
+
+CASES = {"conv_projection": CONV_PROJECTION, "global_attention": GLOBAL_ATTENTION, "pointwise_mlp": POINTWISE_MLP}
+
+
+def tagged(cases: Sequence[Case], *tags: str) -> list[Case]:
+    """The cases that carry one of these tags."""
+    return [case for case in cases if case.tags.intersection(tags)]
+
+
+def _slice(t: Tensor) -> Tensor:
+    """Every second element of a larger tensor's last axis."""
+    larger = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"))
+    larger[..., ::2] = t
+    return larger[..., ::2]
+
+
+def _rows(t: Tensor) -> Tensor:
+    """A slice of longer rows: the last axis is dense, the rows are not."""
+    larger = t.new_full((*t.shape[:-1], t.shape[-1] + 3), float("nan"))
+    larger[..., 1:-2] = t
+    return larger[..., 1:-2]
+
+
+def _transpose(t: Tensor) -> Tensor:
+    """The axes stored in reverse order."""
+    order = list(range(t.ndim))[::-1]
+    return t.permute(order).contiguous().permute(order)
+
+
+def _offset(t: Tensor) -> Tensor:
+    """Dense, but starting where no vector load expects it."""
+    larger = t.new_full((t.numel() + 1,), float("nan"))
+    larger[1:] = t.flatten()
+    return larger[1:].view(t.shape)
+
+
+def _expand(t: Tensor) -> Tensor:
+    """The first sample or filter, repeated with stride 0.
+
+    Vectors and matrices stay as they are: with equal rows a whole result would hang on one rounding.
+    """
+    return t[:1].expand(t.shape) if t.ndim > 2 else t
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice": _slice,
+    "rows": _rows,
+    "transpose": _transpose,
+    "offset": _offset,
+    "expand": _expand,
+}
