@@ -7,6 +7,7 @@ that is applied to the MLP's output plus residual.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from fastvit_kernels.integrations.adapter import Adapter, state_of
 from fastvit_kernels.nn import fused
 from fastvit_kernels.nn.activations import QuickGELU
 
-_BRANCHES = ("query", "key", "value")
+_BRANCHES = tuple((f"convolution_projection_{name}", f"projection_{name}") for name in ("query", "key", "value"))
 _QUICK_GELU = QuickGELU()
 _NO_DROPOUT = nn.Identity()
 
@@ -28,8 +29,8 @@ _ATTENTION: Mapping[tuple[str, ...], type[nn.Module]] = {
     _SELF_ATTENTION: host.CvtSelfAttention,
     ("attention", "output"): host.CvtSelfOutput,
     **{
-        (*_SELF_ATTENTION, f"convolution_projection_{name}", *child): cls
-        for name in _BRANCHES
+        (*_SELF_ATTENTION, projection, *child): cls
+        for projection, _ in _BRANCHES
         for child, cls in (
             ((), host.CvtSelfAttentionProjection),
             (("convolution_projection",), host.CvtSelfAttentionConvProjection),
@@ -106,13 +107,14 @@ def _feed_forward(layer: host.CvtLayer, x: Tensor, residual: Tensor | None) -> T
     )
 
 
-def _branches(attention: host.CvtSelfAttention) -> tuple[fused.Branch, ...]:
+def _branches(attention: nn.Module) -> list[fused.Branch]:
+    # From the dictionaries: attribute access to submodules is what costs most here, and this runs at every call.
+    modules: dict[str, Any] = attention._modules
     branches = []
-    for name in _BRANCHES:
-        convolution = getattr(attention, f"convolution_projection_{name}").convolution_projection
-        linear = getattr(attention, f"projection_{name}")
-        branches.append(fused.Branch(convolution.convolution, convolution.normalization, linear))
-    return tuple(branches)
+    for convolution, linear in _BRANCHES:
+        inner = modules[convolution]._modules["convolution_projection"]._modules
+        branches.append(fused.Branch(inner["convolution"], inner["normalization"], modules[linear]))
+    return branches
 
 
 def _activation(layer: host.CvtLayer) -> nn.Module:

@@ -131,9 +131,14 @@ def check_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: f
     return norm_eps
 
 
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is on for this device type; torch itself raises for `meta`."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products: autocast's where it is on (fp64 is left alone, as autocast itself does)."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and autocast_is_on(device):
         return torch.get_autocast_dtype(device)
     return x.dtype

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from fastvit_kernels.ops.arguments import autocast_is_on
 from fastvit_kernels.ops.operator import Backend, Operator, Outputs, Tensors
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -26,7 +28,7 @@ class _Reference(NamedTuple):
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Any) -> Outputs:
         device = tensors[0].device.type  # type: ignore[union-attr]
-        if not torch.is_autocast_enabled(device):
+        if not autocast_is_on(device):
             return self.operator.reference(tensors, static)
         # `static.dtype` is what autocast asks for; it must not change single steps of the reference besides.
         with torch.autocast(device, enabled=False):
@@ -112,12 +114,21 @@ def requested_backend(backend: str | None = None) -> str:
     return _state.backend if _state.backend is not None else _environment
 
 
+def _transforming() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp, ...) or forward-mode differentiation is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
 def _reasons(candidate: Backend, operator: Operator, tensors: Tensors, static: Any, wanted: str) -> list[str]:
     """Why `candidate` cannot run this call, whether or not it was asked for."""
     if candidate.name == "reference":
         return []
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return ["exporting or tracing: the graph is kept to plain PyTorch operators"]
+    if _transforming():
+        return ["under torch.func or forward-mode differentiation, which see through plain PyTorch operators only"]
     reasons = candidate.supports(tensors, static)
     if wanted == "auto" and candidate.name == "triton" and tensors[0].device.type == "cpu":  # type: ignore[union-attr]
         return [*reasons, "on a CPU Triton only interprets: it runs when asked for by name"]

@@ -348,6 +348,49 @@ def test_hooks_of_the_layer_and_of_modules_that_are_called_do_not_keep_it_from_f
     assert fused_calls(fused, x)["cvt.encoder.stages.0.layers.0"] == OPERATORS
 
 
+def gradient(model, x):
+    return torch.func.grad(lambda images: model(images).logits.square().sum())(x)
+
+
+def jacobian_vector_product(model, x):
+    return torch.func.jvp(lambda images: model(images).logits, (x,), (torch.ones_like(x),))[1]
+
+
+def per_sample_gradients(model, x):
+    return torch.func.vmap(torch.func.grad(lambda image: model(image[None]).logits.square().sum()))(x)
+
+
+def forward_mode(model, x):
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        return torch.autograd.forward_ad.unpack_dual(model(dual).logits).tangent
+
+
+def double_backward(model, x):
+    x = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(model(x).logits.square().sum(), x, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), x)[0]
+
+
+@pytest.mark.parametrize(
+    "transform", [gradient, jacobian_vector_product, per_sample_gradients, forward_mode, double_backward]
+)
+def test_other_kinds_of_differentiation(tiny_cvt, transform):
+    stock, fused = pair(tiny_cvt(), inference=True)
+    x = image(2, 3, 48, 64)
+    assert relative_l2(transform(fused, x), transform(stock, x)) <= 1e-4
+
+
+def test_export_and_shapes_without_data(tiny_cvt):
+    stock, fused = pair(tiny_cvt())
+    x = image(1, 3, 48, 64)
+    with torch.no_grad():
+        exported = torch.export.export(fused, (x,))
+        assert relative_l2(exported.module()(x).logits, stock(x).logits) <= 1e-5
+    assert not [node for node in exported.graph.nodes if "fastvit" in str(node.target)]
+    assert fused.to("meta")(x.to("meta")).logits.shape == (1, 7)
+
+
 @pytest.mark.parametrize("method", ["avg", "linear"])
 def test_other_projection_methods_are_left_alone(method):
     layer = CvtLayer(1, 16, 3, 1, 1, 1, 2, method, True, 0.0, 0.0, 4.0, 0.0, with_cls_token=False)
