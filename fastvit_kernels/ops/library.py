@@ -55,19 +55,15 @@ def define_statistics(name: str, static_schema: str, fake: Callable[..., Tensor]
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
 
 
-def register(operator: Operator, triton_launcher: Callable[[Tensors, Any], Outputs]) -> None:
-    """Define `operator`'s schemas and register its fakes, its Triton kernels and its backward."""
+def register(operator: Operator, triton_launcher: Callable[[Tensors, Any], Outputs] | None = None) -> None:
+    """Define `operator`'s schemas and register its fakes, its Triton kernels (if any) and its backward."""
     name, statics = operator.name, operator.static_schema
     returns = "Tensor" if operator.returns == 1 else "(" + ", ".join(["Tensor"] * operator.returns) + ")"
     _define(f"{name}(Tensor?[] tensors, Tensor? packed, {statics}) -> {returns}")
-    _define(f"{name}.triton(Tensor?[] tensors, {statics}) -> {returns}")
     _define(f"{name}_pack(Tensor?[] tensors, {statics}) -> Tensor")
     _define(f"{name}_backward(Tensor[] grads, Tensor?[] tensors, bool[] needs, {statics}) -> Tensor[]")
 
     def fake(tensors: Tensors, packed: Tensor | None, *static: Any) -> Tensor | Outputs:
-        return _unwrap(operator.fake(tensors, operator.static(*static)))
-
-    def fake_triton(tensors: Tensors, *static: Any) -> Tensor | Outputs:
         return _unwrap(operator.fake(tensors, operator.static(*static)))
 
     def fake_pack(tensors: Tensors, *static: Any) -> Tensor:
@@ -78,23 +74,38 @@ def register(operator: Operator, triton_launcher: Callable[[Tensors, Any], Outpu
         wanted = zip(tensors, needs, strict=True)
         return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in wanted if n and t is not None]
 
-    def run_triton(tensors: Tensors, *static: Any) -> Tensor | Outputs:
-        return _unwrap(triton_launcher(tensors, operator.static(*static)))
-
     def run_backward(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
         with _autograd_inside_kernel():
             found = recompute_gradients(operator, grads, tensors, needs, operator.static(*static), create_graph=False)
         # Gradients leave as fresh dense tensors, whatever autograd returned: the fake promises it.
         return [g.clone(memory_format=torch.contiguous_format) for g in found if g is not None]
 
-    for overload, function in ((name, fake), (f"{name}.triton", fake_triton), (f"{name}_pack", fake_pack)):
+    fakes = ((name, fake), (f"{name}_pack", fake_pack), (f"{name}_backward", fake_backward))
+    for overload, function in fakes:
         torch.library.register_fake(f"{NAMESPACE}::{overload}", function, lib=library)
-    torch.library.register_fake(f"{NAMESPACE}::{name}_backward", fake_backward, lib=library)
     for key in ("CPU", "CUDA"):
-        library.impl(f"{name}.triton", run_triton, key)
         library.impl(f"{name}_backward", run_backward, key)
+    if triton_launcher is not None:
+        _register_triton(operator, triton_launcher, f"Tensor?[] tensors, {statics}", returns)
     operators[name] = operator
     _functions[name] = _make_function(operator)
+
+
+def _register_triton(
+    operator: Operator, launcher: Callable[[Tensors, Any], Outputs], arguments: str, returns: str
+) -> None:
+    overload = f"{operator.name}.triton"
+    _define(f"{overload}({arguments}) -> {returns}")
+
+    def fake(tensors: Tensors, *static: Any) -> Tensor | Outputs:
+        return _unwrap(operator.fake(tensors, operator.static(*static)))
+
+    def run(tensors: Tensors, *static: Any) -> Tensor | Outputs:
+        return _unwrap(launcher(tensors, operator.static(*static)))
+
+    torch.library.register_fake(f"{NAMESPACE}::{overload}", fake, lib=library)
+    for key in ("CPU", "CUDA"):
+        library.impl(overload, run, key)
 
 
 def recompute_gradients(

@@ -10,6 +10,10 @@ template <class T, class Out>
 FK_INLINE void copy_row(const T* x, int64_t n, int64_t padded, Out* out) {
   int64_t i = 0;
   for (; i + FK_VL <= n; i += FK_VL) store(out + i, load(x + i));
+  if (i < n && n >= FK_VL) {
+    store(out + n - FK_VL, load(x + n - FK_VL));
+    i = n;
+  }
   for (; i < n; ++i) from_float(out + i, to_float(x[i]));
   for (; i < padded; ++i) from_float(out + i, 0.0f);
 }

@@ -1,0 +1,94 @@
+#include "packed.h"
+
+namespace fk {
+namespace {
+
+struct Embedding {
+  fk_array weight, bias, norm_weight, norm_bias;
+  std::optional<double> norm_eps;
+  int64_t batch, height, width, channels, kernel, out;
+  bool low_precision;
+  uint64_t mark;
+};
+
+struct Weights {
+  fk_linear linear;
+  fk_norm norm;
+};
+
+Embedding check(const TensorList& t, std::optional<double> norm_eps, int64_t stride, int64_t padding,
+                ScalarType dtype) {
+  check_count(t, 5);
+  const Tensor &x = required(t, 0, "x"), &weight = required(t, 1, "weight");
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, "x, weight: expected 4 dimensions");
+  Embedding e;
+  e.batch = x.size(0);
+  e.height = x.size(1);
+  e.width = x.size(2);
+  e.channels = x.size(3);
+  e.out = weight.size(0);
+  e.kernel = weight.size(3);
+  e.weight = view(t[1], "weight", {e.out, e.channels, e.kernel, e.kernel});
+  e.bias = view(t[2], "bias", {e.out});
+  e.norm_weight = view(t[3], "norm_weight", {e.out});
+  e.norm_bias = view(t[4], "norm_bias", {e.out});
+  e.norm_eps = norm_eps;
+  STD_TORCH_CHECK(stride > 0 && padding >= 0 && e.kernel > 0 && e.kernel <= e.height + 2 * padding &&
+                      e.kernel <= e.width + 2 * padding,
+                  "stride, padding: do not go with the map");
+  e.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
+  e.mark = fingerprint({e.out, e.channels, e.kernel, e.low_precision, norm_eps.has_value()}, t, 1, 5);
+  return e;
+}
+
+Tensor prepare(const Embedding& e, const std::optional<Tensor>& packed, Weights* w) {
+  return pack(packed, e.mark, [&](Packer& p) {
+    const int64_t taps = e.kernel * e.kernel;
+    w->linear = p.linear(e.weight, e.bias, e.out, taps * e.channels, e.low_precision, taps);
+    w->norm = norm_of(p, e.norm_weight, e.norm_bias, e.norm_eps, e.out);
+  });
+}
+
+Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps, int64_t stride, int64_t padding,
+           ScalarType dtype, ScalarType out_dtype) {
+  const Embedding e = check(t, norm_eps, stride, padding, dtype);
+  Weights w;
+  const Tensor block = prepare(e, packed, &w);
+  fk_patch_embedding p = {};
+  p.x = view(*t[0], "x");
+  p.out_dtype = kernel_dtype(out_dtype);
+  p.linear = w.linear;
+  p.norm = w.norm;
+  p.batch = e.batch;
+  p.height = e.height;
+  p.width = e.width;
+  p.channels = e.channels;
+  p.kernel = e.kernel;
+  p.stride = stride;
+  p.padding = padding;
+  p.out_h = (e.height + 2 * padding - e.kernel) / stride + 1;
+  p.out_w = (e.width + 2 * padding - e.kernel) / stride + 1;
+  Tensor out = empty({e.batch, p.out_h, p.out_w, e.out}, out_dtype);
+  p.out = out.mutable_data_ptr();
+  const int64_t rows = e.batch * p.out_h * p.out_w;
+  const int64_t cached = kCacheBytes / (4 * std::max<int64_t>(1, w.linear.k + e.out));
+  p.rows_per_task = rows_per_task(rows, std::min<int64_t>(224, std::max<int64_t>(28, cached)));
+  const fk_table& k = kernels();
+  run_tasks(blocks(rows, p.rows_per_task), k.scratch_patch_embedding(&p),
+            [&](int64_t task, void* memory) { k.patch_embedding(&p, task, memory); });
+  return out;
+}
+
+Tensor pack_only(TensorList t, std::optional<double> norm_eps, int64_t stride, int64_t padding, ScalarType dtype,
+                 ScalarType) {
+  Weights w;
+  return prepare(check(t, norm_eps, stride, padding, dtype), std::nullopt, &w);
+}
+
+}  // namespace
+}  // namespace fk
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
+  m.impl("patch_embedding", TORCH_BOX(&fk::run));
+  m.impl("patch_embedding_pack", TORCH_BOX(&fk::pack_only));
+}

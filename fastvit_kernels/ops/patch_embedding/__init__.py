@@ -1,0 +1,105 @@
+"""The strided convolution in front of a stage, and its LayerNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels.ops import library
+from fastvit_kernels.ops.arguments import (
+    check_activation_tensor,
+    check_eps,
+    check_integer,
+    check_parameter,
+    check_tensor,
+    compute_dtype,
+)
+from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
+from fastvit_kernels.ops.packing import PackedWeights
+from fastvit_kernels.ops.patch_embedding import native
+from fastvit_kernels.ops.patch_embedding.reference import STATIC_SCHEMA, Static, output_size, reference
+
+__all__ = ["patch_embedding"]
+
+
+def _fake(tensors: Tensors, static: Static) -> Outputs:
+    x, weight = tensors[0], tensors[1]
+    assert x is not None and weight is not None
+    height, width = (output_size(size, weight.shape[-1], static) for size in x.shape[1:3])
+    return (x.new_empty((x.shape[0], height, width, weight.shape[0]), dtype=static.out_dtype),)
+
+
+OPERATOR = Operator(
+    name="patch_embedding",
+    static=Static,
+    static_schema=STATIC_SCHEMA,
+    parameters=(1, 2, 3, 4),
+    returns=1,
+    reference=reference,
+    fake=_fake,
+    backends=[native.Cpu()],
+)
+library.register(OPERATOR)
+
+
+def patch_embedding(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    stride: int,
+    padding: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float | None = None,
+    packed: PackedWeights | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """A dense strided convolution, then LayerNorm over the channels.
+
+    Equivalent plain PyTorch::
+
+        maps = F.conv2d(x, weight, bias, stride, padding).permute(0, 2, 3, 1)
+        out = F.layer_norm(maps, (C_out,), norm_weight, norm_bias, norm_eps).permute(0, 3, 1, 2)
+
+    Args:
+        x: `[B, C, H, W]`, free of a copy in `torch.channels_last`; fp64, fp32, bf16 or fp16.
+        weight: `[C_out, C, K, K]`; fp32 or x's dtype, like all parameters.
+        bias: `[C_out]` or None.
+        stride, padding: of the convolution, the same for both axes; padding is with zeros.
+        norm_weight, norm_bias: `[C_out]` or None.
+        norm_eps: epsilon of the LayerNorm (computed in fp32); None for no normalisation.
+        packed: keeps the weights in the layout of the CPU kernels from call to call and repacks them when they change.
+        backend: runs this call on one backend; see `use_backend`. There are no GPU kernels of this operator.
+
+    Returns:
+        `[B, C_out, H', W']` in channels-last memory, in x's dtype. Under autocast: autocast's dtype without a norm,
+        fp32 behind one, as autocast treats the two steps.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+        BackendError: the chosen backend cannot run the call.
+
+    Source: Wu et al., "CvT: Introducing Convolutions to Vision Transformers", section 3.1.
+    """
+    channels = check_activation_tensor("x", x, 4).shape[1]
+    out, _, _, kernel = check_tensor("weight", weight, "[C_out, C, K, K]").shape
+    check_parameter("weight", weight, (out, channels, kernel, kernel), x)
+    check_parameter("bias", bias, (out,), x, optional=True)
+    if norm_eps is not None:
+        check_eps("norm_eps", norm_eps)
+    elif norm_weight is not None or norm_bias is not None:
+        raise ValueError("norm_eps: expected the LayerNorm's epsilon beside norm_weight or norm_bias, got None")
+    check_parameter("norm_weight", norm_weight, (out,), x, optional=True)
+    check_parameter("norm_bias", norm_bias, (out,), x, optional=True)
+    check_integer("stride", stride, 1)
+    check_integer("padding", padding, 0)
+    if min(x.shape[2:]) + 2 * padding < kernel:
+        raise ValueError(f"x: a {kernel} x {kernel} filter is larger than the padded {tuple(x.shape[2:])} map")
+    dtype = compute_dtype(x)
+    out_dtype = dtype
+    if norm_eps is not None and dtype is not x.dtype:
+        out_dtype = torch.promote_types(dtype, torch.float32)
+    static = Static(norm_eps, stride, padding, dtype, out_dtype)
+    tensors = [x.permute(0, 2, 3, 1), weight, bias, norm_weight, norm_bias]
+    return library.call(OPERATOR, tensors, static, packed=packed, backend=backend)[0].permute(0, 3, 1, 2)

@@ -1,0 +1,45 @@
+"""A strided convolution and a LayerNorm over channels in plain PyTorch: the definition of the operator."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fastvit_kernels.ops.normalization import normalize
+from fastvit_kernels.ops.operator import Outputs, Tensors
+
+
+class Static(NamedTuple):
+    """The operator's static arguments."""
+
+    norm_eps: float | None
+    stride: int
+    padding: int
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+
+
+STATIC_SCHEMA = "float? norm_eps, int stride, int padding, ScalarType dtype, ScalarType out_dtype"
+
+
+def output_size(size: int, kernel: int, static: Static) -> int:
+    """Height or width of the result."""
+    return (size + 2 * static.padding - kernel) // static.stride + 1
+
+
+def reference(tensors: Tensors, static: Static) -> Outputs:
+    """Of `[x, weight, bias, norm_weight, norm_bias]`, x and the result as `[B, H, W, C]`."""
+    x, weight, bias, norm_weight, norm_bias = tensors
+    assert x is not None and weight is not None
+    dtype = static.dtype
+    maps = F.conv2d(
+        x.permute(0, 3, 1, 2).to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        stride=static.stride,
+        padding=static.padding,
+    )
+    rows = maps.permute(0, 2, 3, 1).contiguous()
+    return (normalize(rows, norm_weight, norm_bias, static.norm_eps, static.out_dtype),)
