@@ -139,6 +139,6 @@ def autocast_is_on(device: str) -> bool:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products: autocast's where it is on (fp64 is left alone, as autocast itself does)."""
     device = x.device.type
-    if x.dtype != torch.float64 and autocast_is_on(device):
+    if x.dtype is not torch.float64 and autocast_is_on(device):
         return torch.get_autocast_dtype(device)
     return x.dtype

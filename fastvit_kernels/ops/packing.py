@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,44 +12,62 @@ from torch import Tensor
 from fastvit_kernels.ops.operator import Operator, Tensors
 
 
+class _Entry(NamedTuple):
+    """Packed weights and what they were made from. Holding the weights keeps their memory from being used again."""
+
+    dtype: torch.dtype
+    weights: tuple[Tensor | None, ...]
+    state: list[int]
+    packed: Tensor
+
+
 class PackedWeights:
     """The packed weights of one operator call site.
 
     They are made at the first call and again whenever a weight has changed: another tensor, an in-place update, another
-    compute dtype. What these checks cannot see (a write through `.data`) the kernel notices by comparing samples of
-    the weights with those taken when packing; it then reads the weights themselves.
+    compute dtype. What these checks cannot see (a write through `.data`, an update of a tensor made in inference mode)
+    the kernel notices by comparing samples of the weights with those taken when packing; it then reads the weights
+    themselves. A write of that kind to a few elements only can escape the samples.
 
     Copies and pickles start empty: the layout belongs to this machine.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._packed: Tensor | None = None
+        # Replaced as a whole, so that another thread never sees weights of one call with the packing of another.
+        self._entry: _Entry | None = None
 
     def get(self, operator: Operator, tensors: Tensors, static: Any) -> Tensor | None:
         """The packed weights for this call; while torch.compile traces, those of the last eager call."""
+        entry = self._entry
         if torch.compiler.is_compiling():
-            return self._packed
-        key = _key(operator, tensors, static)
-        if key != self._key:
+            return None if entry is None else entry.packed
+        weights = tuple([tensors[index] for index in operator.parameters])
+        state = _state([t for t in weights if t is not None])
+        if (
+            entry is None
+            or entry.state != state
+            or entry.dtype is not static.dtype
+            or not all(map(is_, entry.weights, weights))
+        ):
             pack = getattr(torch.ops.fastvit, f"{operator.name}_pack").default
             with torch.no_grad():
-                self._packed = pack(tensors, *static)
-            self._key = key
-        return self._packed
+                entry = _Entry(static.dtype, weights, state, pack(tensors, *static))
+            self._entry = entry
+        return entry.packed
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._packed is None else self._packed.numel()
+        entry = self._entry
+        return 0 if entry is None else entry.packed.numel()
 
     def __reduce__(self) -> tuple[type[PackedWeights], tuple[()]]:
         return PackedWeights, ()
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _key(operator: Operator, tensors: Tensors, static: Any) -> tuple[Any, ...]:
-    weights = (tensors[index] for index in operator.parameters)
-    return (static.dtype, *((t.data_ptr(), _version(t)) for t in weights if t is not None))
+def _state(weights: Sequence[Tensor]) -> list[int]:
+    """Addresses and version counters: what an in-place update or a swap of `.data` changes."""
+    addresses = [t.data_ptr() for t in weights]
+    try:
+        return addresses + [t._version for t in weights]
+    except RuntimeError:  # tensors made in inference mode count no versions
+        return addresses + [0 if t.is_inference() else t._version for t in weights]

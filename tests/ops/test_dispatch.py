@@ -1,0 +1,170 @@
+"""Which backend runs a call, who may choose it, and what a refused choice says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from fastvit_kernels import BackendError, _extension, ops, use_backend
+from fastvit_kernels.ops import dispatch
+from fastvit_kernels.testing import inputs
+
+
+def _call(dtype=torch.float32, device="cpu"):
+    x = torch.ones(2, 4, dtype=dtype, device=device)
+    weight = torch.ones(4, 4, dtype=dtype, device=device)
+    return lambda **options: ops.pointwise_mlp(x, weight, None, weight, None, activation="gelu", **options)
+
+
+def _decision(call, **options):
+    recorder = dispatch.Recorder()
+    with dispatch.record(recorder):
+        call(**options)
+    (decision,) = recorder.decisions
+    return decision
+
+
+def test_the_cpu_kernels_are_loaded():
+    """The other tests ask for them by name; this one says why they could not be found."""
+    assert _extension.parts["cpu"].loaded, _extension.parts["cpu"].problem
+
+
+@pytest.mark.parametrize("name", inputs.CASES)
+def test_every_operator_runs_on_the_cpu_kernels_by_itself(name):
+    call = inputs.tagged(inputs.CASES[name], "smallest")[0].call()
+    decision = _decision(lambda: call())
+    assert (decision.operator, decision.chosen) == (name, "cpu")
+    assert set(decision.rejected) == {"triton", "reference"}
+
+
+def test_order_and_reasons_of_the_default():
+    decision = _decision(_call())
+    assert decision.chosen == "cpu"
+    assert decision.shape == "(2, 4) float32 cpu"
+    assert any("asked for by name" in reason for reason in decision.rejected["triton"])
+    assert decision.rejected["reference"] == ["cpu comes first"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_falls_back_where_the_cpu_kernels_cannot(dtype):
+    decision = _decision(_call(dtype))
+    assert decision.chosen == "reference"
+    assert any(str(dtype).removeprefix("torch.") in reason for reason in decision.rejected["cpu"])
+
+
+def test_meta_tensors_have_shapes():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _call(device="meta")().shape == (2, 4)
+    assert _decision(_call(device="meta")).chosen == "reference"
+
+
+def test_a_choice_goes_before_the_block_before_the_environment(monkeypatch):
+    monkeypatch.setattr(dispatch, "_environment", "reference")
+    assert _decision(_call()).chosen == "reference"
+    with use_backend("cpu"):
+        assert _decision(_call()).chosen == "cpu"
+        assert _decision(_call(), backend="reference").chosen == "reference"
+        with use_backend("auto"):
+            assert _decision(_call(torch.float64)).chosen == "reference"
+    assert _decision(_call()).chosen == "reference"
+
+
+def test_a_block_ends_with_an_error_too():
+    with pytest.raises(ZeroDivisionError), use_backend("reference"):
+        raise ZeroDivisionError
+    assert dispatch.requested_backend() == dispatch._environment
+
+
+def test_a_block_belongs_to_its_thread():
+    inside, seen = threading.Event(), []
+
+    def other():
+        inside.wait()
+        seen.append(dispatch.requested_backend())
+        with use_backend("cpu"):
+            seen.append(dispatch.requested_backend())
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with use_backend("reference"):
+        inside.set()
+        thread.join()
+        assert dispatch.requested_backend() == "reference"
+    assert seen == [dispatch._environment, "cpu"]
+
+
+def test_a_recorder_belongs_to_its_thread():
+    recorder = dispatch.Recorder()
+    with dispatch.record(recorder):
+        thread = threading.Thread(target=_call())
+        thread.start()
+        thread.join()
+    assert not recorder.decisions
+
+
+@pytest.mark.parametrize("choose", [lambda name: use_backend(name).__enter__(), lambda name: _call()(backend=name)])
+def test_an_unknown_name_is_refused(choose):
+    with pytest.raises(ValueError, match=r"backend.*: unknown backend 'gpu', expected one of auto, cuda, triton, cpu"):
+        choose("gpu")
+
+
+def test_an_explicit_choice_that_cannot_run_says_everything():
+    with pytest.raises(BackendError) as caught:
+        _call(torch.float64)(backend="cpu")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "pointwise_mlp: backend 'cpu' cannot run this call on (2, 4) float64 cpu"
+    assert lines[1] == "  cpu: float64: the CPU kernels take float32 and bfloat16"
+    assert lines[2].startswith("  triton: ")
+    assert lines[3] == "  reference: could run it"
+
+
+def test_a_backend_without_kernels_is_no_silent_fallback():
+    with pytest.raises(BackendError, match="pointwise_mlp has no cuda kernels in this build"):
+        _call()(backend="cuda")
+
+
+def test_kernels_that_were_not_built_are_a_reason(monkeypatch):
+    monkeypatch.setitem(_extension.parts, "cpu", _extension.Part("cpu", None, "not built: for this test"))
+    assert _decision(_call()).rejected["cpu"] == ["not built: for this test"]
+    with pytest.raises(BackendError, match="cpu: not built: for this test"):
+        _call()(backend="cpu")
+
+
+def test_transforms_of_torch_func_and_forward_mode_see_plain_pytorch():
+    call = inputs.tagged(inputs.POINTWISE_MLP, "smallest")[0].call()
+    x, residual = call.arguments.pop("x"), call.arguments.pop("residual")
+
+    def function(x):
+        return call.function(x, **call.arguments, residual=torch.zeros_like(x)).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(leaf), leaf)
+    derivative = pytest.approx(float((gradient * residual).sum()), rel=1e-4)
+    assert float((torch.func.grad(function)(x) * residual).sum()) == derivative
+    assert float(torch.func.jvp(function, (x,), (residual,))[1]) == derivative
+    assert float(torch.func.vmap(function)(x).sum()) == pytest.approx(float(function(x)), rel=1e-5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = function(torch.autograd.forward_ad.make_dual(x, residual))
+        assert float(torch.autograd.forward_ad.unpack_dual(dual).tangent) == derivative
+
+
+def _python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_environment_chooses():
+    code = "from fastvit_kernels.ops.dispatch import requested_backend; print(requested_backend())"
+    assert _python(code, FASTVIT_BACKEND="reference").stdout.strip() == "reference"
+
+
+def test_an_unknown_name_in_the_environment_is_refused():
+    result = _python("import fastvit_kernels", FASTVIT_BACKEND="fast")
+    assert result.returncode != 0
+    assert "FASTVIT_BACKEND: unknown backend 'fast', expected one of auto" in result.stderr

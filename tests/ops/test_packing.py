@@ -1,0 +1,229 @@
+"""PackedWeights: when weights are packed again, and that a result never comes from old ones."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+
+from fastvit_kernels.ops import library
+from fastvit_kernels.ops.packing import PackedWeights
+from fastvit_kernels.testing import inputs
+
+OPERATORS = ("conv_projection", "global_attention", "pointwise_mlp")
+
+
+@pytest.fixture
+def count_packs(monkeypatch):
+    """How often each operator's weights have been packed."""
+    counts = dict.fromkeys(OPERATORS, 0)
+    for name in OPERATORS:
+        packet = getattr(torch.ops.fastvit, f"{name}_pack")
+        original = packet.default
+
+        def count(*args, name=name, original=original):
+            counts[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(packet, "default", count)
+    return counts
+
+
+def _call(name, precision=inputs.FP32):
+    return inputs.tagged(inputs.CASES[name], "smallest")[0].call(precision)
+
+
+def _outputs(call, packed=None):
+    with torch.no_grad():
+        found = call.function(**call.arguments, packed=packed, backend="cpu")
+    return [found] if isinstance(found, torch.Tensor) else list(found)
+
+
+def _same(call, packed):
+    return all(torch.equal(a, b) for a, b in zip(_outputs(call, packed), _outputs(call), strict=True))
+
+
+def _weights(call):
+    activations = ("x", "q", "k", "v", "residual")
+    return {name: t for name, t in (call.leaves() | call.buffers()).items() if name not in activations}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_packed_once_while_nothing_changes(name, count_packs):
+    call, packed = _call(name), PackedWeights()
+    assert packed.nbytes == 0
+    for _ in range(3):
+        assert _same(call, packed)
+    assert count_packs[name] == 1
+    assert packed.nbytes > 0
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("precision", [inputs.FP32, inputs.BF16, inputs.BF16_FP32], ids=str)
+def test_same_bits_with_and_without(name, precision):
+    for case in inputs.CASES[name]:
+        call, packed = case.call(precision), PackedWeights()
+        assert _same(call, packed) and _same(call, packed), case.name
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_weight_is_noticed_when_updated_in_place(name, count_packs):
+    call, packed = _call(name), PackedWeights()
+    assert _same(call, packed)
+    for number, (weight_name, weight) in enumerate(_weights(call).items()):
+        before = _outputs(call, packed)
+        weight.mul_(1.5)
+        assert _same(call, packed), weight_name
+        assert not all(torch.equal(a, b) for a, b in zip(before, _outputs(call), strict=True)), weight_name
+        assert count_packs[name] == number + 2, weight_name
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_weight_is_noticed_when_replaced(name, count_packs):
+    call, packed = _call(name), PackedWeights()
+    for number, (weight_name, weight) in enumerate(_weights(call).items()):
+        assert _same(call, packed)
+        assert count_packs[name] == number + 1
+        call = call.with_leaves({weight_name: weight * 1.5})
+        assert _same(call, packed), weight_name
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_write_through_data_never_gives_the_old_result(name):
+    """No version counter sees it; the kernel compares samples, which a change of every element cannot escape."""
+    call, packed = _call(name), PackedWeights()
+    assert _same(call, packed)
+    for weight_name, weight in _weights(call).items():
+        weight.data.mul_(1.5)
+        assert _same(call, packed), weight_name
+        weight.data = weight.data * 1.5
+        assert _same(call, packed), weight_name
+
+
+def test_an_optimizer_step_is_noticed():
+    call, packed = _call("pointwise_mlp"), PackedWeights()
+    weight = torch.nn.Parameter(call.arguments["weight1"])
+    call = call.with_leaves({"weight1": weight})
+    assert _same(call, packed)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert _same(call, packed)
+
+
+def test_address_reuse_is_not_taken_for_the_same_weight():
+    """Weights replaced again and again, each freed before the next is made, so that addresses repeat."""
+    call, packed = _call("pointwise_mlp"), PackedWeights()
+    shape = call.arguments["weight1"].shape
+    for seed in range(20):
+        del call.arguments["weight1"]
+        call.arguments["weight1"] = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        assert _same(call, packed)
+
+
+def test_precisions_may_alternate(count_packs):
+    fp32 = _call("pointwise_mlp")
+    packed = PackedWeights()
+    for _ in range(2):
+        assert _same(fp32, packed)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert _same(fp32, packed)
+    assert count_packs["pointwise_mlp"] == 4
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        call, packed = _call("pointwise_mlp"), PackedWeights()
+        assert _same(call, packed) and _same(call, packed)
+        call.arguments["weight1"].mul_(1.5)
+        assert _same(call, packed)
+
+
+def test_weights_in_another_layout():
+    call, packed = _call("pointwise_mlp"), PackedWeights()
+    transposed = call.with_leaves({"weight1": call.arguments["weight1"].t().contiguous().t()})
+    assert _same(transposed, packed) and _same(call, packed)
+
+
+def test_unused_for_training_and_other_backends(count_packs):
+    call, packed = _call("pointwise_mlp"), PackedWeights()
+    call.function(**call.arguments, packed=packed, backend="reference")
+    call = call.fresh()
+    call.leaves()["x"].requires_grad_()
+    call.function(**call.arguments, packed=packed, backend="cpu")
+    assert count_packs["pointwise_mlp"] == 0 and packed.nbytes == 0
+
+
+def test_copies_and_pickles_start_empty():
+    call, packed = _call("pointwise_mlp"), PackedWeights()
+    _outputs(call, packed)
+    for other in (copy.copy(packed), copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert type(other) is PackedWeights and other.nbytes == 0
+    assert packed.nbytes > 0
+
+
+def test_shared_by_threads_with_different_weights():
+    """Two threads that keep taking one PackedWeights from each other still get their own results."""
+    packed, calls = PackedWeights(), [inputs.tagged(inputs.POINTWISE_MLP, "smallest")[0].call(seed=s) for s in (1, 2)]
+    wanted = [_outputs(call) for call in calls]
+    wrong, barrier = [], threading.Barrier(2)
+
+    def work(index):
+        barrier.wait()
+        for _ in range(200):
+            if not torch.equal(_outputs(calls[index], packed)[0], wanted[index][0]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_compiled_calls_use_them_and_notice_changes(name):
+    call, packed = _call(name), PackedWeights()
+    _outputs(call, packed)
+    torch._dynamo.reset()
+
+    def run(arguments):
+        return call.function(**arguments, packed=packed, backend="cpu")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        with torch.no_grad():
+            found = compiled(call.arguments)
+        found = [found] if isinstance(found, torch.Tensor) else list(found)
+        assert all(torch.equal(a, b) for a, b in zip(found, _outputs(call), strict=True))
+        for weight in _weights(call).values():
+            weight.mul_(1.25)
+
+
+def test_a_packing_for_something_else_is_not_used():
+    """The operator itself checks what it is given, whoever calls it."""
+    one, other = _call("pointwise_mlp"), inputs.POINTWISE_MLP[5].call()
+    operator = library.operators["pointwise_mlp"]
+    recorded = {}
+
+    def remember(operator, tensors, static, **_):
+        recorded["call"] = (tensors, static)
+        raise InterruptedError
+
+    def raw(call):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(library, "call", remember)
+            with pytest.raises(InterruptedError):
+                call()
+        return recorded["call"]
+
+    foreign = PackedWeights().get(operator, *raw(other))
+    tensors, static = raw(one)
+    found = torch.ops.fastvit.pointwise_mlp.default(tensors, foreign, *static)
+    assert torch.equal(found, _outputs(one)[0])
+    for junk in (torch.zeros(0, dtype=torch.uint8), torch.full((foreign.numel(),), 255, dtype=torch.uint8)):
+        assert torch.equal(torch.ops.fastvit.pointwise_mlp.default(tensors, junk, *static), _outputs(one)[0])
