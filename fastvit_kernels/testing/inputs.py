@@ -308,7 +308,74 @@ POINTWISE_MLP = [
     pointwise_mlp_case("cvt_13_stage_3", "published", leading=(1, 197), channels=384, hidden=1536),
 ]
 
-CASES = {"conv_projection": CONV_PROJECTION, "global_attention": GLOBAL_ATTENTION, "pointwise_mlp": POINTWISE_MLP}
+
+def _patch_embedding(
+    maker: Maker,
+    *,
+    batch: int = 2,
+    size: tuple[int, int] = (9, 11),
+    channels: int = 6,
+    out: int = 16,
+    kernel: int = 3,
+    stride: int = 2,
+    padding: int = 1,
+    bias: bool = True,
+    norm: bool = True,
+    norm_affine: bool = True,
+    layout: torch.memory_format = torch.channels_last,
+) -> Call:
+    arguments: dict[str, Any] = {
+        "x": maker.activation(batch, channels, *size, scale=1.5, shift=0.5).to(memory_format=layout),
+        "weight": maker.weight(out, channels, kernel, kernel),
+        "bias": maker.vector(out) if bias else None,
+        "stride": stride,
+        "padding": padding,
+    }
+    if norm:
+        arguments["norm_eps"] = 1e-5
+        if norm_affine:
+            arguments |= {"norm_weight": maker.positive(out), "norm_bias": maker.vector(out)}
+    return Call(ops.patch_embedding, arguments)
+
+
+def patch_embedding_case(name: str, *tags: str, **options: Any) -> Case:
+    """A call of `patch_embedding` with these options of `_patch_embedding`."""
+    return Case(name, lambda maker: _patch_embedding(maker, **options), frozenset(tags))
+
+
+PATCH_EMBEDDING = [
+    patch_embedding_case("plain", "smallest", "inductor", "map"),
+    patch_embedding_case("stem", "smallest", channels=3, kernel=7, stride=4, padding=2),
+    patch_embedding_case("contiguous", "map", layout=torch.contiguous_format),
+    patch_embedding_case("empty_batch", "empty", batch=0),
+    patch_embedding_case("one_pixel", batch=1, size=(1, 1)),
+    patch_embedding_case("one_row", size=(1, 9)),
+    patch_embedding_case("one_column", size=(9, 1)),
+    patch_embedding_case("odd_channels", channels=5, out=13),
+    patch_embedding_case("one_channel", channels=1, out=1, norm=False),
+    patch_embedding_case("many_channels", batch=1, size=(7, 6), channels=72, out=136),
+    patch_embedding_case("many_pixels", size=(33, 30), channels=3, out=24),
+    patch_embedding_case("patches", kernel=2, stride=2, padding=0, size=(8, 10)),
+    patch_embedding_case("unread_border", kernel=2, stride=3, padding=0),
+    patch_embedding_case("stride_1", kernel=5, stride=1, padding=2),
+    patch_embedding_case("wide_padding", kernel=3, padding=2),
+    patch_embedding_case("linear", kernel=1, stride=1, padding=0),
+    patch_embedding_case("no_bias", bias=False),
+    patch_embedding_case("no_norm", norm=False),
+    patch_embedding_case("norm_without_affine", norm_affine=False),
+    patch_embedding_case("bare", norm=False, bias=False),
+    patch_embedding_case(
+        "cvt_13_stage_1", "published", batch=1, size=(224, 224), channels=3, out=64, kernel=7, stride=4, padding=2
+    ),
+    patch_embedding_case("cvt_13_stage_3", "published", batch=1, size=(28, 28), channels=192, out=384),
+]
+
+CASES = {
+    "conv_projection": CONV_PROJECTION,
+    "global_attention": GLOBAL_ATTENTION,
+    "patch_embedding": PATCH_EMBEDDING,
+    "pointwise_mlp": POINTWISE_MLP,
+}
 
 
 def tagged(cases: Sequence[Case], *tags: str) -> list[Case]:

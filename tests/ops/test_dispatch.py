@@ -39,7 +39,7 @@ def test_every_operator_runs_on_the_cpu_kernels_by_itself(name):
     call = inputs.tagged(inputs.CASES[name], "smallest")[0].call()
     decision = _decision(lambda: call())
     assert (decision.operator, decision.chosen) == (name, "cpu")
-    assert set(decision.rejected) == {"triton", "reference"}
+    assert "reference" in decision.rejected
 
 
 def test_order_and_reasons_of_the_default():

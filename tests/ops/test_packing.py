@@ -13,7 +13,7 @@ from fastvit_kernels.ops import library
 from fastvit_kernels.ops.packing import PackedWeights
 from fastvit_kernels.testing import inputs
 
-OPERATORS = ("conv_projection", "global_attention", "pointwise_mlp")
+OPERATORS = tuple(inputs.CASES)
 
 
 @pytest.fixture

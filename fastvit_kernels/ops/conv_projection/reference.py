@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit_kernels.ops.convolution import convolution
 from fastvit_kernels.ops.normalization import normalize
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.precision import wide
@@ -67,13 +68,7 @@ def depthwise(tokens: Tensor, weight: Tensor, static: Static, index: int) -> Ten
     """The depthwise convolution of a `[B, H*W, C]` map, as NCHW."""
     batch, _, channels = tokens.shape
     maps = tokens.transpose(1, 2).reshape(batch, channels, static.height, static.width)
-    weight = weight.to(maps.dtype)
-    dtype = maps.dtype
-    if maps.device.type == "cpu":
-        # The 16-bit convolutions of a CPU leave parts of the filter's gradient unwritten on maps one pixel wide.
-        maps, weight = maps.to(wide(dtype)), weight.to(wide(dtype))
-    stride, padding = static.stride[index], static.padding[index]
-    return F.conv2d(maps, weight, stride=stride, padding=padding, groups=channels).to(dtype)
+    return convolution(maps, weight, None, static.stride[index], static.padding[index], groups=channels)
 
 
 def _batch_norm(maps: Tensor, b: Branch, training: bool, eps: float) -> Tensor:

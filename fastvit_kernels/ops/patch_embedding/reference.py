@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
+from fastvit_kernels.ops.convolution import convolution
 from fastvit_kernels.ops.normalization import normalize
 from fastvit_kernels.ops.operator import Outputs, Tensors
 
@@ -33,13 +33,7 @@ def reference(tensors: Tensors, static: Static) -> Outputs:
     """Of `[x, weight, bias, norm_weight, norm_bias]`, x and the result as `[B, H, W, C]`."""
     x, weight, bias, norm_weight, norm_bias = tensors
     assert x is not None and weight is not None
-    dtype = static.dtype
-    maps = F.conv2d(
-        x.permute(0, 3, 1, 2).to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        stride=static.stride,
-        padding=static.padding,
-    )
+    maps = x.permute(0, 3, 1, 2).to(static.dtype)
+    maps = convolution(maps, weight, bias, static.stride, static.padding)
     rows = maps.permute(0, 2, 3, 1).contiguous()
     return (normalize(rows, norm_weight, norm_bias, static.norm_eps, static.out_dtype),)
