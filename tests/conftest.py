@@ -8,6 +8,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Most tests compute next to nothing, and waiting for other threads would take longer; those about threads set their own.
+torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -28,8 +30,4 @@ def tiny_cvt():
                     buffer.uniform_(0.5, 1.5) if name.endswith("var") else buffer.normal_(0.0, 0.3)
         return model.eval()
 
-    # Models this small only wait for a second thread.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make
-    torch.set_num_threads(threads)
+    return make

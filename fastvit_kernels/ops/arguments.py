@@ -114,7 +114,8 @@ def check_number(name: str, value: object, least: float, most: float) -> float:
     """A finite real number within these bounds."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (least <= value <= most and math.isfinite(value)):
+    # Not math.isfinite: with dynamic shapes torch.compile traces numbers too, and cannot trace that.
+    if not (least <= value <= most and -math.inf < value < math.inf):
         raise ValueError(f"{name}: expected a finite number in [{least:g}, {most:g}], got {value}")
     return float(value)
 

@@ -12,6 +12,7 @@ import torch
 from fastvit_kernels.ops import library
 from fastvit_kernels.ops.packing import PackedWeights
 from fastvit_kernels.testing import inputs
+from fastvit_kernels.testing.raw import raw_call
 
 OPERATORS = tuple(inputs.CASES)
 
@@ -206,23 +207,10 @@ def test_compiled_calls_use_them_and_notice_changes(name):
 
 def test_a_packing_for_something_else_is_not_used():
     """The operator itself checks what it is given, whoever calls it."""
-    one, other = _call("pointwise_mlp"), inputs.POINTWISE_MLP[5].call()
+    one, other = _call("pointwise_mlp"), inputs.pointwise_mlp_case("other", channels=24).call()
     operator = library.operators["pointwise_mlp"]
-    recorded = {}
-
-    def remember(operator, tensors, static, **_):
-        recorded["call"] = (tensors, static)
-        raise InterruptedError
-
-    def raw(call):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(library, "call", remember)
-            with pytest.raises(InterruptedError):
-                call()
-        return recorded["call"]
-
-    foreign = PackedWeights().get(operator, *raw(other))
-    tensors, static = raw(one)
+    foreign = PackedWeights().get(operator, *raw_call(other))
+    tensors, static = raw_call(one)
     found = torch.ops.fastvit.pointwise_mlp.default(tensors, foreign, *static)
     assert torch.equal(found, _outputs(one)[0])
     for junk in (torch.zeros(0, dtype=torch.uint8), torch.full((foreign.numel(),), 255, dtype=torch.uint8)):

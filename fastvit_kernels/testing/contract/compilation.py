@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +59,15 @@ class Compilation(ContractBase):
                     exact, low = expected(case, FP32)
                     found = _run(case.call(FP32), with_gradients, "aot_eager", axes, compiled)
                     check(found, exact, low, case.vanishing)
+
+    @on_cases("smallest")
+    def test_compiled_with_every_number_dynamic(self, case: Case) -> None:
+        """`dynamic=True` makes symbols of the Python numbers among the arguments, too."""
+        exact, low = expected(case, FP32)
+        with _compiler_state(), use_backend("cpu"):
+            compile_ = partial(torch.compile, fullgraph=True, dynamic=True, backend="aot_eager")
+            found = differentiate(case.call(FP32), lambda fresh: compile_(fresh.function)(**fresh.arguments))
+        check(found, exact, low, case.vanishing)
 
     def test_compiled_notices_another_backend(self) -> None:
         case = next(c for c in self.cases if "smallest" in c.tags)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fastvit_kernels import use_backend
 from fastvit_kernels.testing.calls import Call, Results, as_list, cotangents, differentiate
 from fastvit_kernels.testing.contract.base import ContractBase, check, forward, on_cases, run
 from fastvit_kernels.testing.inputs import FP32, FP64, Case, Precision
+from fastvit_kernels.testing.poison import on_poisoned_memory
 
 _PYTHON_THREADS = 8
 
@@ -21,12 +23,12 @@ class Execution(ContractBase):
     """The same call gives the same bits: again, on other thread counts, beside other threads."""
 
     def test_bits_do_not_depend_on_the_thread_count(self, case: Case, precision: Precision, backend: str) -> None:
-        results = []
-        for threads in (1, 2, 3, 1):
-            with _threads(threads):
-                results.append(forward(case.call(precision), backend).outputs)
-        for other in results[1:]:
-            _assert_same_bits(results[0], other)
+        """On new memory each time, so that what one thread leaves out shows."""
+        call = case.call(precision)
+        alone = _with_threads(1, call, backend)
+        for threads in (2, 3, 1):
+            again = on_poisoned_memory(partial(_with_threads, threads, call, backend))
+            _assert_same_bits(alone, again)
 
     @on_cases("smallest")
     def test_gradients_repeat_under_deterministic_algorithms(self, case: Case, backend: str) -> None:
@@ -84,6 +86,11 @@ class Execution(ContractBase):
         for around_forward in (False, True):
             results = [_backward_apart(case.call(FP32), backend, around_forward, inside) for inside in (False, True)]
             _assert_same_bits(*results)
+
+
+def _with_threads(count: int, call: Call, backend: str) -> list[Tensor]:
+    with _threads(count):
+        return forward(call, backend).outputs
 
 
 def _exact(call: Call, like: Sequence[Tensor]) -> Results:
