@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastvit_kernels.models.checkpoints import Conversion
 from fastvit_kernels.models.cvt_keys import from_transformers, is_transformers
 from fastvit_kernels.models.registry import register
-from fastvit_kernels.nn import ConvProjectionAttention, DropPath, LayerNorm, PointwiseMLP, QuickGELU
+from fastvit_kernels.nn import ConvProjectionAttention, DropPath, LayerNorm, PatchEmbedding, PointwiseMLP, QuickGELU
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
@@ -26,20 +26,6 @@ class FeatureInfo(NamedTuple):
 
     channels: int
     reduction: int
-
-
-class ConvEmbed(nn.Module):
-    """Strided convolution and LayerNorm: `[B, C_in, H, W]` to a channels-last `[B, C, H', W']`."""
-
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, stride: int, padding: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride, padding)
-        self.norm = LayerNorm(embed_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Only an image in NCHW memory is copied here; the maps between stages are channels-last already.
-        maps = self.proj(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
@@ -68,6 +54,21 @@ class Block(nn.Module):
         x = self._residual(x, self.attn, self.norm1, h, w)
         return self._residual(x, self.mlp, self.norm2)
 
+    @torch.no_grad()
+    def pack_weights(self) -> None:
+        """Where attention and MLP are prepared for inference, pack their weights now, not at the first call.
+
+        Packing takes a call with the LayerNorm that belongs to it; the smallest map will do.
+        """
+        attn, mlp, weight = self.attn, self.mlp, self.norm1.weight
+        if isinstance(attn, ConvProjectionAttention) and not attn.fusion_obstacles(self.norm1):
+            side = max(step.conv.kernel_size[0] for step in (attn.conv_proj_q, attn.conv_proj_k))
+            rows = int(attn.with_cls_token) + side * side
+            if drops_nothing(attn.proj_drop):
+                attn.forward(weight.new_zeros(1, rows, len(weight)), side, side, norm=self.norm1)
+        if isinstance(mlp, PointwiseMLP) and not mlp.fusion_obstacles(self.norm2):
+            mlp.forward(weight.new_zeros(1, len(weight)), norm=self.norm2)
+
     def _residual(self, x: Tensor, branch: nn.Module, norm: nn.LayerNorm, *size: int) -> Tensor:
         """`x + drop_path(branch(norm(x)))`, the norm and the addition inside the branch where nobody can tell."""
         if has_hooks(branch) or not isinstance(branch, (ConvProjectionAttention, PointwiseMLP)):
@@ -94,7 +95,7 @@ class VisionTransformer(nn.Module):
         **block: Any,
     ) -> None:
         super().__init__()
-        self.patch_embed = ConvEmbed(patch_size, in_chans, embed_dim, patch_stride, patch_padding)
+        self.patch_embed = PatchEmbedding(patch_size, in_chans, embed_dim, patch_stride, patch_padding)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if with_cls_token else None
         self.pos_drop = nn.Dropout(drop_rate)
         drop_paths = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()

@@ -142,6 +142,18 @@ def pointwise_mlp_obstacles(
     return reasons
 
 
+def patch_embedding_obstacles(conv: nn.Conv2d, norm: nn.LayerNorm) -> list[str]:
+    """Why `patch_embedding` would not compute what calling these submodules computes."""
+    reasons: list[str] = []
+    if found := _obstacles(conv, nn.Conv2d) or _square_conv_obstacles(conv):
+        reasons += _about("the convolution", found)
+    elif conv.groups != 1:
+        reasons.append(f"the convolution has {conv.groups} groups, expected 1")
+    if found := _layer_norm_obstacles(norm):
+        reasons += _about("the layer norm", found)
+    return reasons
+
+
 def conv_projection_attention(
     x: Tensor,
     grid: tuple[int, int],
@@ -267,6 +279,34 @@ def pointwise_mlp(
     )
 
 
+def patch_embedding(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.LayerNorm,
+    *,
+    packed: Mapping[str, PackedWeights] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Strided convolution and LayerNorm over the channels, from submodules without obstacles.
+
+    `[B, C, H, W]` to a channels-last `[B, C_out, H', W']`; `packed` holds the packed weights by operator name, here
+    `patch_embedding`.
+    """
+    weight, bias = _weight_and_bias(conv)
+    padding = conv.padding[0]
+    assert weight is not None and isinstance(padding, int)
+    return ops.patch_embedding(
+        x,
+        weight,
+        bias,
+        stride=conv.stride[0],
+        padding=padding,
+        packed=None if packed is None else packed["patch_embedding"],
+        backend=backend,
+        **layer_norm_arguments(norm),
+    )
+
+
 def layer_norm_arguments(norm: nn.LayerNorm | None) -> LayerNormArguments:
     """The operators' `norm_*` arguments for a LayerNorm; none of them for None."""
     if norm is None:
@@ -352,13 +392,18 @@ def _layer_norm_obstacles(norm: nn.LayerNorm) -> list[str]:
 
 
 def _conv_obstacles(conv: nn.Conv2d) -> list[str]:
-    reasons = _obstacles(conv, nn.Conv2d)
-    if reasons:
+    if reasons := _obstacles(conv, nn.Conv2d):
         return reasons
     if not conv.groups == conv.in_channels == conv.out_channels:
         reasons.append("is not depthwise")
     if conv._parameters["bias"] is not None:
         reasons.append("has a bias")
+    return reasons + _square_conv_obstacles(conv)
+
+
+def _square_conv_obstacles(conv: nn.Conv2d) -> list[str]:
+    """What the operators' convolutions do not know: their filters are square, dense and padded with zeros."""
+    reasons: list[str] = []
     if conv.padding_mode != "zeros":
         reasons.append(f"pads with {conv.padding_mode!r}, expected zeros")
     kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding

@@ -1,0 +1,63 @@
+"""The strided convolution in front of a stage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastvit_kernels.nn import fused
+from fastvit_kernels.nn.layer_norm import LayerNorm
+from fastvit_kernels.ops.packing import PackedWeights
+
+
+class PatchEmbedding(nn.Module):
+    """Strided convolution and LayerNorm over the channels: CvT's `ConvEmbed`, fused.
+
+    Parameter names (`proj`, `norm`) and initialisation are those of the official module, so weights load both ways with
+    `strict=True`. What the fused operator cannot stand in for (`fusion_obstacles` lists it) runs by calling the
+    submodules.
+
+    Args:
+        patch_size: side of the square filter.
+        in_chans: channels of the input.
+        embed_dim: channels of the output.
+        stride, padding: of the convolution.
+        eps: epsilon of the LayerNorm.
+
+    Attributes:
+        backend: runs this module's operator on one backend; None for the usual choice.
+
+    Source: Wu et al., "CvT: Introducing Convolutions to Vision Transformers", section 3.1.
+    """
+
+    backend: str | None = None
+
+    def __init__(
+        self,
+        patch_size: int = 7,
+        in_chans: int = 3,
+        embed_dim: int = 64,
+        stride: int = 4,
+        padding: int = 2,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride, padding)
+        self.norm = LayerNorm(embed_dim, eps)
+        self._packed: dict[str, PackedWeights] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]`, best in channels-last memory, to a channels-last `[B, embed_dim, H', W']`."""
+        if not self.fusion_obstacles():
+            return fused.patch_embedding(x, self.proj, self.norm, packed=self._packed, backend=self.backend)
+        # Only an image in NCHW memory is copied here; the maps between stages are channels-last already.
+        maps = self.proj(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def fusion_obstacles(self) -> list[str]:
+        """Every reason why `forward` would call submodules now instead of the fused operator."""
+        return fused.patch_embedding_obstacles(self.proj, self.norm)
+
+    def prepare_inference(self, enabled: bool) -> None:
+        """Keep the weights in the layout of the CPU kernels between calls (`enabled`), or stop doing so."""
+        self._packed = {"patch_embedding": PackedWeights()} if enabled else None
