@@ -1,0 +1,149 @@
+"""What is measured: one module, its inputs, and its results in fp64 to judge everybody by."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastvit_kernels.bench.flops import Cost
+from fastvit_kernels.testing.numerics import to_fp64
+
+# How a peer can reach a dtype. `autocast`: fp32 weights under torch.autocast; `cast`: the model in bf16 throughout;
+# `hint`: a runtime told to compute an fp32 model in bf16.
+VARIANTS = {"fp32": ("fp32",), "bf16": ("autocast", "cast", "hint")}
+
+Outputs = tuple[Tensor, ...]
+T = TypeVar("T")
+
+
+def as_outputs(result: Tensor | Outputs) -> Outputs:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+@contextmanager
+def inference(variant: str) -> Iterator[None]:
+    """No gradients; bf16 autocast where the variant says so."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        if variant == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        yield
+
+
+@dataclass(eq=False)
+class Case:
+    """One measured call.
+
+    Attributes:
+        suite: the operator's or model's name.
+        name: which of the suite's shapes.
+        batch: images.
+        cost: arithmetic and least traffic.
+        build: the stock module: fp32, eval mode, reference backend.
+        make_inputs: its inputs in fp32.
+        fuse: takes a copy of the stock module, returns it running on the fused kernels with packed weights.
+        products: positions of the inputs that matrix products make: autocast delivers them in bf16.
+        attention: there is an attention in it.
+        end_to_end: a whole model, held to the end-to-end rule in fp32.
+        twin: takes the stock module, returns transformers' module with the same weights; None where it has none.
+    """
+
+    suite: str
+    name: str
+    batch: int
+    cost: Cost
+    build: Callable[[], nn.Module]
+    make_inputs: Callable[[], tuple[Tensor, ...]]
+    fuse: Callable[[nn.Module], nn.Module]
+    products: tuple[int, ...] = ()
+    attention: bool = False
+    end_to_end: bool = False
+    twin: Callable[[nn.Module], nn.Module] | None = None
+    _remembered: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def title(self) -> str:
+        """Suite and shape; a model's suite has one shape of the same name."""
+        return self.suite if self.name == self.suite else f"{self.suite} {self.name}"
+
+    @cached_property
+    def _stock(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = self.build().eval().requires_grad_(False)
+            _enliven(module)
+        return module
+
+    @cached_property
+    def _fp32_inputs(self) -> tuple[Tensor, ...]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return tuple(_channels_last(x) for x in self.make_inputs())
+
+    def stock(self, variant: str = "fp32") -> nn.Module:
+        """A copy of the stock module, filters in channels_last memory, weights in the variant's dtype."""
+        return as_user_has_it(copy.deepcopy(self._stock), variant)
+
+    def inputs(self, variant: str = "fp32") -> tuple[Tensor, ...]:
+        """The inputs as the variant meets them."""
+        low = {"cast": range(len(self._fp32_inputs)), "autocast": self.products}.get(variant, ())
+        return tuple(x.bfloat16() if index in low else x for index, x in enumerate(self._fp32_inputs))
+
+    @cached_property
+    def exact(self) -> Outputs:
+        """The stock module's results in fp64."""
+        with torch.inference_mode():
+            return as_outputs(copy.deepcopy(self._stock).double()(*to_fp64(self._fp32_inputs)))
+
+    def low(self, variant: str) -> Outputs:
+        """The stock module's results in the variant's precision; a hint is held to what autocast gives."""
+        variant = "autocast" if variant == "hint" else variant
+
+        def run() -> Outputs:
+            with inference(variant):
+                return as_outputs(self.stock(variant)(*self.inputs(variant)))
+
+        return self.remember(("low", variant), run)
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned for this key: made once for all peers that need it."""
+        if key not in self._remembered:
+            self._remembered[key] = make()
+        found: T = self._remembered[key]
+        return found
+
+
+def as_user_has_it(module: nn.Module, variant: str) -> nn.Module:
+    """Weights in the variant's dtype, filters in channels_last memory."""
+    module = module.bfloat16() if variant == "cast" else module
+    # nn.Module.to takes a memory format; its type stubs do not say so.
+    converted: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return converted
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+def _enliven(module: nn.Module) -> None:
+    """Weights that make every part of the input and of the module count in the results.
+
+    Fresh models hardly react to their input, and their norms and biases of 0 and 1 may be ignored without a trace.
+    """
+    for parameter in module.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        else:
+            parameter.normal_(0.0, parameter[0].numel() ** -0.5)
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0.0, 0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)

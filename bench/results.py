@@ -1,0 +1,120 @@
+"""Rows of a run and the CSV files that keep them."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+OK, UNAVAILABLE, FAILED = "ok", "unavailable", "failed"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all rows of a file have in common: the machine, the software, the limits measured beside the times."""
+
+    cpu: str
+    cores: int
+    threads: int
+    clock: str
+    peak_gflops: float
+    copy_gbs: float
+    python: str
+    torch: str
+    onnxruntime: str
+    openvino: str
+    transformers: str
+    fastvit_kernels: str
+    commit: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One peer on one case.
+
+    `status` is `ok`; or `unavailable` or `failed` with its `reason` and without times. Times are milliseconds of one
+    call over `rounds` rounds of `calls` calls. `error` is relative L2 against fp64 where the rule was kept.
+    """
+
+    suite: str
+    case: str
+    dtype: str
+    batch: int
+    peer: str
+    variant: str
+    status: str
+    reason: str = ""
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    min_ms: float | None = None
+    rounds: int | None = None
+    calls: int | None = None
+    error: float | None = None
+    error_allowed: float | None = None
+    gflop: float | None = None
+    least_mb: float | None = None
+    floor_ms: float | None = None
+    floor_multiple: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The peer, and how it reached the dtype where there are several ways."""
+        return self.peer if self.variant == self.dtype else f"{self.peer} ({self.variant})"
+
+
+Record = TypeVar("Record", Row, Conditions)
+_KINDS = {"int": int, "float": float, "str": str}
+
+
+def _parse(kind: str, text: str) -> Any:
+    if text == "" and kind.endswith("| None"):
+        return None
+    return _KINDS[kind.removesuffix(" | None")](text)
+
+
+def file_name(suite: str, dtype: str, batch: int, conditions: Conditions) -> str:
+    """Names a file by its condition, as in `cvt_13-infer-fp32-batch8-amd-epyc-2threads.csv`."""
+    cpu = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", conditions.cpu.lower())).strip("-")
+    clock = "" if conditions.clock == "wall" else f"-{conditions.clock}"
+    return f"{suite}-infer-{dtype}-batch{batch}-{cpu}-{conditions.threads}threads{clock}.csv"
+
+
+def write(path: Path, rows: Iterable[Row], conditions: Conditions) -> None:
+    """Write the rows, each with all its conditions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [field.name for kind in (Row, Conditions) for field in fields(kind)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({**_cells(row), **_cells(conditions)})
+
+
+def _cells(record: Row | Conditions) -> dict[str, str]:
+    cells = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        cells[field.name] = f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+    return cells
+
+
+def read(path: Path) -> list[tuple[Row, Conditions]]:
+    """The rows of a file.
+
+    Raises:
+        ValueError: the file is not one that `write` has written.
+    """
+    try:
+        with path.open(newline="") as file:
+            return [(_record(Row, cells), _record(Conditions, cells)) for cells in csv.DictReader(file)]
+    except (KeyError, ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a file of benchmark rows ({error!r})") from error
+
+
+def _record(kind: type[Record], cells: Mapping[str, str]) -> Record:
+    return kind(**{field.name: _parse(str(field.type), cells[field.name]) for field in fields(kind)})

@@ -1,0 +1,95 @@
+"""Every peer on a tiny CvT."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch.nn.functional as F
+
+from fastvit_kernels.bench import gate
+from fastvit_kernels.bench.cases import Case
+from fastvit_kernels.bench.peers import PEERS, Unavailable
+from fastvit_kernels.bench.results import OK, UNAVAILABLE, Row
+from fastvit_kernels.bench.run import admit
+from fastvit_kernels.bench.suites import SUITES
+from fastvit_kernels.ops import library
+from fastvit_kernels.ops.global_attention.reference import reference
+from fastvit_kernels.testing.numerics import relative_l2, to_fp64
+
+QUICK = [(peer.name, variant) for peer in PEERS.values() for variant in peer.variants if "compile" not in peer.name]
+
+
+@pytest.mark.parametrize(("name", "variant"), QUICK)
+def test_peer_runs_within_the_rule(tiny: Case, name: str, variant: str) -> None:
+    row, runner = admit(_row(tiny, name, variant), tiny, PEERS[name], threads=1)
+    if (name, variant) == ("onnxruntime", "cast"):
+        assert row.status == UNAVAILABLE and "bfloat16" in row.reason
+    elif variant == "hint" and row.status == UNAVAILABLE:
+        assert "on this processor" in row.reason
+    else:
+        assert row.status == OK, row.reason
+        assert runner is not None
+        # The second call must not depend on the first.
+        again = gate.check(tiny, variant, runner(), ours=PEERS[name].ours)
+        assert again.error == row.error
+
+
+def test_compiled_peer_runs_within_the_rule(tinier: Case) -> None:
+    # Once: the other compiled peers differ in options alone.
+    row, runner = admit(_row(tinier, "compile", "fp32"), tinier, PEERS["compile"], threads=1)
+    assert row.status == OK and runner is not None, row.reason
+
+
+def _row(case: Case, name: str, variant: str) -> Row:
+    dtype = "fp32" if variant == "fp32" else "bf16"
+    return Row(case.suite, case.name, dtype, case.batch, name, variant, OK)
+
+
+@pytest.mark.parametrize(("name", "package"), [("openvino", "openvino"), ("onnxruntime", "onnxruntime")])
+def test_a_missing_package_is_the_reason(tiny: Case, name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    row, runner = admit(_row(tiny, name, "fp32"), tiny, PEERS[name], threads=1)
+    assert runner is None and row.status == UNAVAILABLE and package in row.reason
+
+
+@pytest.mark.parametrize("name", ["sdpa", "transformers", "transformers+fastvit"])
+def test_peers_without_a_counterpart_say_so(name: str) -> None:
+    with pytest.raises(Unavailable, match="pointwise_mlp"):
+        PEERS[name].prepare(SUITES["pointwise_mlp"](1)[0], "fp32", 1)
+
+
+def test_sdpa_replaces_the_attention_while_it_runs(tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = F.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["scale"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    sdpa, eager = (PEERS[name].prepare(tiny, "fp32", 1) for name in ("sdpa", "eager"))
+    sdpa()
+    # One block in the first stage, two in the second; CvT scales by its whole width.
+    assert calls == [16**-0.5, 32**-0.5, 32**-0.5]
+    eager()
+    assert len(calls) == 3
+    assert library.operators["global_attention"].reference is reference
+
+
+def test_the_transformers_model_is_the_same_function(tiny: Case) -> None:
+    assert tiny.twin is not None
+    twin = tiny.twin(tiny.stock()).eval().double()
+    found = twin(*to_fp64(tiny.inputs()))
+    assert relative_l2(found, tiny.exact[0]) < 1e-12
+
+
+def test_operator_suites_run_on_the_kernels() -> None:
+    for suite in ("patch_embedding", "conv_projection", "global_attention", "pointwise_mlp"):
+        case = SUITES[suite](1)[2]
+        for variant in ("fp32", "autocast", "cast"):
+            row, _ = admit(_row(case, "fastvit", variant), case, PEERS["fastvit"], threads=1)
+            assert row.status == OK, row.reason
+        packed = case.fuse(case.stock())
+        packed(*case.inputs())
+        assert packed.packed.nbytes > 0
