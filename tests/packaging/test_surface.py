@@ -19,8 +19,30 @@ SURFACE = {
         "restore",
         "use_backend",
     ],
-    "fastvit_kernels.nn": ["ConvProjectionAttention", "DropPath", "LayerNorm", "PointwiseMLP", "QuickGELU"],
-    "fastvit_kernels.ops": ["BatchNorm", "Projection", "conv_projection", "global_attention", "pointwise_mlp"],
+    "fastvit_kernels.models": [
+        "CheckpointError",
+        "CheckpointReport",
+        "create_model",
+        "list_models",
+        "load_checkpoint",
+        "register",
+    ],
+    "fastvit_kernels.nn": [
+        "ConvProjectionAttention",
+        "DropPath",
+        "LayerNorm",
+        "PatchEmbedding",
+        "PointwiseMLP",
+        "QuickGELU",
+    ],
+    "fastvit_kernels.ops": [
+        "BatchNorm",
+        "Projection",
+        "conv_projection",
+        "global_attention",
+        "patch_embedding",
+        "pointwise_mlp",
+    ],
 }
 
 

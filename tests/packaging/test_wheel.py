@@ -86,7 +86,7 @@ for module in (fastvit_kernels, fastvit_kernels.bench, fastvit_kernels.models):
     assert packages in pathlib.Path(module.__file__).parents, module
 assert importlib.util.find_spec("models") is None and importlib.util.find_spec("bench") is None
 with fastvit_kernels.use_backend("cpu"):
-    tokens = torch.randn(1, 1, 5, 8)
+    tokens = torch.randn(1, 5, 8)
     fastvit_kernels.ops.global_attention(tokens, tokens, tokens, num_heads=1, scale=1.0)
 print(fastvit_kernels.info())
 """
