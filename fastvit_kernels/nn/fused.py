@@ -369,7 +369,8 @@ def _about(name: str, predicates: list[str]) -> list[str]:
 def _obstacles(module: nn.Module, *expected: type[nn.Module]) -> list[str]:
     """Why this module's parameters may not be read instead of calling it."""
     if type(module) not in expected:
-        return [f"is a {type(module).__name__}, expected {' or '.join(t.__name__ for t in expected)}"]
+        names = dict.fromkeys(cls.__name__ for cls in expected)
+        return [f"is a {type(module).__name__}, expected {' or '.join(names)}"]
     if has_hooks(module):
         return ["has hooks"]
     for name in ("weight", "bias"):

@@ -51,8 +51,11 @@ class PatchEmbedding(nn.Module):
         if not self.fusion_obstacles():
             return fused.patch_embedding(x, self.proj, self.norm, packed=self._packed, backend=self.backend)
         # Only an image in NCHW memory is copied here; the maps between stages are channels-last already.
-        maps = self.proj(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        tokens = self.proj(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        if tokens.dtype is not x.dtype:
+            # Autocast chose the convolution's dtype; the norm's result is fp32 then, as the operator's.
+            tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        return self.norm(tokens).permute(0, 3, 1, 2)
 
     def fusion_obstacles(self) -> list[str]:
         """Every reason why `forward` would call submodules now instead of the fused operator."""

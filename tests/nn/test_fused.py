@@ -148,7 +148,7 @@ class Shifted(nn.LayerNorm):
 
 NORM_OBSTACLES = {
     "hooked": (lambda n: n.register_forward_hook(lambda *_: None) and n, "the layer norm has hooks"),
-    "subclass": (lambda n: Shifted(C).double(), "the layer norm is a Shifted, expected LayerNorm or LayerNorm"),
+    "subclass": (lambda n: Shifted(C).double(), "the layer norm is a Shifted, expected LayerNorm"),
     "over more axes": (
         lambda n: nn.LayerNorm((1 + H * W, C)).double(),
         f"the layer norm is over {(1 + H * W, C)}, expected the channels only",
