@@ -39,6 +39,8 @@ class Memory(ContractBase):
         inputs = {t.untyped_storage().data_ptr() for t in call.leaves().values()} - {0}
         outputs = forward(call, backend).outputs
         storages = [o.untyped_storage().data_ptr() for o in as_list(outputs)]
-        assert all(o.is_contiguous() or o.is_contiguous(memory_format=torch.channels_last) for o in outputs)
+        for o in outputs:
+            dense = o.is_contiguous() or o.is_contiguous(memory_format=torch.channels_last)
+            assert dense, f"output of shape {tuple(o.shape)} has strides {o.stride()}"
         assert not inputs.intersection(storages), "an output shares an input's memory"
         assert len({s for s in storages if s}) == len([s for s in storages if s]), "outputs share memory"
