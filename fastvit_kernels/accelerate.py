@@ -105,6 +105,8 @@ def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None
         elif (base := integrations.known_base(type(module))) is not None:
             reason = f"its class derives from {base.__name__} and may compute something else"
             report.left_alone.append(LeftAlone(path, type(module).__name__, (reason,)))
+    if inference:
+        own.pack(model)
     if not report.replaced and not report.left_alone:
         known = ", ".join(integrations.KNOWN)
         report.notes.append(f"nothing in this model is known; known are {known} and the modules of fastvit_kernels")

@@ -62,7 +62,7 @@ class Block(nn.Module):
         """
         attn, mlp, weight = self.attn, self.mlp, self.norm1.weight
         if isinstance(attn, ConvProjectionAttention) and not attn.fusion_obstacles(self.norm1):
-            side = max(step.conv.kernel_size[0] for step in (attn.conv_proj_q, attn.conv_proj_k))
+            side = max(conv.kernel_size[0] for conv in attn.modules() if isinstance(conv, nn.Conv2d))
             rows = int(attn.with_cls_token) + side * side
             if drops_nothing(attn.proj_drop):
                 attn.forward(weight.new_zeros(1, rows, len(weight)), side, side, norm=self.norm1)
@@ -234,7 +234,7 @@ class ConvolutionalVisionTransformer(nn.Module):
         self.feature_info = _feature_info(embed_dims, patch_strides)
         self.min_size = _min_size(patch_sizes, patch_strides, patch_paddings, kernel_size, min(padding_q, padding_kv))
         for module in self.modules():
-            if isinstance(module, (ConvProjectionAttention, PointwiseMLP)):
+            if isinstance(module, (ConvProjectionAttention, PatchEmbedding, PointwiseMLP)):
                 module.backend = backend
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

@@ -13,6 +13,7 @@ import fastvit_kernels
 from fastvit_kernels import _extension, ops
 from fastvit_kernels.models import create_model
 from fastvit_kernels.nn import PointwiseMLP
+from fastvit_kernels.ops.library import operators
 
 TINY = {"depths": (1, 1, 2), "embed_dims": (16, 32, 64), "num_heads": (1, 2, 4), "num_classes": 7}
 
@@ -30,13 +31,13 @@ def test_decisions_of_an_accelerated_model(tiny_cvt, image):
     model = tiny_cvt()
     fastvit_kernels.accelerate(model)
     explanation = fastvit_kernels.explain(model, image)
-    assert len(explanation.decisions) == 18 and not explanation.unfused and not explanation.not_accelerated
-    first = explanation.decisions[0]
+    assert len(explanation.decisions) == 21 and not explanation.unfused and not explanation.not_accelerated
+    first = explanation.decisions[1]
     assert (first.module, first.operator) == ("cvt.encoder.stages.0.layers.0", "conv_projection")
     assert first.shape == "(2, 192, 16) float32 cpu" and first.chosen == usual()
     for decision in explanation.decisions:
-        others = {"cpu", "triton", "reference"} - {decision.chosen}
-        assert set(decision.rejected) == others and all(map(all, decision.rejected.values()))
+        backends = {"reference", *(backend.name for backend in operators[decision.operator].backends)}
+        assert set(decision.rejected) == backends - {decision.chosen} and all(map(all, decision.rejected.values()))
     text = str(explanation)
     assert "cvt.encoder.stages.2.layers.2" in text and "why not the others" in text
     assert "on a CPU Triton only interprets" in text
@@ -61,8 +62,8 @@ def test_a_model_that_is_not_accelerated(tiny_cvt, image):
     model = tiny_cvt()
     model.cvt.encoder.stages[0].layers[0].intermediate.activation = nn.ReLU()
     explanation = fastvit_kernels.explain(model, image)
-    assert not explanation.decisions and len(explanation.not_accelerated) == 6
-    first, second = explanation.not_accelerated[:2]
+    assert not explanation.decisions and len(explanation.not_accelerated) == 9
+    first, second = explanation.not_accelerated[1:3]
     assert first.path == "cvt.encoder.stages.0.layers.0" and "the activation is ReLU()" in first.reasons[0]
     assert second.reasons == ("accelerate(model) would replace it",)
     assert "no fused operator ran" in str(explanation) and "not accelerated" in str(explanation)
@@ -83,9 +84,9 @@ def test_unfused_parts_and_why(tiny_cvt, image):
 def test_own_models(image):
     pinned = fastvit_kernels.explain(create_model("cvt_13", **TINY, backend="reference").eval(), image)
     assert {decision.chosen for decision in pinned.decisions} == {"reference"}
-    assert len(pinned.not_accelerated) == 8 and "pinned to the reference" in str(pinned)
+    assert len(pinned.not_accelerated) == 11 and "pinned to the reference" in str(pinned)
     explanation = fastvit_kernels.explain(create_model("cvt_13", **TINY).eval(), image)
-    assert not explanation.not_accelerated and len(explanation.decisions) == 12
+    assert not explanation.not_accelerated and len(explanation.decisions) == 15
     assert explanation.decisions[-1].module == "stage2.blocks.1.mlp"
     assert {decision.chosen for decision in explanation.decisions} == {usual()}
 

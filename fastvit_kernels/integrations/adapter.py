@@ -7,12 +7,14 @@ keys and everybody's references stay what they were. What the new class needs be
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
+from fastvit_kernels.ops.dispatch import BackendError
 from fastvit_kernels.ops.packing import PackedWeights
 
 STATE = "_fastvit"
@@ -41,7 +43,7 @@ class Adapter:
         operators: names of the operators that `fused` calls, each once.
         obstacles: why an instance of `host` must be left alone.
         unfused: why parts of an accelerated instance would run the host's own code if it were called now.
-        pack: packs the weights of an accelerated, prepared instance in evaluation mode now, not at its first call.
+        pack: packs the weights of an accelerated and prepared instance now, not at its first call.
     """
 
     host: type[nn.Module]
@@ -70,6 +72,15 @@ def state_of(module: nn.Module) -> State:
     state = module.__dict__[STATE]
     assert isinstance(state, State)
     return state
+
+
+def pack_now(module: nn.Module, pack: Callable[[], None]) -> None:
+    """Call `pack` if the CPU kernels are going to read the module's weights as they are, in evaluation mode."""
+    if any(child.training for child in module.modules()) or any(p.device.type != "cpu" for p in module.parameters()):
+        return
+    # A chosen backend that cannot run says so at the model's first call, with or without packing.
+    with contextlib.suppress(BackendError):
+        pack()
 
 
 def describe(cls: type, backend: str | None, prepared: bool) -> str:

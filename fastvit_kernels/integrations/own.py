@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from fastvit_kernels.integrations.adapter import STATE, Outcome, describe
+from fastvit_kernels.integrations.adapter import STATE, Outcome, describe, pack_now
 
 # What acceleration changes on an instance. A key is missing where the class attribute rules.
 _CONFIGURATION = ("backend", "_packed")
@@ -40,6 +41,14 @@ def accelerate(module: Any, inference: bool, backend: str | None) -> Outcome:
         return Outcome(before, after, ("already accelerated", *unfused(module)))
     module.__dict__[STATE] = saved
     return Outcome(before, after, tuple(unfused(module)))
+
+
+def pack(model: nn.Module) -> None:
+    """Pack the prepared modules in `model` now, where the module around them knows how it calls them."""
+    for module in model.modules():
+        pack_weights: Callable[[], None] | None = getattr(module, "pack_weights", None)
+        if pack_weights is not None:
+            pack_now(module, pack_weights)
 
 
 def restore(module: nn.Module) -> Outcome | None:

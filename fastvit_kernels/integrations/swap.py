@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from torch import nn
 
-from fastvit_kernels.integrations.adapter import STATE, Adapter, Outcome, State, describe, state_of
-from fastvit_kernels.ops.dispatch import BackendError
+from fastvit_kernels.integrations.adapter import STATE, Adapter, Outcome, State, describe, pack_now, state_of
 from fastvit_kernels.ops.packing import PackedWeights
 
 
@@ -26,10 +23,8 @@ def accelerate(module: nn.Module, adapter: Adapter, inference: bool, backend: st
         state.packed = None
     elif state.packed is None:
         state.packed = {name: PackedWeights() for name in adapter.operators}
-    if inference and not module.training and next(module.parameters()).device.type == "cpu":
-        # A chosen backend that cannot run says so at the first call, with or without packing.
-        with contextlib.suppress(BackendError):
-            adapter.pack(module)
+    if inference:
+        pack_now(module, lambda: adapter.pack(module))
     after = _describe(module)
     reasons = ["already accelerated"] if before == after else []
     return Outcome(before, after, (*reasons, *adapter.unfused(module)))

@@ -184,8 +184,7 @@ def _pack(layer: nn.Module) -> None:
         if not _attention_obstacles(layer):
             branches = _branches(layer.attention.attention)
             side = max(branch.conv.kernel_size[0] for branch in branches)
-            if not any(branch.bn.training for branch in branches):
-                _attend(layer, _blank(layer, side), (side, side), residual=None)
+            _attend(layer, _blank(layer, side), (side, side), residual=None)
         if not _mlp_obstacles(layer):
             _feed_forward(layer, _blank(layer, side=1), residual=None)
 

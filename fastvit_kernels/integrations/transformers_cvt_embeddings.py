@@ -8,6 +8,7 @@ from transformers.models.cvt import modeling_cvt as host
 
 from fastvit_kernels.integrations.adapter import Adapter, state_of
 from fastvit_kernels.nn import fused
+from fastvit_kernels.ops.arguments import compute_dtype
 
 
 class FusedCvtConvEmbeddings(host.CvtConvEmbeddings):
@@ -17,7 +18,9 @@ class FusedCvtConvEmbeddings(host.CvtConvEmbeddings):
         """`[B, C, H, W]` to `[B, C_out, H', W']`, here in channels-last memory."""
         if fused.patch_embedding_obstacles(self.projection, self.normalization):
             return super().forward(pixel_values)
-        return _embed(self, pixel_values)
+        out = _embed(self, pixel_values)
+        # Only on a GPU does autocast run LayerNorm in fp32; elsewhere the host returns what its convolution does.
+        return out if out.is_cuda else out.to(compute_dtype(pixel_values))
 
 
 def _embed(module: host.CvtConvEmbeddings, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import QuickGELUActivation
-from transformers.models.cvt.modeling_cvt import CvtDropPath, CvtLayer
+from transformers.models.cvt.modeling_cvt import CvtConvEmbeddings, CvtDropPath, CvtLayer
 
 import fastvit_kernels
 from fastvit_kernels.integrations.transformers_cvt import FusedCvtLayer
@@ -25,6 +25,10 @@ def layers(model):
     return [module for module in model.modules() if isinstance(module, CvtLayer)]
 
 
+def known(model):
+    return [module for module in model.modules() if isinstance(module, (CvtLayer, CvtConvEmbeddings))]
+
+
 def image(*size, dtype=torch.float32, seed=1):
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -33,7 +37,7 @@ def pair(model, inference=False):
     """The model as it is, and an accelerated copy of it."""
     fused = copy.deepcopy(model)
     report = fastvit_kernels.accelerate(fused, inference=inference)
-    assert len(report.replaced) == len(layers(model)) and not report.left_alone
+    assert len(report.replaced) == len(known(model)) == 9 and not report.left_alone
     return model, fused
 
 
@@ -65,6 +69,11 @@ def fused_calls(model, *inputs):
     return calls
 
 
+def layer_calls(model, *inputs):
+    """Which operators ran in the layers, by module path."""
+    return {path: calls for path, calls in fused_calls(model, *inputs).items() if ".layers." in path}
+
+
 @pytest.mark.parametrize("inference", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_logits_and_hidden_states(tiny_cvt, dtype, inference):
@@ -80,12 +89,15 @@ def test_logits_and_hidden_states(tiny_cvt, dtype, inference):
                 assert a.shape == b.shape and relative_l2(a, b) <= TOLERANCE[dtype]
 
 
-def test_every_layer_runs_the_three_operators(tiny_cvt):
+def test_every_module_runs_its_operators(tiny_cvt):
     fused = tiny_cvt()
     fastvit_kernels.accelerate(fused)
     calls = fused_calls(fused, image(1, 3, 48, 64))
-    assert list(calls.values()) == [OPERATORS] * 6
-    assert [fused.get_submodule(path) for path in calls] == layers(fused)
+    assert {path: fused.get_submodule(path) for path in calls} == {
+        path: module for path, module in fused.named_modules() if module in known(fused)
+    }
+    for path, operators in calls.items():
+        assert operators == (OPERATORS if ".layers." in path else ["patch_embedding"])
 
 
 def test_the_arithmetic_is_tested_by_a_model_that_reacts(tiny_cvt):
@@ -125,8 +137,8 @@ def test_attention_dropout_runs_the_attention_unfused_in_training_only(tiny_cvt)
     model = tiny_cvt(attention_drop_rate=[0.3, 0.3, 0.3])
     fastvit_kernels.accelerate(model)
     x = image(2, 3, 48, 64)
-    assert list(fused_calls(model, x).values()) == [OPERATORS] * 6
-    assert list(fused_calls(model.train(), x).values()) == [["pointwise_mlp"]] * 6
+    assert list(layer_calls(model, x).values()) == [OPERATORS] * 6
+    assert list(layer_calls(model.train(), x).values()) == [["pointwise_mlp"]] * 6
 
 
 def batch_norms(model):
@@ -172,7 +184,7 @@ def test_sync_batch_norm_in_one_process(tiny_cvt):
     x = image(2, 3, 48, 64, dtype=torch.float64)
     with torch.no_grad():
         assert relative_l2(fused(x).logits, stock(x).logits) <= 1e-12
-    assert list(fused_calls(fused, x).values()) == [OPERATORS] * 6
+    assert list(layer_calls(fused, x).values()) == [OPERATORS] * 6
 
 
 def test_autocast(tiny_cvt):
@@ -210,7 +222,7 @@ def test_quick_gelu(tiny_cvt, activation):
     with torch.no_grad():
         assert relative_l2(stock(x).logits, with_gelu(x).logits) > 1e-4
         assert relative_l2(fused(x).logits, stock(x).logits) <= 1e-12
-    assert list(fused_calls(fused, x).values()) == [OPERATORS] * 6
+    assert list(layer_calls(fused, x).values()) == [OPERATORS] * 6
 
 
 class ScaledLinear(nn.Linear):
@@ -298,7 +310,7 @@ def test_left_alone_with_reason(tiny_cvt, change):
         expected = model(x).logits
         report = fastvit_kernels.accelerate(model)
         assert relative_l2(model(x).logits, expected) <= 1e-12
-    assert len(report.replaced) == 5 and type(layer) is cls
+    assert len(report.replaced) == 8 and type(layer) is cls
     (entry,) = report.left_alone
     assert entry.path == "cvt.encoder.stages.1.layers.1" and entry.module == cls.__name__
     assert any(OBSTACLES[change] in reason for reason in entry.reasons), entry.reasons
@@ -322,14 +334,65 @@ def test_obstacles_that_come_later_are_noticed(tiny_cvt, change):
     assert any(OBSTACLES[change] in reason for reason in entry.reasons)
 
 
+def hook_on_the_convolution(embeddings):
+    embeddings.projection.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def another_norm(embeddings):
+    embeddings.normalization = nn.Identity()
+
+
+def padding_by_reflection(embeddings):
+    embeddings.projection.padding_mode = "reflect"
+
+
+def replaced_embedding(embeddings):
+    original = embeddings.forward
+    embeddings.forward = lambda x: 2 * original(x)
+
+
+EMBEDDING_OBSTACLES = {
+    hook_on_the_convolution: "the convolution has hooks",
+    another_norm: "the layer norm is a Identity",
+    padding_by_reflection: "pads with 'reflect'",
+    replaced_embedding: "its forward was replaced",
+}
+
+
+def assert_unfused_and_the_same(model, stock):
+    x = image(2, 3, 48, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_l2(model(x).logits, stock(x).logits) <= 1e-12
+    assert "cvt.encoder.stages.1.embedding.convolution_embeddings" not in fused_calls(model, x)
+
+
+@pytest.mark.parametrize("change", EMBEDDING_OBSTACLES, ids=lambda change: change.__name__)
+def test_embeddings_left_alone_with_reason(tiny_cvt, change):
+    stock = tiny_cvt().double()
+    change(known(stock)[2])
+    model = copy.deepcopy(stock)
+    (entry,) = fastvit_kernels.accelerate(model).left_alone
+    assert entry.path == "cvt.encoder.stages.1.embedding.convolution_embeddings"
+    assert any(EMBEDDING_OBSTACLES[change] in reason for reason in entry.reasons), entry.reasons
+    assert_unfused_and_the_same(model, stock)
+
+
+@pytest.mark.parametrize("change", list(EMBEDDING_OBSTACLES)[:-1], ids=lambda change: change.__name__)
+def test_embeddings_notice_obstacles_that_come_later(tiny_cvt, change):
+    stock, fused = pair(tiny_cvt().double(), inference=True)
+    for model in (stock, fused):
+        change(known(model)[2])
+    assert_unfused_and_the_same(fused, stock)
+
+
 def test_a_hook_that_is_removed_lets_the_layer_fuse_again(tiny_cvt):
     model = tiny_cvt()
     fastvit_kernels.accelerate(model)
     x, seen = image(1, 3, 48, 64), []
     handle = layers(model)[0].output.dense.register_forward_hook(lambda *args: seen.append(1))
-    assert fused_calls(model, x)["cvt.encoder.stages.0.layers.0"] == OPERATORS[:2] and seen
+    assert layer_calls(model, x)["cvt.encoder.stages.0.layers.0"] == OPERATORS[:2] and seen
     handle.remove()
-    assert fused_calls(model, x)["cvt.encoder.stages.0.layers.0"] == OPERATORS
+    assert layer_calls(model, x)["cvt.encoder.stages.0.layers.0"] == OPERATORS
 
 
 def test_hooks_of_the_layer_and_of_modules_that_are_called_do_not_keep_it_from_fusing(tiny_cvt):
@@ -345,7 +408,7 @@ def test_hooks_of_the_layer_and_of_modules_that_are_called_do_not_keep_it_from_f
         seen.clear()
         assert relative_l2(fused(x).logits, expected) <= 1e-5
     assert seen == calls == ["drop_path", "drop_path", "layer"]
-    assert fused_calls(fused, x)["cvt.encoder.stages.0.layers.0"] == OPERATORS
+    assert layer_calls(fused, x)["cvt.encoder.stages.0.layers.0"] == OPERATORS
 
 
 def gradient(model, x):
@@ -458,8 +521,8 @@ def test_accelerating_a_compiled_model(tiny_cvt):
     with torch.no_grad():
         expected = compiled(x).logits
         report = fastvit_kernels.accelerate(compiled)
-        assert len(report.replaced) == 6 and "compiled again at the next call" in str(report)
-        assert report.replaced[0].path == "_orig_mod.cvt.encoder.stages.0.layers.0"
+        assert len(report.replaced) == 9 and "compiled again at the next call" in str(report)
+        assert all(entry.path.startswith("_orig_mod.cvt.encoder") for entry in report.replaced)
         for layer in layers(model):
             # Only the accelerated code reads this; a result that follows it comes from new code.
             layer.__dict__["_fastvit"].backend = "no such backend"
@@ -468,6 +531,6 @@ def test_accelerating_a_compiled_model(tiny_cvt):
         for layer in layers(model):
             layer.__dict__["_fastvit"].backend = None
         assert relative_l2(compiled(x).logits, expected) <= 1e-5
-        assert len(fastvit_kernels.explain(compiled, x).decisions) == 18
+        assert len(fastvit_kernels.explain(compiled, x).decisions) == 21
         fastvit_kernels.restore(compiled)
         assert relative_l2(compiled(x).logits, expected) <= 1e-5
