@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 import torch.nn.functional as F
 
+from fastvit_kernels.ops import global_attention
 from fastvit_kernels.testing import inputs
 from fastvit_kernels.testing.contract import Contract, Rejection
 
@@ -29,3 +32,52 @@ class TestGlobalAttention(Contract, Rejection):
         ],
         {"q": (0, 1), "k": (0, 1), "v": (0, 1), "residual": (0, 1)},
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.zeros(9, 16)}, ValueError, r"q: expected 3 dimensions, got shape \(9, 16\)"),
+        ({"k": torch.zeros(2, 5, 16).double()}, TypeError, "k: expected float32 like q, got float64"),
+        ({"v": torch.zeros(2, 5, 16, device="meta")}, ValueError, "v: expected device cpu, got meta"),
+        ({"k": torch.zeros(1, 5, 16)}, ValueError, r"k: expected batch 2 and 5 rows, got \(1, 5, 16\)"),
+        ({"v": torch.zeros(2, 6, 16)}, ValueError, r"v: expected batch 2 and 5 rows, got \(2, 6, 16\)"),
+        ({"k": torch.zeros(2, 5, 18)}, ValueError, "k: expected 16 channels like q, got 18"),
+        (
+            {"k": torch.zeros(2, 0, 16), "v": torch.zeros(2, 0, 16)},
+            ValueError,
+            "k: expected at least one key, got none",
+        ),
+        ({"num_heads": 3}, ValueError, "num_heads: 3 does not divide 16 and 16 channels"),
+        ({"num_heads": 0}, ValueError, "num_heads: expected an integer of at least 1, got 0"),
+        ({"num_heads": 2.0}, TypeError, "num_heads: expected an integer, got float"),
+        ({"scale": None}, TypeError, "scale: expected a number, got NoneType"),
+        ({"scale": torch.tensor(0.5)}, TypeError, "scale: expected a number, got Tensor"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number in .*, got nan"),
+        ({"scale": float("inf")}, ValueError, "scale: expected a finite number in .*, got inf"),
+        ({"proj_weight": None}, ValueError, "proj_bias: expected a proj_weight beside it, got None"),
+        ({"proj_weight": torch.zeros(16)}, ValueError, r"proj_weight: expected \[C_out, C_v\], got shape \(16,\)"),
+        ({"proj_weight": torch.zeros(16, 8)}, ValueError, r"proj_weight: expected shape \(16, 16\), got \(16, 8\)"),
+        ({"proj_bias": torch.zeros(8)}, ValueError, r"proj_bias: expected shape \(16,\), got \(8,\)"),
+        ({"residual": torch.zeros(2, 5, 16)}, ValueError, r"residual: expected shape \(2, 9, 16\), got \(2, 5, 16\)"),
+        ({"residual": torch.zeros(2, 9, 16).double()}, TypeError, "residual: float64 does not go with float32"),
+        ({"residual": 1.0}, TypeError, "residual: expected a torch.Tensor, got float"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    arguments = inputs.tagged(inputs.GLOBAL_ATTENTION, "smallest")[0].call().arguments
+    with pytest.raises(error, match=message):
+        global_attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("residual", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_the_result_has_the_promoted_dtype(residual):
+    """Of the compute dtype and the residual, which no autocast narrows."""
+    for autocast in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.ones(1, 2, 4, dtype=dtype)
+            added = None if residual is None else torch.ones(1, 2, 4, dtype=residual)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found = global_attention(x, x, x, num_heads=1, scale=1.0, residual=added)
+            compute = torch.bfloat16 if autocast else dtype
+            assert found.dtype == (compute if residual is None else torch.promote_types(compute, residual))
