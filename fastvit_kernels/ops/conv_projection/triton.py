@@ -1,19 +1,30 @@
-"""Triton kernels of conv_projection and their launcher."""
+"""The bridge to the Triton kernels of conv_projection."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from fastvit_kernels.ops.conv_projection.reference import Static
 from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.triton_support import reasons
 
 
 class Triton:
-    """PLACEHOLDER"""
+    """Depthwise convolutions gathered on the way into the tensor cores, all three branches in one launch."""
 
     name = "triton"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
-        return ["not there yet"]
+        return reasons(tensors, static.dtype)
+
+    def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
+        return tuple(torch.ops.fastvit.conv_projection.triton(tensors, *static))
 
 
 def launch(tensors: Tensors, static: Static) -> Outputs:
-    raise NotImplementedError
+    """The operator's outputs, from dense or strided tensors on one device."""
+    # Triton may be missing or slow to import: only a launch needs it.
+    from fastvit_kernels.ops.conv_projection import triton_kernels
+
+    return triton_kernels.run(tensors, static)

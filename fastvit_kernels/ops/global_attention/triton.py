@@ -1,19 +1,38 @@
-"""Triton kernels of global_attention and their launcher."""
+"""The bridge to the Triton kernels of global_attention."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from fastvit_kernels.ops.global_attention.reference import Static
 from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.triton_support import reasons
+
+_WIDEST_HEAD = 256
 
 
 class Triton:
-    """PLACEHOLDER"""
+    """Online softmax over blocks of keys; output projection and residual in a second launch."""
 
     name = "triton"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
-        return ["not there yet"]
+        found = reasons(tensors, static.dtype)
+        q, v = tensors[0], tensors[2]
+        assert q is not None and v is not None
+        widest = max(q.shape[-1], v.shape[-1]) // static.num_heads
+        if widest > _WIDEST_HEAD:
+            found.append(f"heads of {widest} channels: the Triton kernels take up to {_WIDEST_HEAD}")
+        return found
+
+    def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
+        return (torch.ops.fastvit.global_attention.triton(tensors, *static),)
 
 
 def launch(tensors: Tensors, static: Static) -> Outputs:
-    raise NotImplementedError
+    """The operator's outputs, from dense or strided tensors on one device."""
+    # Triton may be missing or slow to import: only a launch needs it.
+    from fastvit_kernels.ops.global_attention import triton_kernels
+
+    return triton_kernels.run(tensors, static)

@@ -1,19 +1,30 @@
-"""Triton kernels of pointwise_mlp and their launcher."""
+"""The bridge to the Triton kernels of pointwise_mlp."""
 
 from __future__ import annotations
 
-from fastvit_kernels.ops.pointwise_mlp.reference import Static
+import torch
+from torch import Tensor
+
 from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.pointwise_mlp.reference import Static
+from fastvit_kernels.ops.triton_support import reasons
 
 
 class Triton:
-    """PLACEHOLDER"""
+    """LayerNorm, linear and activation in one launch, linear and residual in another."""
 
     name = "triton"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
-        return ["not there yet"]
+        return reasons(tensors, static.dtype)
+
+    def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
+        return (torch.ops.fastvit.pointwise_mlp.triton(tensors, *static),)
 
 
 def launch(tensors: Tensors, static: Static) -> Outputs:
-    raise NotImplementedError
+    """The operator's outputs, from dense or strided tensors on one device."""
+    # Triton may be missing or slow to import: only a launch needs it.
+    from fastvit_kernels.ops.pointwise_mlp import triton_kernels
+
+    return triton_kernels.run(tensors, static)

@@ -1,0 +1,163 @@
+"""Triton kernels of global_attention: a softmax that never stores its scores, then the output projection."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from fastvit_kernels.ops import triton_support
+from fastvit_kernels.ops.global_attention.reference import Static
+from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.primitives import dot
+from fastvit_kernels.ops.triton_linear import linear
+
+_SMALLEST_DOT = 16
+
+
+@triton.jit
+def block_scores(
+    q,
+    k_ptr,
+    start,
+    keys,
+    channels,
+    scale,
+    WIDTH: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Scaled scores of BLOCK_N keys; minus infinity past the last key."""
+    n = start + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    mask = (d < WIDTH)[:, None] & (n < keys)[None, :]
+    k = tl.load(k_ptr + n.to(tl.int64)[None, :] * channels + d[:, None], mask=mask, other=0.0)
+    scores = dot(q, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), ARITHMETIC)
+    return tl.where((n < keys)[None, :], scores * scale, float("-inf"))
+
+
+@triton.jit
+def block_values(v_ptr, start, keys, channels, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Values of BLOCK_N keys; zeros past the last key."""
+    n = start + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    mask = (n < keys)[:, None] & (d < WIDTH)[None, :]
+    return tl.load(v_ptr + n.to(tl.int64)[:, None] * channels + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["queries", "keys"])
+def attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    residual_ptr,
+    out_ptr,
+    queries,
+    keys,
+    heads,
+    channels,
+    value_channels,
+    scale,
+    WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_M queries of one head against all keys; `scale` carries a factor log2(e): exponentials are powers of 2.
+
+    A head is a slice of the channels and is read where it lies. With `ONE_BLOCK` a block holds all keys and one pass
+    suffices; otherwise the running maximum, sum and output are rescaled from block to block.
+    """
+    tiles = tl.cdiv(queries, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles % heads
+    image = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_mask = m < queries
+    rows = (image * queries + m)[:, None]
+    d = tl.arange(0, BLOCK_D)
+    q_mask = m_mask[:, None] & (d < WIDTH)[None, :]
+    q = tl.load(q_ptr + rows * channels + head * WIDTH + d[None, :], mask=q_mask, other=0.0)
+    k_ptr += image * keys * channels + head * WIDTH
+    v_ptr += image * keys * value_channels + head * VALUE_WIDTH
+    accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    if ONE_BLOCK:
+        scores = block_scores(q, k_ptr, 0, keys, channels, scale, WIDTH, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_D)
+        p = tl.exp2(scores - tl.max(scores, 1)[:, None])
+        total = tl.sum(p, 1)
+        v = block_values(v_ptr, 0, keys, value_channels, VALUE_WIDTH, BLOCK_N, BLOCK_V)
+        accumulator = dot(p, v, accumulator, ARITHMETIC)
+    else:
+        largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(0, keys, BLOCK_N):
+            scores = block_scores(q, k_ptr, start, keys, channels, scale, WIDTH, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_D)
+            larger = tl.maximum(largest, tl.max(scores, 1))
+            rescale = tl.exp2(largest - larger)
+            p = tl.exp2(scores - larger[:, None])
+            total = total * rescale + tl.sum(p, 1)
+            v = block_values(v_ptr, start, keys, value_channels, VALUE_WIDTH, BLOCK_N, BLOCK_V)
+            accumulator = dot(p, v, accumulator * rescale[:, None], ARITHMETIC)
+            largest = larger
+    y = accumulator / total[:, None]
+    e = tl.arange(0, BLOCK_V)
+    offsets = rows * value_channels + head * VALUE_WIDTH + e[None, :]
+    mask = m_mask[:, None] & (e < VALUE_WIDTH)[None, :]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, y, mask=mask)
+
+
+def run(tensors: Tensors, static: Static) -> Outputs:
+    """One launch, and a second one for the output projection.
+
+    They stay apart because their tiles differ: attention goes head by head, while a column of the projection needs all
+    heads, and the accumulators of all columns fit the registers in models of one or two heads only.
+    """
+    q, k, v, proj_weight, proj_bias, residual = triton_support.dense(tensors)
+    assert q is not None and k is not None and v is not None
+    (batch, queries, channels), (_, keys, value_channels) = q.shape, v.shape
+    heads = static.num_heads
+    width, value_width = channels // heads, value_channels // heads
+    # Without a projection the residual is added here.
+    added = residual if proj_weight is None else None
+    dtype = static.dtype if added is None else torch.promote_types(added.dtype, static.dtype)
+    out = q.new_empty((batch, queries, value_channels), dtype=dtype)
+    if out.numel() > 0:
+        arithmetic = triton_support.arithmetic(static.dtype, q.device)
+        config = triton_support.config("attention", arithmetic, max(width, value_width), width, value_width)
+        triton_support.launch(
+            attention_kernel,
+            triton.cdiv(queries, config.block_m) * heads * batch,
+            q.device,
+            config,
+            q,
+            k,
+            v,
+            added,
+            out,
+            queries,
+            keys,
+            heads,
+            channels,
+            value_channels,
+            static.scale * math.log2(math.e),
+            WIDTH=width,
+            VALUE_WIDTH=value_width,
+            BLOCK_D=max(_SMALLEST_DOT, triton.next_power_of_2(width)),
+            BLOCK_V=max(_SMALLEST_DOT, triton.next_power_of_2(value_width)),
+            ONE_BLOCK=keys <= config.block_n,
+            ARITHMETIC=arithmetic.constexpr(),
+        )
+    if proj_weight is None:
+        return (out,)
+    return (linear(out, proj_weight, proj_bias, static.dtype, residual=residual),)

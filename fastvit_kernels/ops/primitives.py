@@ -1,0 +1,76 @@
+"""Triton device functions that several operators share.
+
+Importing this module imports Triton, so only the modules with kernels do, at their first launch. Values are fp32 from
+the load to the store; only the operands of a matrix product are rounded to the compute dtype.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """`ops.activations.activate`; None leaves `x` alone."""
+    if ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "quick_gelu":
+        x = x * tl.sigmoid(1.702 * x)
+    return x
+
+
+@triton.jit
+def dot(a, b, accumulator, ARITHMETIC: tl.constexpr):
+    """`accumulator + a @ b`, summed in fp32; `ARITHMETIC` is (compute dtype, whether to upcast, precision of fp32).
+
+    Triton's interpreter multiplies bf16 as the integers of its bit patterns: it gets the rounded operands in fp32.
+    """
+    a, b = a.to(ARITHMETIC[0]), b.to(ARITHMETIC[0])
+    if ARITHMETIC[1]:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=ARITHMETIC[2])
+
+
+@triton.jit
+def vector(pointer, columns, mask, DEFAULT: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK entries of a per-channel parameter; `DEFAULT` everywhere when the parameter is None."""
+    if pointer is None:
+        values = tl.full((BLOCK,), DEFAULT, tl.float32)
+    else:
+        values = tl.load(pointer + columns, mask=mask, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def row_statistics(x_ptr, rows, row_mask, channels, eps, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """LayerNorm's mean and reciprocal standard deviation of BLOCK_M rows of a row-major matrix.
+
+    Every block of channels has a mean and a sum of squared deviations of its own, merged by the formula of Chan, Golub
+    and LeVeque: one pass over the rows, as accurate as two where the mean is large against the deviation.
+    """
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    seen = 0.0
+    row_ptr = x_ptr + rows.to(tl.int64)[:, None] * channels
+    for start in range(0, channels, BLOCK_C):
+        columns = start + tl.arange(0, BLOCK_C)
+        inside = columns < channels
+        x = tl.load(row_ptr + columns[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        size = tl.minimum(channels - start, BLOCK_C).to(tl.float32)
+        block_mean = tl.sum(x, 1) / size
+        deviation = tl.where(inside[None, :], x - block_mean[:, None], 0.0)
+        shift = block_mean - mean
+        share = size / (seen + size)
+        mean += shift * share
+        squares += tl.sum(deviation * deviation, 1) + shift * shift * (seen * share)
+        seen += size
+    return mean, tl.rsqrt(squares / channels + eps)
+
+
+@triton.jit
+def normalize(x, mean, rstd, weight_ptr, bias_ptr, columns, mask, BLOCK_C: tl.constexpr):
+    """LayerNorm of a tile `[rows, columns]` with known statistics."""
+    x = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
+    x = x * vector(weight_ptr, columns, mask, 1.0, BLOCK_C)[None, :]
+    return x + vector(bias_ptr, columns, mask, 0.0, BLOCK_C)[None, :]

@@ -1,0 +1,77 @@
+"""Launch configurations of the Triton kernels, as data.
+
+Each was chosen by compiling ahead of time for sm_80 and sm_90: no register is spilled to memory, and shared memory
+stays within the 99 KiB that the smaller GPUs of these generations have. Channel counts that are no multiple of 16 are
+loaded element by element, which takes registers, hence smaller tiles.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """Tile sizes, warps and pipeline stages of one kernel; a block that a kernel does not have is 0."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+ALIGNMENT = 16
+ANY = 1 << 31
+_INTERPRETER = ((ANY, Config(32, 32, 32, 4, 1)),)
+
+# Kernel -> (architecture, kind of product) -> rows of (widest channel count, configuration), narrowest first. The count
+# is that of the output channels, for attention that of one head. "half" is bf16 and fp16, "ieee" fp32 without tf32.
+CONFIGS: dict[str, dict[tuple[str, str], tuple[tuple[int, Config], ...]]] = {
+    "linear": {
+        ("default", "half"): (
+            (64, Config(128, 64, 64, 8, 3)),
+            (512, Config(64, 64, 64, 4, 3)),
+            (ANY, Config(128, 128, 32, 8, 3)),
+        ),
+        ("default", "tf32"): ((ANY, Config(64, 64, 32, 4, 3)),),
+        ("default", "ieee"): ((ANY, Config(64, 64, 16, 8, 2)),),
+        ("default", "unaligned"): ((ANY, Config(32, 32, 32, 4, 2)),),
+        ("interpreter", "any"): _INTERPRETER,
+    },
+    "prepare": {
+        ("default", "half"): ((ANY, Config(16, 128, 128, 4, 2)),),
+        ("default", "tf32"): ((ANY, Config(16, 128, 128, 4, 2)),),
+        ("default", "ieee"): ((ANY, Config(16, 128, 128, 4, 2)),),
+        ("default", "unaligned"): ((ANY, Config(16, 128, 64, 4, 2)),),
+        ("interpreter", "any"): _INTERPRETER,
+    },
+    "projection": {
+        ("default", "half"): ((64, Config(64, 64, 64, 8, 2)), (ANY, Config(64, 128, 64, 8, 2))),
+        ("default", "tf32"): ((ANY, Config(64, 64, 32, 8, 2)),),
+        ("default", "ieee"): ((ANY, Config(32, 64, 16, 4, 2)),),
+        ("default", "unaligned"): ((ANY, Config(32, 32, 32, 4, 2)),),
+        ("interpreter", "any"): _INTERPRETER,
+    },
+    "attention": {
+        ("default", "half"): (
+            (64, Config(64, 64, 0, 4, 2)),
+            (128, Config(32, 32, 0, 4, 2)),
+            (ANY, Config(32, 16, 0, 4, 2)),
+        ),
+        ("default", "tf32"): (
+            (64, Config(64, 32, 0, 4, 2)),
+            (128, Config(64, 32, 0, 8, 2)),
+            (ANY, Config(32, 16, 0, 8, 2)),
+        ),
+        ("default", "ieee"): (
+            (64, Config(32, 32, 0, 4, 2)),
+            (128, Config(32, 16, 0, 4, 2)),
+            (ANY, Config(32, 16, 0, 8, 2)),
+        ),
+        ("default", "unaligned"): (
+            (64, Config(32, 16, 0, 4, 2)),
+            (ANY, Config(16, 16, 0, 8, 2)),
+        ),
+        ("interpreter", "any"): _INTERPRETER,
+    },
+}

@@ -1,0 +1,114 @@
+"""The linear layer over rows in Triton: a LayerNorm before it, an activation and a residual behind it, all optional."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvit_kernels.ops import triton_support
+from fastvit_kernels.ops.primitives import activate, dot, normalize, row_statistics, vector
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def linear_kernel(
+    x_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    num_rows,
+    in_channels,
+    out_channels,
+    norm_eps,
+    ACTIVATION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of BLOCK_M rows and BLOCK_N output channels.
+
+    The LayerNorm's statistics are taken here, by a pass over the rows that the product then finds in the cache, rather
+    than by a launch of their own.
+    """
+    # Programs that share rows of x are neighbours: x is large, while all of the weight stays in the L2 cache.
+    column_tiles = tl.cdiv(out_channels, BLOCK_N)
+    rows = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < num_rows
+    column_mask = columns < out_channels
+    if norm_eps is not None:
+        mean, rstd = row_statistics(x_ptr, rows, row_mask, in_channels, norm_eps, BLOCK_M, BLOCK_K)
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * in_channels
+    weight_columns = weight_ptr + columns.to(tl.int64)[None, :] * in_channels
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, in_channels, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        k_mask = k < in_channels
+        if EVEN_K:
+            x = tl.load(x_rows + k[None, :], mask=row_mask[:, None], other=0.0)
+            weight = tl.load(weight_columns + k[:, None], mask=column_mask[None, :], other=0.0)
+        else:
+            x = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+            weight = tl.load(weight_columns + k[:, None], mask=k_mask[:, None] & column_mask[None, :], other=0.0)
+        if norm_eps is not None:
+            x = normalize(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, k, k_mask, BLOCK_K)
+        accumulator = dot(x, weight, accumulator, ARITHMETIC)
+    y = activate(accumulator + vector(bias_ptr, columns, column_mask, 0.0, BLOCK_N)[None, :], ACTIVATION)
+    offsets = rows.to(tl.int64)[:, None] * out_channels + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, y, mask=mask)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`residual + activation(F.linear(layer_norm(x), weight, bias))` of dense tensors, with products in `dtype`.
+
+    No LayerNorm when `norm_eps` is None. The result has `dtype`, promoted with the residual's.
+    """
+    out_channels, in_channels = weight.shape
+    out_dtype = dtype if residual is None else torch.promote_types(residual.dtype, dtype)
+    out = x.new_empty((*x.shape[:-1], out_channels), dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    num_rows = out.numel() // out_channels
+    arithmetic = triton_support.arithmetic(dtype, x.device)
+    config = triton_support.config("linear", arithmetic, out_channels, in_channels)
+    triton_support.launch(
+        linear_kernel,
+        triton.cdiv(num_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),
+        x.device,
+        config,
+        x,
+        norm_weight,
+        norm_bias,
+        weight,
+        bias,
+        residual,
+        out,
+        num_rows,
+        in_channels,
+        out_channels,
+        norm_eps,
+        ACTIVATION=activation,
+        EVEN_K=in_channels % config.block_k == 0,
+        ARITHMETIC=arithmetic.constexpr(),
+    )
+    return out

@@ -1,0 +1,167 @@
+"""When Triton can run a call, and how its kernels are launched. Triton itself is imported when first needed."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels.ops.arguments import short
+from fastvit_kernels.ops.operator import Tensors
+from fastvit_kernels.ops.triton_configs import ALIGNMENT, CONFIGS, Config
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST_NVIDIA = (8, 0)
+INTERPRETER = "interpreter"
+_interpreter_lock = threading.Lock()
+_F = TypeVar("_F", bound=Callable[..., object])
+
+
+def _constant_in_graphs(function: _F) -> _F:
+    # What torch.compiler.assume_constant_result does, which would import all of Dynamo here.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_in_graphs
+@functools.cache
+def import_problem() -> str | None:
+    """Why Triton cannot be imported, or None."""
+    try:
+        import triton.language  # noqa: F401
+    except ModuleNotFoundError as error:
+        return f"not installed: {error}"
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    return None
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether kernels are interpreted: `TRITON_INTERPRET=1` was set when Triton was first imported."""
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+
+    return not isinstance(tl.zeros, JITFunction)
+
+
+@_constant_in_graphs
+@functools.cache
+def _device_problem(device: torch.device) -> str | None:
+    if interpreting():
+        return None
+    if device.type != "cuda":
+        return (
+            f"tensors are on {device.type}, where Triton runs only if TRITON_INTERPRET=1 is set before it is imported"
+        )
+    if torch.version.hip is None:
+        found = torch.cuda.get_device_capability(device)
+        if found < _OLDEST_NVIDIA:
+            return "the GPU's compute capability is {}.{}, expected {}.{} or newer".format(*found, *_OLDEST_NVIDIA)
+    return None
+
+
+def reasons(tensors: Tensors, dtype: torch.dtype) -> list[str]:
+    """Why the Triton kernels cannot run a call (empty: they can)."""
+    problem = import_problem()
+    if problem is not None:
+        return [problem]
+    first = tensors[0]
+    assert first is not None
+    found = []
+    problem = _device_problem(first.device)
+    if problem is not None:
+        found.append(problem)
+    unsupported = {t.dtype for t in tensors if t is not None and t.dtype not in _DTYPES}
+    if dtype not in _DTYPES:
+        unsupported.add(dtype)
+    if unsupported:
+        names = ", ".join(sorted(short(d) for d in unsupported))
+        found.append(f"{names}: the Triton kernels take float32, bfloat16 and float16")
+    return found
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """What the launch configurations are chosen by: `"sm_80"`, `"gfx942"`, ..., or `"interpreter"`."""
+    if interpreting():
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+class Arithmetic(NamedTuple):
+    """How matrices are multiplied, and where.
+
+    Attributes:
+        architecture: of the device.
+        kind: `"half"` for bf16 and fp16; for fp32 `"tf32"` or `"ieee"`.
+        dtype: of the operands.
+    """
+
+    architecture: str
+    kind: str
+    dtype: torch.dtype
+
+    def constexpr(self) -> tuple[Any, bool, str]:
+        """The argument `ARITHMETIC` of the kernels."""
+        import triton.language as tl
+
+        names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+        upcast = self.architecture == INTERPRETER and self.dtype == torch.bfloat16
+        return names[self.dtype], upcast, "tf32" if self.kind == "tf32" else "ieee"
+
+
+def arithmetic(dtype: torch.dtype, device: torch.device) -> Arithmetic:
+    """Products of `dtype` on `device`; fp32 goes through tf32 where PyTorch's own products on CUDA may."""
+    arch = architecture(device)
+    if dtype != torch.float32:
+        return Arithmetic(arch, "half", dtype)
+    allowed = arch.startswith("sm_") and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return Arithmetic(arch, "tf32" if allowed else "ieee", dtype)
+
+
+def config(kernel: str, arithmetic: Arithmetic, width: int, *channels: int) -> Config:
+    """The launch configuration of `kernel` for `width` columns made from rows of `channels`.
+
+    Architectures without rows of their own in the table share the default ones.
+    """
+    if arithmetic.architecture == INTERPRETER:
+        key = INTERPRETER, "any"
+    else:
+        aligned = all(n % ALIGNMENT == 0 for n in (width, *channels))
+        key = arithmetic.architecture, arithmetic.kind if aligned else "unaligned"
+    table = CONFIGS[kernel]
+    rows = table.get(key) or table["default", key[1]]
+    return next(row for widest, row in rows if width <= widest)
+
+
+def dense(tensors: Tensors) -> list[Tensor | None]:
+    """The tensors in row-major memory, as every kernel here reads them."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def launch(kernel: Any, programs: int, device: torch.device, config: Config, *args: Any, **constexprs: Any) -> None:
+    """Run that many programs of `kernel` on the tensors' own device, with the tiles, warps and stages of `config`."""
+    options = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+    # Triton's interpreter keeps the running program in global variables.
+    with _interpreter_lock if interpreting() else torch.cuda.device(device):
+        submit(kernel, (programs,), args, {**constexprs, **options})
+
+
+def submit(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """The one place where a kernel is handed to Triton."""
+    kernel[grid](*args, **options)
