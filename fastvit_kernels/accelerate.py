@@ -69,7 +69,8 @@ class Report:
 def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None = None) -> Report:
     """Run what this library knows inside `model` on fused kernels, in place, with the same results.
 
-    Known are the layers of transformers' CvT, and this library's own modules where they are pinned to the reference.
+    Known are transformers' CvT (patch embeddings and layers), and this library's own modules where they are pinned to
+    the reference.
     Only the class of an instance changes (of our own modules only their choice of backend): parameters, buffers, hooks,
     child modules and `state_dict` keys stay the same objects, so optimizers, EMA copies and checkpoints notice nothing.
 
@@ -83,7 +84,7 @@ def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None
         model: any module; compiled, `DataParallel` and `DistributedDataParallel` wrappers are searched like others. A
             compiled model compiles again at its next call.
         inference: also keep the weights of each operator packed for the CPU kernels (about their memory again). Weights
-            that change later are noticed; training is not affected.
+            that change later are noticed, but for a write through `.data` to a few elements; training is not affected.
         backend: run the known modules on this backend; None for the usual choice. See `use_backend`.
 
     Returns:

@@ -18,6 +18,13 @@ from fastvit_kernels.ops.library import operators
 TINY = {"depths": (1, 1, 2), "embed_dims": (16, 32, 64), "num_heads": (1, 2, 4), "num_classes": 7}
 
 
+@pytest.fixture(autouse=True)
+def usual_choice():
+    """Whatever FASTVIT_BACKEND says."""
+    with fastvit_kernels.use_backend("auto"):
+        yield
+
+
 @pytest.fixture
 def image():
     return torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(3))
