@@ -8,8 +8,8 @@
 
 namespace {
 
-// Keys whose scores stay in the cache at a time; longer key sets carry maximum and sum from chunk to chunk.
-constexpr int64_t kKeyChunk = 1024;
+// Keys whose scores stay in L1 at a time; longer key sets carry maximum and sum from chunk to chunk.
+constexpr int64_t kKeyChunk = 256;
 
 template <class A>
 struct AttentionScratch {
@@ -123,41 +123,64 @@ FK_INLINE void pack_values(const struct fk_array& v, int64_t offset, int64_t str
   }
 }
 
-// exp2(scale * score - maximum) in place; returns the sums per lane.
-FK_INLINE vf exponentiate(float* scores, int64_t keys, vf scale, vf maximum) {
-  constexpr int kSums = 8;
+FK_INLINE vf column_maximum(const float* scores, int64_t keys, vf scale) {
+  vf m[4];
+  for (int j = 0; j < 4; ++j) m[j] = load(scores) * scale;
+  int64_t i = 0;
+  for (; i + 4 <= keys; i += 4)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) m[j] = vmax(load(scores + (i + j) * kPanel) * scale, m[j]);
+  for (; i < keys; ++i) m[0] = vmax(load(scores + i * kPanel) * scale, m[0]);
+  return vmax(vmax(m[0], m[1]), vmax(m[2], m[3]));
+}
+
+// exp2(scale * score - maximum) down one column of lanes, as the left operand of the product with the values; returns
+// the sums per lane. fp32 weights replace the scores.
+FK_INLINE vf exponentiate(float* scores, int64_t keys, vf scale, vf maximum, float*) {
+  constexpr int kSums = 4;
   vf sums[kSums];
   for (int j = 0; j < kSums; ++j) sums[j] = splat(0.0f);
   int64_t i = 0;
   for (; i + kSums <= keys; i += kSums)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int j = 0; j < kSums; ++j) {
       float* at = scores + (i + j) * kPanel;
-      const vf e = exp2v(load(at) * scale - maximum);
+      const vf e = exp2v<false>(load(at) * scale - maximum);
       store(at, e);
       sums[j] += e;
     }
   for (; i < keys; ++i) {
     float* at = scores + i * kPanel;
-    const vf e = exp2v(load(at) * scale - maximum);
+    const vf e = exp2v<false>(load(at) * scale - maximum);
     store(at, e);
     sums[0] += e;
   }
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
+#if FK_NATIVE_BF16
+FK_INLINE vf exponentiate(float* scores, int64_t keys, vf scale, vf maximum, bf16* weights) {
+  vf s0 = splat(0.0f), s1 = splat(0.0f);
+  int64_t i = 0;
+#pragma GCC unroll 4
+  for (; i + 2 <= keys; i += 2) {
+    const vf a = exp2v<true>(load(scores + i * kPanel) * scale - maximum);
+    const vf b = exp2v<true>(load(scores + (i + 1) * kPanel) * scale - maximum);
+    *(vu*)(weights + i * kPanel) = pair_bf16(a, b);
+    s0 += a;
+    s1 += b;
+  }
+  if (i < keys) {
+    const vf a = exp2v<true>(load(scores + i * kPanel) * scale - maximum);
+    *(vu*)(weights + i * kPanel) = pair_bf16(a, splat(0.0f));
+    s0 += a;
+  }
+  return s0 + s1;
+}
+#endif
 
-FK_INLINE const float* as_operand(const float* scores, int64_t, float*) { return scores; }
-FK_INLINE const bf16* as_operand(const float* scores, int64_t keys, bf16* weights) {
-  for (int64_t i = 0; i < keys; i += 2)
-    for (int j = 0; j < FK_NV; ++j) {
-      bf16 low[FK_VL], high[FK_VL] = {};
-      store(low, load(scores + i * kPanel + j * FK_VL));
-      if (i + 1 < keys) store(high, load(scores + (i + 1) * kPanel + j * FK_VL));
-      ((vu*)(weights + i * kPanel))[j] =
-          __builtin_convertvector(*(const vh*)low, vu) | __builtin_convertvector(*(const vh*)high, vu) << 16;
-    }
-  return weights;
-}
+// Where the weights of lanes [lane, kPanel) stand.
+FK_INLINE float* weights_of(const AttentionScratch<float>& s, int64_t lane) { return s.scores + lane; }
+FK_INLINE bf16* weights_of(const AttentionScratch<bf16>& s, int64_t lane) { return s.weights + 2 * lane; }
 
 // One head for one panel of queries: s.head[query][0, dv).
 template <class A>
@@ -176,12 +199,11 @@ static __attribute__((noinline)) void attend(const struct fk_global_attention& p
     }
     for (int j = 0; j < FK_NV; ++j) {
       float* column = s.scores + j * FK_VL;
-      vf m = load(column) * scale;
-      for (int64_t i = 1; i < n; ++i) m = vmax(load(column + i * kPanel) * scale, m);
+      vf m = column_maximum(column, n, scale);
       if (first > 0) {
         const vf before = load(maximum + j * FK_VL);
         m = vmax(m, before);
-        const vf shrink = exp2v(before - m);
+        const vf shrink = exp2v<false>(before - m);
         store(total + j * FK_VL, load(total + j * FK_VL) * shrink);
         float factor[FK_VL];
         store(factor, shrink);
@@ -192,15 +214,14 @@ static __attribute__((noinline)) void attend(const struct fk_global_attention& p
           }
       }
       store(maximum + j * FK_VL, m);
-      const vf sums = exponentiate(column, n, scale, m);
+      const vf sums = exponentiate(column, n, scale, m, weights_of(s, j * FK_VL));
       store(total + j * FK_VL, first > 0 ? load(total + j * FK_VL) + sums : sums);
     }
-    const A* weights = as_operand(s.scores, n, s.weights);
     const int64_t depth = round_up(p.keys, kStep<A>), k = round_up(n, kStep<A>);
     for (int64_t c = 0; c < dv; c += kPanel)
       for (int64_t t = 0; t < query_tiles.count; ++t) {
         const int64_t row = tile_start(query_tiles, t);
-        tile<true>(tile_height(query_tiles, t), weights + row * kStep<A>, kPanel * kStep<A>,
+        tile<true>(tile_height(query_tiles, t), weights_of(s, row), kPanel * kStep<A>,
                    s.values + c * depth + first * kPanel, k, s.head + row * s.ldv + c, s.ldv, first > 0,
                    fetch_nothing(s.values));
       }

@@ -34,10 +34,11 @@ struct MlpScratch {
 
 template <class A, fk_activation Activation>
 FK_INLINE void activate_tile(const float* tile, int64_t rows, const float* bias, A* out, int64_t ldo) {
+  constexpr bool kLow = sizeof(A) == 2;
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < kPanel; j += FK_VL) {
       vf x = load(tile + i * kPanel + j) + load(bias + j);
-      store(out + i * ldo + j, Activation == FK_GELU ? gelu(x) : quick_gelu(x));
+      store(out + i * ldo + j, Activation == FK_GELU ? gelu<kLow>(x) : quick_gelu<kLow>(x));
     }
 }
 

@@ -43,6 +43,16 @@ FK_INLINE void store(bf16* p, vf x) {
 #endif
 }
 
+#if FK_NATIVE_BF16
+// Two vectors as pairs: lane i holds low[i] in its lower and high[i] in its upper half.
+FK_INLINE vu pair_bf16(vf low, vf high) {
+  const __m512i bits = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vu)_mm512_permutexvar_epi16(order, bits);
+}
+#endif
+
 FK_INLINE float to_float(float x) { return x; }
 FK_INLINE float to_float(bf16 x) {
   union {
@@ -87,8 +97,18 @@ FK_INLINE float sum(vf x) {
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
-// 2^f on [-1/2, 1/2]: minimax fit in relative error (9e-8), constant term fixed.
+// Elementary functions come in two qualities: for results kept in fp32, and (`Low`) for results rounded to bf16 at
+// once, whose errors of 1e-4 vanish behind that rounding (4e-3).
+
+// 2^f on [-1/2, 1/2]: minimax fit in relative error (9e-8, low: 1e-4), constant term fixed.
+template <bool Low>
 FK_INLINE vf exp2_fraction(vf f) {
+  if (Low) {
+    vf p = splat(5.500894477e-2f);
+    p = p * f + splat(2.422109797e-1f);
+    p = p * f + splat(6.932829263e-1f);
+    return p * f + splat(1.0f);
+  }
   vf p = splat(1.326472873e-3f);
   p = p * f + splat(9.671513013e-3f);
   p = p * f + splat(5.550733741e-2f);
@@ -98,47 +118,60 @@ FK_INLINE vf exp2_fraction(vf f) {
 }
 
 // 2^x for x <= 127, zero (or a denormal) far below; NaN for NaN.
+template <bool Low>
 FK_INLINE vf exp2v(vf x) {
 #ifdef __AVX512F__
   const __m512 n = _mm512_roundscale_ps((__m512)x, 0);
-  return (vf)_mm512_scalef_ps((__m512)exp2_fraction(x - (vf)n), n);
+  return (vf)_mm512_scalef_ps((__m512)exp2_fraction<Low>(x - (vf)n), n);
 #else
   x = splat(-127.0f) > x ? splat(-127.0f) : x;
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits
   const vf shifted = x + magic;
   const vi exponent = ((vi)shifted - (vi)magic + 127) << 23;
-  return exp2_fraction(x - (shifted - magic)) * (vf)exponent;
+  return exp2_fraction<Low>(x - (shifted - magic)) * (vf)exponent;
 #endif
 }
 
+template <bool Low>
 FK_INLINE vf reciprocal(vf x) {
 #ifdef __AVX512F__
   const vf r = (vf)_mm512_rcp14_ps((__m512)x);
-  return r * (splat(2.0f) - x * r);  // one Newton step: 14 bits become 28
+  return Low ? r : r * (splat(2.0f) - x * r);  // one Newton step: 14 bits become 28
 #else
   return splat(1.0f) / x;
 #endif
 }
 
+template <bool Low>
 FK_INLINE vf quick_gelu(vf x) {
-  vf e = x * splat(-1.702f * 1.44269504f);
-  return x * reciprocal(splat(1.0f) + exp2v(vmin(e, splat(126.0f))));
+  const vf e = x * splat(-1.702f * 1.44269504f);
+  return x * reciprocal<Low>(splat(1.0f) + exp2v<Low>(vmin(e, splat(126.0f))));
 }
 
 // x times the normal distribution function: log2 of erfc(t / sqrt(2)) is a smooth function of t = |x|, fitted by a
-// polynomial that weighs the error by t erfc(t / sqrt(2)); absolute error of the result 4e-8.
+// polynomial that weighs the error by t erfc(t / sqrt(2)); absolute error of the result 4e-8 (low: 6e-7).
+template <bool Low>
 FK_INLINE vf gelu(vf x) {
   vf t = x < splat(0.0f) ? -x : x;
   t = t > splat(13.0f) ? splat(13.0f) : t;
-  vf p = splat(-2.027209760e-6f);
-  p = p * t + splat(2.975575603e-5f);
-  p = p * t + splat(-1.407720569e-4f);
-  p = p * t + splat(-2.456507379e-4f);
-  p = p * t + splat(7.203668010e-3f);
-  p = p * t + splat(-5.259131469e-2f);
-  p = p * t + splat(-4.591779975e-1f);
-  p = p * t + splat(-1.151108410f);
-  vf tail = exp2v(p * t - splat(1.0f));  // half of erfc
+  vf p;
+  if (Low) {
+    p = splat(-4.898555341e-4f);
+    p = p * t + splat(7.211321663e-3f);
+    p = p * t + splat(-5.217819197e-2f);
+    p = p * t + splat(-4.595635379e-1f);
+    p = p * t + splat(-1.151011803f);
+  } else {
+    p = splat(-2.027209760e-6f);
+    p = p * t + splat(2.975575603e-5f);
+    p = p * t + splat(-1.407720569e-4f);
+    p = p * t + splat(-2.456507379e-4f);
+    p = p * t + splat(7.203668010e-3f);
+    p = p * t + splat(-5.259131469e-2f);
+    p = p * t + splat(-4.591779975e-1f);
+    p = p * t + splat(-1.151108410f);
+  }
+  const vf tail = exp2v<Low>(p * t - splat(1.0f));  // half of erfc
   return x * (x < splat(0.0f) ? tail : splat(1.0f) - tail);
 }
 
