@@ -57,6 +57,16 @@ FK_INLINE void normalize_row(const T* x, int64_t n, int64_t padded, const struct
   for (; i < padded; ++i) from_float(out + i, 0.0f);
 }
 
+// bf16 rows are widened once, not in each of the three passes; longer ones than this buffer are.
+constexpr int64_t kWidenedRow = 1024;
+template <class Out>
+FK_INLINE void normalize_widened_row(const bf16* x, int64_t n, int64_t padded, const struct fk_norm& norm, Out* out) {
+  if (n > kWidenedRow) return normalize_row(x, n, padded, norm, out);
+  float row[kWidenedRow] __attribute__((aligned(64)));
+  copy_row(x, n, n, row);
+  normalize_row(row, n, padded, norm, out);
+}
+
 // Row `row` of a row-major array, LayerNorm'ed into `out`.
 template <class Out>
 FK_INLINE void normalize_row(const struct fk_array& x, int64_t row, int64_t n, int64_t padded,
@@ -64,7 +74,7 @@ FK_INLINE void normalize_row(const struct fk_array& x, int64_t row, int64_t n, i
   if (x.dtype == FK_F32)
     normalize_row((const float*)x.data + row * n, n, padded, norm, out);
   else
-    normalize_row((const bf16*)x.data + row * n, n, padded, norm, out);
+    normalize_widened_row((const bf16*)x.data + row * n, n, padded, norm, out);
 }
 
 typedef uint32_t v4 __attribute__((vector_size(16), aligned(4), may_alias));
