@@ -116,6 +116,7 @@ def test_initialisation_is_that_of_the_layers():
 def test_copies_keep_everything_but_the_packed_weights(copier):
     ours, _ = make(dtype=torch.float32)
     ours.eval().prepare_inference(True)
+    ours.backend = "cpu"
     x, h, w = tokens(dtype=torch.float32)
     with torch.no_grad():
         expected = ours(x, h, w)
@@ -128,6 +129,7 @@ def test_copies_keep_everything_but_the_packed_weights(copier):
 def test_packed_weights_are_no_state_and_can_be_switched_off():
     ours, plain = make(dtype=torch.float32)
     ours.eval().prepare_inference(True)
+    ours.backend = "cpu"
     assert list(ours.state_dict()) == list(plain.state_dict())
     x, h, w = tokens(dtype=torch.float32)
     with torch.no_grad():
@@ -145,6 +147,7 @@ def test_packed_weights_are_no_state_and_can_be_switched_off():
 def test_a_weight_changed_after_packing_counts():
     ours, plain = make(dtype=torch.float32)
     ours.eval().prepare_inference(True)
+    ours.backend = "cpu"
     plain.eval()
     x, h, w = tokens(dtype=torch.float32)
     with torch.no_grad():

@@ -114,6 +114,7 @@ def test_dropout_behind_both_linears():
 def test_copies_keep_everything_but_the_packed_weights(copier):
     ours, plain = make(dtype=torch.float32)
     ours.prepare_inference(True)
+    ours.backend = "cpu"
     x = rows(2, 9, dtype=torch.float32)
     with torch.no_grad():
         expected = ours(x)
