@@ -130,7 +130,7 @@ def _reasons(candidate: Backend, operator: Operator, tensors: Tensors, static: A
     if _transforming():
         return ["under torch.func or forward-mode differentiation, which see through plain PyTorch operators only"]
     reasons = candidate.supports(tensors, static)
-    if wanted == "auto" and candidate.name == "triton" and tensors[0].device.type == "cpu":  # type: ignore[union-attr]
+    if wanted == "auto" and candidate.name == "triton" and tensors[0].device.type != "cuda":  # type: ignore[union-attr]
         return [*reasons, "on a CPU Triton only interprets: it runs when asked for by name"]
     return reasons
 
