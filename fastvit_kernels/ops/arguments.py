@@ -7,6 +7,7 @@ and only a bad one pays for finding out what is wrong.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +59,16 @@ def check_parameter(
     ):
         _reject_parameter(name, value, shape, like)
     return value  # type: ignore[return-value]
+
+
+def check_vectors(names: Sequence[str], values: Sequence[object], length: int, like: Tensor) -> None:
+    """Several optional parameters of shape `[length]`, as `check_parameter` checks each."""
+    shape, dtype, device = (length,), like.dtype, like.device
+    for name, value in zip(names, values, strict=True):
+        if value is not None and not (
+            isinstance(value, Tensor) and value.shape == shape and value.dtype is dtype and value.device == device
+        ):
+            check_parameter(name, value, shape, like)
 
 
 def _goes_with(dtype: torch.dtype, like: Tensor) -> bool:
@@ -112,7 +123,7 @@ def check_eps(name: str, value: object) -> float:
 
 def check_number(name: str, value: object, least: float, most: float) -> float:
     """A finite real number within these bounds."""
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (float, int)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     # Not math.isfinite: with dynamic shapes torch.compile traces numbers too, and cannot trace that.
     if not (least <= value <= most and -math.inf < value < math.inf):
@@ -127,8 +138,7 @@ def check_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: f
     elif norm_weight is not None or norm_bias is not None:
         raise ValueError("norm_eps: expected the LayerNorm's epsilon beside norm_weight or norm_bias, got None")
     channels = x.shape[-1]
-    check_parameter("norm_weight", norm_weight, (channels,), x, optional=True)
-    check_parameter("norm_bias", norm_bias, (channels,), x, optional=True)
+    check_vectors(("norm_weight", "norm_bias"), (norm_weight, norm_bias), channels, x)
     return norm_eps
 
 

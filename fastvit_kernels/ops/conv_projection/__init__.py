@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from fastvit_kernels.ops.arguments import (
     check_number,
     check_parameter,
     check_tensor,
+    check_vectors,
     compute_dtype,
 )
 from fastvit_kernels.ops.conv_projection import native, triton
@@ -231,15 +233,15 @@ def _branch_tensors(names: Any, item: Projection, x: Tensor, grid: tuple[int, in
         return conv_weight, None, None, None, None, weight, bias
     _check_batch_norm(name, bn)
     vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    for vector_name, vector in zip(names[1:5], vectors, strict=True):
-        check_parameter(vector_name, vector, (channels,), x, optional=True)
+    check_vectors(names[1:5], vectors, channels, x)
     return conv_weight, *vectors, weight, bias
 
 
 def _check_batch_norm(name: str, bn: BatchNorm) -> None:
     if not isinstance(bn, BatchNorm):
         raise TypeError(f"{name}.bn: expected a BatchNorm or None, got {type(bn).__name__}")
-    check_eps(f"{name}.bn.eps", bn.eps)
+    if not (type(bn.eps) is float and 0.0 <= bn.eps < math.inf):
+        check_eps(f"{name}.bn.eps", bn.eps)
     if bn.training:
         check_number(f"{name}.bn.momentum", bn.momentum, 0.0, 1.0)
         if (bn.running_mean is None) != (bn.running_var is None):
