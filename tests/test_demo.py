@@ -21,7 +21,7 @@ from fastvit_kernels.bench.measure import Plan, Times
 from fastvit_kernels.demo import hosts, images, picture
 from fastvit_kernels.demo import run as demo
 from fastvit_kernels.demo.errors import Disagreement, UserError
-from fastvit_kernels.demo.measure import REST, BlockTime, block_times, logits, model_times, precision
+from fastvit_kernels.demo.measure import REST, BlockTime, logits, measure, precision
 from fastvit_kernels.demo.memory import Memory, peak_memory
 from fastvit_kernels.demo.results import ACCELERATED, STOCK, Agreement, Results, Setup
 from fastvit_kernels.models import create_model, registry
@@ -267,15 +267,16 @@ def test_models_are_timed_in_turn():
 
     advanced = []
     models = {name: Recorder(name) for name in "ab"}
-    times = model_times(models, torch.ones(1), Plan(6, 60.0, sample=0.0, settle=0.0), lambda: advanced.append(1))
+    times, blocks = measure(models, torch.ones(1), Plan(6, 60.0, sample=0.0, settle=0.0), lambda: advanced.append(1))
     assert [times[name].rounds for name in "ab"] == [6, 6]
     assert sorted(calls[-2:]) == ["a", "b"] and calls.count("a") == calls.count("b") == len(advanced)
+    assert [block.name for block in blocks] == [REST]
 
 
 def test_block_times_know_every_block_and_leave_no_hooks():
     models = {STOCK: Sleeper(), ACCELERATED: Sleeper()}
     with precision("fp32"):
-        blocks = block_times(models, torch.ones(2, 4), Plan(5, 60.0, sample=0.0, settle=0.0), lambda: None)
+        _, blocks = measure(models, torch.ones(2, 4), Plan(5, 60.0, sample=0.0, settle=0.0), lambda: None)
     assert [block.name for block in blocks] == ["blocks.0", "blocks.1", REST]
     small, large, rest = blocks
     assert all(large.seconds[v] > 5 * small.seconds[v] > 0 and rest.seconds[v] > 0 for v in models)
@@ -286,7 +287,7 @@ def test_block_times_know_every_block_and_leave_no_hooks():
 def test_blocks_of_both_hosts_are_found(host):
     model = _stock(host=host).model
     with precision("fp32"):
-        blocks = block_times({STOCK: model}, _batch(), Plan(5, 60.0, sample=0.0, settle=0.0), lambda: None)
+        _, blocks = measure({STOCK: model}, _batch(), Plan(5, 60.0, sample=0.0, settle=0.0), lambda: None)
     names = [block.name for block in blocks]
     prefix, embedding, block = (
         ("stage", "patch_embed", "blocks") if host == "fastvit" else ("stages.", "embedding", "layers")
@@ -444,18 +445,28 @@ def test_a_run_on_the_users_image_and_checkpoint(weights, picture_file, tmp_path
 
 
 def test_the_command_in_its_own_process(tmp_path):
-    command = [sys.executable, "-m", "fastvit_kernels.cli", "demo", "--host", "transformers", "--dtype", "bf16"]
+    command = [sys.executable, "-m", "fastvit_kernels.cli", "demo"]
     command += ["--size", "64", "--batch", "2", "--rounds", "3", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "random weights: the classes mean nothing, the numbers must agree" in " ".join(done.stdout.split())
-    assert "flower.jpg" in done.stdout and "stages.2.layers.9" in done.stdout
+    assert "flower.jpg" in done.stdout and "stage2.blocks.9" in done.stdout
     _check_picture(tmp_path / "demo_output" / "comparison.png")
 
 
 def _quiet_run(tmp_path: Path, **options) -> Results:
     settings = {"model": "cvt_small", "size": 64, "batches": (1,), "rounds": 1, "output": tmp_path, **options}
     return demo.run(demo.Options(**settings), Console(quiet=True))
+
+
+def test_transformers_in_bf16(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "peak_memory", lambda *_: Memory(1, 2))
+    results = _quiet_run(tmp_path, host="transformers", dtype="bf16")
+    assert results.setup.conditions == "bf16, 64 px, 1 thread"
+    assert results.blocks[1].name == "stages.0.layers.0"
+    assert results.replaced >= 6
+    # The scores really were rounded.
+    assert all(1e-4 < error < 0.1 for error in results.agreement.to_fp64.values())
 
 
 def test_wrong_numbers_stop_the_run_before_any_time_is_taken(tmp_path, monkeypatch, capsys):
@@ -467,7 +478,7 @@ def test_wrong_numbers_stop_the_run_before_any_time_is_taken(tmp_path, monkeypat
 
     accelerate = demo.accelerate
     monkeypatch.setattr(demo, "accelerate", spoil)
-    monkeypatch.setattr(demo, "model_times", None)
+    monkeypatch.setattr(demo, "measure", None)
     with pytest.raises(Disagreement, match="relative L2 error of the logits"):
         _quiet_run(tmp_path)
     assert cli.main(_arguments("--output", str(tmp_path))) == 1

@@ -42,48 +42,45 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
     return getattr(out, "logits", out)
 
 
-def model_times(
+def measure(
     models: Mapping[str, nn.Module], x: Tensor, plan: Plan, advance: Callable[[], None]
-) -> dict[str, Times]:
-    """Time models in turn on the same input; `advance` is told after every round."""
-    return interleave(_runs(models, x, advance), plan)
+) -> tuple[dict[str, Times], list[BlockTime]]:
+    """Time models that share their module names in turn, and with module hooks every block (and embedding) in them.
 
+    The hooks' own time, about a microsecond each, is contained.
 
-def block_times(models: Mapping[str, nn.Module], x: Tensor, plan: Plan, advance: Callable[[], None]) -> list[BlockTime]:
-    """Time every block (and embedding) of models that share their module names, in turn, with module hooks.
+    Args:
+        models: variant -> model.
+        x: the input of all.
+        plan: rounds and clock.
+        advance: told after every call of the first model.
 
     Returns:
-        One row per block in the order of the first model, and one for the time outside all of them.
+        The times of whole calls; and per block, in the order of the first model, the median time inside it, followed by
+        that outside all blocks.
     """
-    names = _block_names(next(iter(models.values())))
+    first, model = next(iter(models.items()))
+    names = _block_names(model)
     samples: dict[str, dict[str, list[float]]] = {v: {n: [] for n in [*names, REST]} for v in models}
 
-    def timed(variant: str, run: Callable[[], object]) -> None:
+    def run(variant: str) -> None:
         start = time.perf_counter()
-        run()
+        logits(models[variant], x)
         total = time.perf_counter() - start
         samples[variant][REST].append(total - sum(samples[variant][name][-1] for name in names))
+        if variant == first:
+            advance()
 
     with ExitStack() as stack:
         for variant, model in models.items():
             for name in names:
                 stack.enter_context(_timed(model.get_submodule(name), samples[variant][name]))
-        interleave({v: partial(timed, v, run) for v, run in _runs(models, x, advance).items()}, plan)
+        times = interleave({variant: partial(run, variant) for variant in models}, plan)
     shared = _shared_path(names)
-    return [
+    blocks = [
         BlockTime(name.removeprefix(shared), {v: median(samples[v][name]) for v in models}) for name in [*names, REST]
     ]
-
-
-def _runs(models: Mapping[str, nn.Module], x: Tensor, advance: Callable[[], None]) -> dict[str, Callable[[], object]]:
-    first = next(iter(models))
-
-    def run(name: str) -> None:
-        logits(models[name], x)
-        if name == first:
-            advance()
-
-    return {name: partial(run, name) for name in models}
+    return times, blocks
 
 
 def _shared_path(names: list[str]) -> str:

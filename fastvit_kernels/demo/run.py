@@ -21,7 +21,7 @@ from fastvit_kernels.bench.measure import Plan
 from fastvit_kernels.demo import images, tables
 from fastvit_kernels.demo.errors import Disagreement, UserError
 from fastvit_kernels.demo.hosts import stock_model
-from fastvit_kernels.demo.measure import block_times, logits, model_times, precision
+from fastvit_kernels.demo.measure import logits, measure, precision
 from fastvit_kernels.demo.memory import Memory, peak_memory
 from fastvit_kernels.demo.picture import draw
 from fastvit_kernels.demo.results import ACCELERATED, STOCK, Agreement, Results, Setup
@@ -123,9 +123,8 @@ def _run(options: Options, progress: Progress) -> Results:
         times = {}
         for size in sorted(set(options.batches)):
             with _step(progress, f"Timing batch {size}", plan.rounds) as advance:
-                times[size] = model_times(models, batch[:size], plan, advance)
-        with _step(progress, "Timing blocks", plan.rounds) as advance:
-            blocks = block_times(models, batch, plan, advance)
+                # The largest comes last: the blocks are its.
+                times[size], blocks = measure(models, batch[:size], plan, advance)
     with _step(progress, "Measuring memory", len(models)) as advance:
         memory = _memory(stock.model, batch, setup, advance)
     results = Results(setup, agreement, times, blocks, memory, len(report.replaced))
