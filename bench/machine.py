@@ -1,27 +1,12 @@
-"""Where and with what a measurement was made."""
+"""With which sources and packages a measurement was made."""
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("torch", "onnxruntime", "openvino", "transformers")
-
-
-def cpu_model() -> str:
-    """The processor's own name for itself, the architecture where it has none."""
-    path = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def version(package: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from fastvit_kernels import environment
 from fastvit_kernels.bench import gate, machine, roofline
 from fastvit_kernels.bench.cases import VARIANTS, Case
 from fastvit_kernels.bench.measure import Plan, Times, interleave
@@ -135,8 +136,8 @@ def _with_floor(row: Row, case: Case, limits: Roofline) -> Row:
 
 def _conditions(dtype: str, threads: int, clock: str, limits: Roofline) -> Conditions:
     return Conditions(
-        cpu=machine.cpu_model(),
-        cores=machine.cores(),
+        cpu=environment.cpu_model(),
+        cores=environment.cores(),
         threads=threads,
         clock=clock,
         peak_gflops=limits.peak(dtype),

@@ -118,11 +118,10 @@ def _isa() -> Availability:
 
 
 def _triton() -> Availability:
-    problem = triton_support.import_problem()
-    if problem is not None:
-        return Availability(False, problem)
-    import triton
-
+    try:
+        import triton
+    except ImportError as error:
+        return Availability(False, f"cannot be imported: {error}")
     return Availability(True, str(triton.__version__))
 
 
@@ -145,10 +144,9 @@ def _cuda_backend(cuda: Availability) -> Availability:
 def _triton_backend(triton: Availability, cuda: Availability) -> Availability:
     if not triton.usable:
         return triton
-    # The dispatcher's own reasons, for the simplest possible call.
-    problems = triton_support.reasons([torch.empty(0, device="cuda" if cuda.usable else "cpu")], torch.float32)
-    if problems:
-        return Availability(False, "; ".join(problems if cuda.usable else [cuda.detail, *problems]))
+    problem = triton_support.machine_problem(torch.device("cuda" if cuda.usable else "cpu"))
+    if problem is not None:
+        return Availability(False, problem if cuda.usable else f"{cuda.detail}; {problem}")
     if triton_support.interpreting():
         return Availability(True, "interpreted, when asked for by name")
     return cuda

@@ -44,6 +44,5 @@ def test_without_kernels_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_machine() -> None:
-    assert machine.cpu_model() and machine.cores() >= 1
     assert machine.version("torch") and machine.version("no-such-package-at-all") == ""
     assert re.fullmatch(r"|[0-9a-f]{12,}(-dirty)?", machine.commit())

@@ -9,7 +9,8 @@ import sys
 import torch
 
 import fastvit_kernels
-from fastvit_kernels import _extension, environment
+from fastvit_kernels import _extension
+from fastvit_kernels.ops import triton_support
 
 
 def test_this_machine():
@@ -19,6 +20,7 @@ def test_this_machine():
     assert info.build == _extension.build_metadata()
     assert list(info.backends) == ["cuda", "triton", "cpu", "reference"]
     assert info.backends["cpu"].usable and info.backends["reference"].usable
+    assert info.processor and info.cores >= 1
     assert info.isa.detail.split()[0] in info.build["cpu_isas"].split()
     assert info.backends["cuda"].usable <= torch.cuda.is_available()
 
@@ -51,10 +53,16 @@ def test_nothing_compiled_is_said(monkeypatch):
     assert "nothing compiled" in str(fastvit_kernels.info())
 
 
-def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
-    monkeypatch.setattr(environment.triton_support, "import_problem", lambda: "not installed: no triton")
+def test_triton_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
     info = fastvit_kernels.info()
     assert not info.triton.usable and info.backends["triton"] == info.triton
+
+
+def test_triton_that_cannot_run_here(monkeypatch):
+    monkeypatch.setattr(triton_support, "machine_problem", lambda device: f"nothing runs on {device.type}")
+    backend = fastvit_kernels.info().backends["triton"]
+    assert not backend.usable and "nothing runs on" in backend.detail
 
 
 def _isa(wish):
