@@ -13,6 +13,7 @@ import numpy
 Clock = Callable[[], float]
 
 MINIMUM_ROUNDS = 5
+_IDLE_WINDOW, _IDLE_SHARE = 0.005, 0.1
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,15 @@ class Plan:
         rounds: turns of each peer.
         seconds: no further round starts after this time (`MINIMUM_ROUNDS` are always done).
         sample: a turn repeats a quick call until it lasts about this many seconds.
-        settle: pause before a turn, in which the previous peer's spinning threads go to sleep.
+        settle: wait at most this long before a turn until the process is idle: some runtimes keep their threads
+            spinning for tens of milliseconds after a call, and the next peer would pay for it.
         clock: wall time, or `time.process_time` for the CPU time of a single thread, which pre-emption leaves alone.
     """
 
     rounds: int = 30
     seconds: float = 40.0
     sample: float = 0.005
-    settle: float = 0.01
+    settle: float = 0.3
     clock: Clock = time.perf_counter
 
 
@@ -46,7 +48,7 @@ class Times(NamedTuple):
 
 
 def order(names: list[str], turn: int) -> list[str]:
-    """Who runs when in a round: each round starts one peer later, so that everybody follows everybody in turn."""
+    """Who runs when in a round: each round starts one peer later, so that no place in it is always the same peer's."""
     first = turn % len(names)
     return names[first:] + names[:first]
 
@@ -60,10 +62,20 @@ def interleave(runs: Mapping[str, Callable[[], object]], plan: Plan) -> dict[str
     turn = 0
     while names and turn < plan.rounds and (turn < MINIMUM_ROUNDS or time.perf_counter() - started < plan.seconds):
         for name in order(names, turn):
-            time.sleep(plan.settle)
+            wait_until_idle(plan.settle)
             samples[name].append(_sample(runs[name], calls[name], plan))
         turn += 1
     return {name: _statistics(samples[name], calls[name]) for name in names}
+
+
+def wait_until_idle(limit: float) -> None:
+    """Return when this process uses next to no processor time, after `limit` seconds in any case."""
+    end = time.perf_counter() + limit
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(_IDLE_WINDOW)
+        if time.process_time() - before < _IDLE_SHARE * _IDLE_WINDOW:
+            return
 
 
 def _calls(run: Callable[[], object], plan: Plan) -> int:

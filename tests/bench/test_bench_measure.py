@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvit_kernels.bench.cases import Case
-from fastvit_kernels.bench.measure import MINIMUM_ROUNDS, Plan, interleave, order
+from fastvit_kernels.bench.measure import MINIMUM_ROUNDS, Plan, interleave, order, wait_until_idle
 from fastvit_kernels.bench.peers import PEERS
 from fastvit_kernels.bench.run import run, thread_count
 
@@ -82,6 +82,25 @@ def test_the_time_limit_ends_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None
     assert times["a"].rounds == times["b"].rounds == 10
     times = interleave({"a": clock.call("a", 60.0)}, plan)
     assert times["a"].rounds == MINIMUM_ROUNDS
+
+
+def test_turns_wait_for_spinning_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, slept = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    # Another thread of the process keeps one core busy for the first 37 ms.
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "process_time", lambda: min(now[0], 0.037))
+    wait_until_idle(0.02)
+    assert now[0] == pytest.approx(0.02)
+    wait_until_idle(1.0)
+    assert now[0] == pytest.approx(0.045)
+    wait_until_idle(1.0)
+    assert now[0] == pytest.approx(0.05) and set(slept) == {0.005}
 
 
 def test_nobody_to_time() -> None:
