@@ -119,8 +119,7 @@ def _blocks(axes: Axes, results: Results) -> None:
         axes.barh(places, milliseconds, height, color=COLOURS[variant])
     ends = [1e3 * max(block.seconds.values()) for block in results.blocks]
     for index, block in enumerate(results.blocks):
-        ratio = block.seconds[STOCK] / block.seconds[ACCELERATED] if block.seconds[ACCELERATED] > 0 else float("inf")
-        axes.text(ends[index], index, f"  {ratio:.2f}x", va="center", fontsize=8, color=INK)
+        axes.text(ends[index], index, f"  {results.block_speedup(block):.2f}x", va="center", fontsize=8, color=INK)
     axes.set_xlim(0, 1.12 * max(ends))
     axes.set_yticks(range(len(results.blocks)), [block.name for block in results.blocks])
     axes.invert_yaxis()

@@ -103,6 +103,10 @@ class Results:
         """Stock median over accelerated median."""
         return self.times[batch][STOCK].p50 / self.times[batch][ACCELERATED].p50
 
+    def block_speedup(self, block: BlockTime) -> float:
+        """Stock median over accelerated median of one block."""
+        return block.seconds[STOCK] / block.seconds[ACCELERATED]
+
     def write(self, path: Path) -> None:
         """Save the figures as JSON."""
         path.write_text(json.dumps(self._figures(), indent=2) + "\n")

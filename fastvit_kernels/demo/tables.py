@@ -113,7 +113,7 @@ def block_table(results: Results) -> Table:
         cells = []
         for variant, total in totals.items():
             cells += [f"{1e3 * block.seconds[variant]:.2f}", f"{block.seconds[variant] / total:.1%}"]
-        table.add_row(block.name, *cells, f"{block.seconds[STOCK] / block.seconds[ACCELERATED]:.2f}x")
+        table.add_row(block.name, *cells, f"{results.block_speedup(block):.2f}x")
     return table
 
 
