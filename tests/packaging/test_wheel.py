@@ -93,6 +93,7 @@ print(fastvit_kernels.info())
     table = execute(python, "-c", check, packages, cwd=tmp_path)
     assert "cpu left out" not in table
     assert execute(environment / "bin" / "fastvit-kernels", "info", cwd=tmp_path) == table
+    assert execute(python, "-m", "fastvit_kernels", "info", cwd=tmp_path) == table
 
     execute(*pip, "uninstall", "--yes", "fastvit-kernels", cwd=tmp_path)
     assert sorted(environment.rglob("*")) == before
