@@ -34,10 +34,11 @@ test: $(VENV)/test.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/fastvit-kernels bench $(ARGS)
 
-lint: $(VENV)/dev.stamp typecheck
+lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(MAKE) --no-print-directory typecheck
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .

@@ -10,7 +10,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Read when Triton is first imported, which nothing above does.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# Most tests compute next to nothing, and waiting for other threads would take longer; those about threads set their own.
+# Most tests compute next to nothing: waiting for other threads would take longer. Those about threads set their own.
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("fastvit_kernels.testing")
 
