@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,25 +18,49 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_NVIDIA = (8, 0)
 INTERPRETER = "interpreter"
 _interpreter_lock = threading.Lock()
-_F = TypeVar("_F", bound=Callable[..., object])
 
 
-def _constant_in_graphs(function: _F) -> _F:
-    # What torch.compiler.assume_constant_result does, which would import all of Dynamo here.
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
+def reasons(tensors: Tensors, dtype: torch.dtype) -> list[str]:
+    """Why the Triton kernels cannot run a call (empty: they can)."""
+    first = tensors[0]
+    assert first is not None
+    problem = _machine_problem(first.device)
+    found = [] if problem is None else [problem]
+    unsupported = {t.dtype for t in tensors if t is not None and t.dtype not in _DTYPES}
+    if dtype not in _DTYPES:
+        unsupported.add(dtype)
+    if unsupported:
+        names = ", ".join(sorted(short(d) for d in unsupported))
+        found.append(f"{names}: the Triton kernels take float32, bfloat16 and float16")
+    return found
 
 
-@_constant_in_graphs
+def _machine_problem(device: torch.device) -> str | None:
+    return machine_problem(device)
+
+
+# torch.compile calls this function instead of tracing into it. torch.compiler.assume_constant_result arranges the same,
+# but would import all of Dynamo along with this module.
+_machine_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
-def import_problem() -> str | None:
-    """Why Triton cannot be imported, or None."""
+def machine_problem(device: torch.device) -> str | None:
+    """Why Triton cannot run anything on `device`, or None."""
     try:
-        import triton.language  # noqa: F401
+        interpreted = interpreting()
     except ModuleNotFoundError as error:
         return f"not installed: {error}"
     except ImportError as error:
         return f"cannot be imported: {error}"
+    if interpreted:
+        return None
+    if device.type != "cuda":
+        return f"tensors are on {device.type}, where it takes TRITON_INTERPRET=1 from before Triton is imported"
+    if torch.version.hip is None:
+        found = torch.cuda.get_device_capability(device)
+        if found < _OLDEST_NVIDIA:
+            return "the GPU's compute capability is {}.{}, expected {}.{} or newer".format(*found, *_OLDEST_NVIDIA)
     return None
 
 
@@ -47,42 +71,6 @@ def interpreting() -> bool:
     from triton.runtime.jit import JITFunction
 
     return not isinstance(tl.zeros, JITFunction)
-
-
-@_constant_in_graphs
-@functools.cache
-def _device_problem(device: torch.device) -> str | None:
-    if interpreting():
-        return None
-    if device.type != "cuda":
-        return (
-            f"tensors are on {device.type}, where Triton runs only if TRITON_INTERPRET=1 is set before it is imported"
-        )
-    if torch.version.hip is None:
-        found = torch.cuda.get_device_capability(device)
-        if found < _OLDEST_NVIDIA:
-            return "the GPU's compute capability is {}.{}, expected {}.{} or newer".format(*found, *_OLDEST_NVIDIA)
-    return None
-
-
-def reasons(tensors: Tensors, dtype: torch.dtype) -> list[str]:
-    """Why the Triton kernels cannot run a call (empty: they can)."""
-    problem = import_problem()
-    if problem is not None:
-        return [problem]
-    first = tensors[0]
-    assert first is not None
-    found = []
-    problem = _device_problem(first.device)
-    if problem is not None:
-        found.append(problem)
-    unsupported = {t.dtype for t in tensors if t is not None and t.dtype not in _DTYPES}
-    if dtype not in _DTYPES:
-        unsupported.add(dtype)
-    if unsupported:
-        names = ", ".join(sorted(short(d) for d in unsupported))
-        found.append(f"{names}: the Triton kernels take float32, bfloat16 and float16")
-    return found
 
 
 @functools.cache
@@ -157,9 +145,13 @@ def launch(kernel: Any, programs: int, device: torch.device, config: Config, *ar
         "num_stages": config.num_stages,
         "enable_fp_fusion": True,
     }
-    # Triton's interpreter keeps the running program in global variables.
-    with _interpreter_lock if interpreting() else torch.cuda.device(device):
+    with _guard(device):
         submit(kernel, (programs,), args, {**constexprs, **options})
+
+
+def _guard(device: torch.device) -> AbstractContextManager[Any]:
+    # Triton's interpreter keeps the running program in global variables: one at a time.
+    return _interpreter_lock if interpreting() else torch.cuda.device(device)
 
 
 def submit(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:

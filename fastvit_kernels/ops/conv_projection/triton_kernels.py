@@ -51,14 +51,17 @@ def prepare_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """The first programs fold the three filters, BLOCK_N channels each; the others normalise BLOCK_M tokens each."""
+    QUERY_TAPS: tl.constexpr = TAPS[0]
+    KEY_TAPS: tl.constexpr = TAPS[1]
+    VALUE_TAPS: tl.constexpr = TAPS[2]
     program = tl.program_id(0)
     blocks = tl.cdiv(channels, BLOCK_N)
     if program < blocks:
-        fold_filter(program, query, channels, TAPS[0], BLOCK_N)
+        fold_filter(program, query, channels, QUERY_TAPS, BLOCK_N)
     elif program < 2 * blocks:
-        fold_filter(program - blocks, key, channels, TAPS[1], BLOCK_N)
+        fold_filter(program - blocks, key, channels, KEY_TAPS, BLOCK_N)
     elif program < 3 * blocks:
-        fold_filter(program - 2 * blocks, value, channels, TAPS[2], BLOCK_N)
+        fold_filter(program - 2 * blocks, value, channels, VALUE_TAPS, BLOCK_N)
     elif norm_eps is not None:
         rows = (program - 3 * blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
         row_mask = rows < num_rows
@@ -94,8 +97,12 @@ def project_tile(
     The rows of the product are made on the way into it, a block of channels at a time: the taps of the depthwise filter
     are gathered from x, with zeros outside the map, and summed in fp32.
     """
-    folded_ptr, weight_ptr, bias_ptr, out_ptr, out_height, out_width, out_channels = branch
+    folded_ptr, weight_ptr, bias_ptr, out_ptr, out_channels = branch
     KERNEL: tl.constexpr = WINDOW[0]
+    STRIDE: tl.constexpr = WINDOW[1]
+    PADDING: tl.constexpr = WINDOW[2]
+    out_height = (height + 2 * PADDING - KERNEL) // STRIDE + 1
+    out_width = (width + 2 * PADDING - KERNEL) // STRIDE + 1
     column_tiles = tl.cdiv(out_channels, BLOCK_N)
     rows = tile // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -106,8 +113,8 @@ def project_tile(
     token = rows % out_tokens - PREFIX
     first = (rows // out_tokens).to(tl.int64) * (PREFIX + height * width) + PREFIX
     on_map = row_mask & (token >= 0)
-    top = token // out_width * WINDOW[1] - WINDOW[2]
-    left = token % out_width * WINDOW[1] - WINDOW[2]
+    top = token // out_width * STRIDE - PADDING
+    left = token % out_width * STRIDE - PADDING
     weight_columns = weight_ptr + columns.to(tl.int64)[None, :] * channels
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, channels, BLOCK_K):
@@ -164,23 +171,26 @@ def project_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Tiles of q, then of k, then of v: the maps of k and v are often too small to fill a GPU alone."""
+    QUERY_WINDOW: tl.constexpr = WINDOWS[0]
+    KEY_WINDOW: tl.constexpr = WINDOWS[1]
+    VALUE_WINDOW: tl.constexpr = WINDOWS[2]
     tile = tl.program_id(0)
     if tile < query_tiles:
         project_tile(
             *(tile, x_ptr, query, batch, channels, height, width),
-            *(WINDOWS[0], PREFIX, EVEN_K, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_K),
+            *(QUERY_WINDOW, PREFIX, EVEN_K, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_K),
         )
     elif tile < query_tiles + key_tiles:
         tile -= query_tiles
         project_tile(
             *(tile, x_ptr, key, batch, channels, height, width),
-            *(WINDOWS[1], PREFIX, EVEN_K, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_K),
+            *(KEY_WINDOW, PREFIX, EVEN_K, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_K),
         )
     else:
         tile -= query_tiles + key_tiles
         project_tile(
             *(tile, x_ptr, value, batch, channels, height, width),
-            *(WINDOWS[2], PREFIX, EVEN_K, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_K),
+            *(VALUE_WINDOW, PREFIX, EVEN_K, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_K),
         )
 
 
@@ -236,8 +246,8 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         config,
         normed,
         *(
-            (f, b.weight, b.bias, out, *grid, width)
-            for f, b, out, grid, width in zip(folded, branches, outputs, grids, widths, strict=True)
+            (f, b.weight, b.bias, out, width)
+            for f, b, out, width in zip(folded, branches, outputs, widths, strict=True)
         ),
         tiles[0],
         tiles[1],

@@ -49,7 +49,7 @@ def block_values(v_ptr, start, keys, channels, WIDTH: tl.constexpr, BLOCK_N: tl.
     return tl.load(v_ptr + n.to(tl.int64)[:, None] * channels + d[None, :], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["queries", "keys"])
+@triton.jit(do_not_specialize=["queries", "keys", "heads"])
 def attention_kernel(
     q_ptr,
     k_ptr,

@@ -1,0 +1,204 @@
+"""Every Triton kernel at CvT's published sizes, compiled for GPUs that need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from fastvit_kernels.ops.conv_projection import triton as conv_projection
+from fastvit_kernels.ops.conv_projection.reference import Static as ConvProjectionStatic
+from fastvit_kernels.ops.global_attention import triton as global_attention
+from fastvit_kernels.ops.global_attention.reference import Static as GlobalAttentionStatic
+from fastvit_kernels.ops.pointwise_mlp import triton as pointwise_mlp
+from fastvit_kernels.ops.pointwise_mlp.reference import Static as PointwiseMLPStatic
+from fastvit_kernels.testing.triton_aot import REGISTERS, SHARED_MEMORY, Compiled, compile_launches, compiling_process
+
+
+class Stage(NamedTuple):
+    """One stage of a model; the sides are the map's at 224 pixels."""
+
+    channels: int
+    heads: int
+    prefix: int = 0
+    height: int = 14
+    width: int = 14
+    batch: int = 8
+    hidden_ratio: float = 4.0
+
+
+class Precision(NamedTuple):
+    """Dtypes of the activations, the parameters and the products."""
+
+    activations: torch.dtype
+    parameters: torch.dtype
+    products: torch.dtype
+
+
+# Stages 1 to 3 of CvT-13 and CvT-21, then those of W24 that differ.
+CVT = [
+    Stage(64, 1, 0, 56, 56),
+    Stage(192, 3, 0, 28, 28),
+    Stage(384, 6, 1),
+    Stage(768, 12, 0, 28, 28),
+    Stage(1024, 16, 1),
+]
+PRECISIONS = {
+    "float32": Precision(torch.float32, torch.float32, torch.float32),
+    "bfloat16": Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "autocast-bfloat16": Precision(torch.float32, torch.float32, torch.bfloat16),
+    "autocast-float16": Precision(torch.float32, torch.float32, torch.float16),
+}
+
+
+def make_conv_projection(stage: Stage, precision: Precision) -> Callable[[], object]:
+    x, parameter = _makers(precision)
+    channels = stage.channels
+    branch = [parameter(channels, 1, 3, 3), *(parameter(channels) for _ in range(4))]
+    branch += [parameter(channels, channels), parameter(channels)]
+    tokens = x(stage.batch, stage.prefix + stage.height * stage.width, channels)
+    static = ConvProjectionStatic(
+        norm_eps=1e-5,
+        bn_eps=[1e-5] * 3,
+        bn_training=False,
+        height=stage.height,
+        width=stage.width,
+        num_prefix_tokens=stage.prefix,
+        stride=[1, 2, 2],
+        padding=[1, 1, 1],
+        dtype=precision.products,
+    )
+    tensors = [tokens, parameter(channels), parameter(channels), *branch, *branch, *branch]
+    return lambda: conv_projection.launch(tensors, static)
+
+
+def make_global_attention(stage: Stage, precision: Precision) -> Callable[[], object]:
+    x, parameter = _makers(precision)
+    channels, tokens = stage.channels, stage.prefix + stage.height * stage.width
+    pooled = stage.prefix + -(-stage.height // 2) * -(-stage.width // 2)
+    queries, keys = (
+        torch.empty((stage.batch, n, channels), dtype=precision.products, device="meta") for n in (tokens, pooled)
+    )
+    residual = x(stage.batch, tokens, channels)
+    tensors = [queries, keys, keys, parameter(channels, channels), parameter(channels), residual]
+    static = GlobalAttentionStatic(stage.heads, channels**-0.5, precision.products)
+    return lambda: global_attention.launch(tensors, static)
+
+
+def make_pointwise_mlp(stage: Stage, precision: Precision) -> Callable[[], object]:
+    x, parameter = _makers(precision)
+    channels, hidden = stage.channels, int(stage.hidden_ratio * stage.channels)
+    tokens = x(stage.batch, stage.prefix + stage.height * stage.width, channels)
+    weights = [parameter(hidden, channels), parameter(hidden), parameter(channels, hidden), parameter(channels)]
+    static = PointwiseMLPStatic(1e-5, "quick_gelu", precision.products)
+    return lambda: pointwise_mlp.launch([tokens, parameter(channels), parameter(channels), *weights, tokens], static)
+
+
+def _makers(precision: Precision) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    def x(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=precision.activations, device="meta")
+
+    def parameter(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=precision.parameters, device="meta")
+
+    return x, parameter
+
+
+OPERATORS = {
+    "conv_projection": make_conv_projection,
+    "global_attention": make_global_attention,
+    "pointwise_mlp": make_pointwise_mlp,
+}
+
+
+def compile_for(operator: str, stage: Stage, precision: str, architecture: str) -> list[Compiled]:
+    return compile_launches(OPERATORS[operator](stage, PRECISIONS[precision]), architecture)
+
+
+def compile_with_tf32(*what: Any) -> list[Compiled]:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        return compile_for(*what)
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.fixture(scope="module")
+def process():
+    with compiling_process() as pool:
+        yield pool
+
+
+def check_fits(kernel: Compiled, architecture: str) -> None:
+    assert kernel.spilled == 0, kernel.name
+    # Within what the smaller GPUs of the same generations have, too.
+    assert kernel.shared <= min(SHARED_MEMORY[architecture], SHARED_MEMORY["sm_89"]), kernel.name
+    assert kernel.registers * kernel.threads <= REGISTERS, kernel.name
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_published_sizes_fit_the_gpu(process: Executor, operator: str, precision: str, architecture: str) -> None:
+    """No register is spilled, shared memory suffices, and tensor cores multiply bf16 and fp16."""
+    # What fp16 and bf16 compile to differs in the names of instructions.
+    for stage in CVT if precision != "autocast-float16" else CVT[2:3]:
+        for kernel in process.submit(compile_for, operator, stage, precision, architecture).result():
+            check_fits(kernel, architecture)
+            if precision != "float32" and kernel.name != "prepare_kernel":
+                instruction = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async"}[architecture]
+                assert instruction in kernel.assembly, kernel.name
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_awkward_widths_fit_the_gpu(process: Executor, operator: str) -> None:
+    """Channels of CMT's smallest variant, which no vector load can read, and heads wider than 64."""
+    stages = [Stage(46, 1, hidden_ratio=3.6)]
+    if operator == "global_attention":
+        stages += [Stage(76, 1), Stage(128, 1), Stage(256, 1)]
+    for stage in stages:
+        for kernel in process.submit(compile_for, operator, stage, "bfloat16", "sm_80").result():
+            check_fits(kernel, "sm_80")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_one_compilation_serves_all_sizes(process: Executor, operator: str) -> None:
+    """Neither the batch nor the resolution makes Triton compile again."""
+    stage = Stage(192, 3)
+    keys = {
+        tuple(kernel.key for kernel in process.submit(compile_for, operator, size, "bfloat16", "sm_90").result())
+        for size in (
+            stage._replace(batch=1, height=28, width=28),
+            stage._replace(batch=16, height=32, width=48),
+            stage._replace(batch=3, height=31, width=24),
+        )
+    }
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compiles_for_amd(process: Executor, operator: str) -> None:
+    for kernel in process.submit(compile_for, operator, CVT[2], "bfloat16", "gfx942").result():
+        assert kernel.spilled == 0 and kernel.shared <= SHARED_MEMORY["gfx942"], kernel.name
+        assert "v_mfma" in kernel.assembly or kernel.name == "prepare_kernel"
+
+
+def test_fp32_products_are_exact(process: Executor) -> None:
+    for kernel in process.submit(compile_for, "pointwise_mlp", CVT[0], "float32", "sm_80").result():
+        assert "mma.sync" not in kernel.assembly
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_tf32_is_used_where_pytorch_may_use_it(process: Executor, operator: str) -> None:
+    for kernel in process.submit(compile_with_tf32, operator, CVT[0], "float32", "sm_80").result():
+        check_fits(kernel, "sm_80")
+        assert "m16n8k8.row.col.f32.tf32" in kernel.assembly or kernel.name == "prepare_kernel"
+
+
+def test_an_interpreting_process_refuses() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET: expected it to be unset"):
+        compile_for("pointwise_mlp", CVT[0], "float32", "sm_80")

@@ -1,0 +1,159 @@
+"""Triton's kernels in the interpreter: the numerics rule on every small case, training, and calls they refuse."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+
+from fastvit_kernels import BackendError, use_backend
+from fastvit_kernels.ops import global_attention, pointwise_mlp, triton_support
+from fastvit_kernels.testing import assert_within_rule
+from fastvit_kernels.testing.calls import Call, as_list, differentiate
+from fastvit_kernels.testing.inputs import BF16, BF16_FP32, CASES, FP16, FP32, FP64, Case, Precision, pointwise_mlp_case
+from fastvit_kernels.testing.triton_interpreter import round_to_bfloat16
+
+OPERATORS = ("conv_projection", "global_attention", "pointwise_mlp")
+SMALL = {operator: [case for case in CASES[operator] if "published" not in case.tags] for operator in OPERATORS}
+
+
+def check(call: Call) -> None:
+    with use_backend("triton"), torch.no_grad():
+        found = as_list(call.fresh()())
+    with use_backend("reference"), torch.no_grad():
+        exact, low = as_list(call.fp64()()), as_list(call.fresh()())
+    assert_within_rule(found, (exact, low))
+
+
+# QuickGELU's sigmoid far below zero: the exponential overflows to infinity, the quotient is the right zero.
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+@pytest.mark.parametrize("precision", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=f"{operator}-{case}") for operator in OPERATORS for case in SMALL[operator]]
+)
+def test_forward(case: Case, precision: Precision) -> None:
+    check(case.call(precision))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_low_precision_activations_with_fp32_parameters(operator: str) -> None:
+    check(SMALL[operator][0].call(BF16_FP32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_autocast(operator: str, dtype: torch.dtype) -> None:
+    with torch.autocast("cpu", dtype):
+        check(SMALL[operator][0].call(FP32))
+
+
+def test_rows_far_from_zero() -> None:
+    """The LayerNorm's variance survives a mean a thousand times the deviation."""
+    call = pointwise_mlp_case("far", channels=90, hidden=16).call(FP32)
+    call.arguments["x"] += 1000.0
+    check(call)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gradients_are_the_references(operator: str) -> None:
+    """The backward pass recomputes through the reference, from the same inputs: the same bits."""
+    call = SMALL[operator][0].call(FP32)
+    with use_backend("reference"):
+        wanted = differentiate(call).gradients
+    with use_backend("triton"):
+        found = differentiate(call).gradients
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert gradient is not None and torch.equal(found[name], gradient), name
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compiled_whole(operator: str) -> None:
+    call = SMALL[operator][0].call(FP32)
+    with use_backend("triton"), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", "Dynamo detected")
+        wanted = as_list(call())
+        found = as_list(torch.compile(call.function, fullgraph=True, backend="aot_eager")(**call.arguments))
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+def mlp_arguments() -> dict[str, object]:
+    return pointwise_mlp_case("any").call(FP32).arguments
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_refuses_fp64(operator: str) -> None:
+    with use_backend("triton"), pytest.raises(BackendError, match="triton: .*float64: the Triton kernels take float32"):
+        SMALL[operator][0].call(FP64)()
+
+
+def test_refuses_heads_wider_than_256() -> None:
+    q = torch.randn(1, 3, 320)
+    with pytest.raises(BackendError, match="triton: heads of 320 channels: the Triton kernels take up to 256"):
+        global_attention(q, q, q, num_heads=1, scale=0.1, backend="triton")
+
+
+@pytest.fixture
+def forgetting():
+    """What was found out about Triton and the machine is found out again in the test, and again after it."""
+    remembered = (triton_support.machine_problem, triton_support.interpreting)
+    for function in remembered:
+        function.cache_clear()
+    yield
+    for function in remembered:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("forgetting")
+def test_refuses_the_cpu_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_support, "interpreting", lambda: False)
+    with pytest.raises(BackendError, match="triton: tensors are on cpu, where it takes TRITON_INTERPRET=1"):
+        pointwise_mlp(**mlp_arguments(), backend="triton")
+
+
+@pytest.mark.usefixtures("forgetting")
+@pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False)])
+def test_refuses_old_gpus(capability: tuple[int, int], refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_support, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    problem = triton_support.machine_problem(torch.device("cuda", 0))
+    assert problem == ("the GPU's compute capability is 7.5, expected 8.0 or newer" if refused else None)
+
+
+@pytest.mark.usefixtures("forgetting")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(ModuleNotFoundError("No module named 'triton'"), "not installed"), (ImportError("GLIBC"), "cannot be imported")],
+)
+def test_says_why_triton_is_missing(error: ImportError, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_support, "interpreting", mock.Mock(side_effect=error))
+    with pytest.raises(BackendError, match=f"triton: {said}: {error}"):
+        pointwise_mlp(**mlp_arguments(), backend="triton")
+
+
+def test_the_package_does_without_triton() -> None:
+    """Importing and running it neither needs Triton nor imports it."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from fastvit_kernels import ops
+x = torch.ones(2, 16)
+assert ops.pointwise_mlp(x, torch.ones(8, 16), None, torch.ones(16, 8), None, activation="gelu").shape == x.shape
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_interpreted_bf16_is_rounded_like_pytorchs() -> None:
+    bits = torch.randint(-(2**31), 2**31, (100_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    ties = torch.arange(0, 2**16, dtype=torch.int32) * 2**16 + 0x8000
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38, 1e-45])
+    values = torch.cat([bits.view(torch.float32), ties.view(torch.float32), special])
+    found = torch.from_numpy(round_to_bfloat16(values.numpy()).view("int16").copy()).view(torch.bfloat16)
+    wanted = values.to(torch.bfloat16)
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
