@@ -125,8 +125,9 @@ Projection check(const TensorList& t, std::optional<double> norm_eps, const std:
   return p;
 }
 
+// `reduces`: results are summed over bands, which must then not depend on the number of threads.
 void geometry(const Projection& p, int64_t height, int64_t width, int64_t prefix, const std::vector<int64_t>& stride,
-              const std::vector<int64_t>& padding, const Tensor& x, fk_conv_projection* to) {
+              const std::vector<int64_t>& padding, const Tensor& x, bool reduces, fk_conv_projection* to) {
   to->x = view(x, "x");
   to->batch = p.batch;
   to->height = height;
@@ -143,7 +144,7 @@ void geometry(const Projection& p, int64_t height, int64_t width, int64_t prefix
   }
   // A band reads its halo again: as high as the cache allows, yet enough bands for all threads.
   const int64_t cached = std::max<int64_t>(1, kCacheBytes / (8 * std::max<int64_t>(1, p.channels * width)));
-  to->rows_per_task = rows_per_image_task(p.batch, height, cached);
+  to->rows_per_task = reduces ? std::min(cached, blocks(height, 4)) : rows_per_image_task(p.batch, height, cached);
   to->tasks_per_image = blocks(height, to->rows_per_task);
 }
 
@@ -164,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packe
   const Projection p = check(t, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype);
   fk_conv_projection c = {};
   const Tensor block = prepare(p, packed, &c);
-  geometry(p, height, width, prefix, stride, padding, *t[0], &c);
+  geometry(p, height, width, prefix, stride, padding, *t[0], false, &c);
   c.out_dtype = kernel_dtype(dtype);
   Tensor out[kBranches];
   for (int i = 0; i < kBranches; ++i) {
@@ -191,7 +192,7 @@ Tensor statistics(TensorList t, std::optional<double> norm_eps, std::vector<doub
       packer.depthwise(p.branch[i], false, p.channels, padded_channels(p.channels), &c.branch[i]);
   };
   const Tensor block = pack<ProjectionPacker>(std::nullopt, p.mark, describe);
-  geometry(p, height, width, prefix, stride, padding, *t[0], &c);
+  geometry(p, height, width, prefix, stride, padding, *t[0], true, &c);
   const int64_t tasks = p.batch * c.tasks_per_image, per_task = kBranches * 2 * p.channels;
   std::vector<double> partial(static_cast<size_t>(std::max<int64_t>(1, tasks * per_task)));
   c.statistics = partial.data();
