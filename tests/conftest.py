@@ -15,6 +15,15 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("fastvit_kernels.testing")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _rounded_bfloat16():
+    """Triton's interpreter rounds to bf16 like a GPU."""
+    from fastvit_kernels.testing.triton_interpreter import rounded_bfloat16
+
+    with rounded_bfloat16():
+        yield
+
+
 @pytest.fixture
 def tiny_cvt():
     """Makes small CvTs of transformers with weights so large that every layer matters; arguments go to `CvtConfig`."""

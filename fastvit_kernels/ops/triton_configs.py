@@ -1,8 +1,8 @@
 """Launch configurations of the Triton kernels, as data.
 
 Each was chosen by compiling CvT's sizes ahead of time for sm_80 and sm_90: no register is spilled to memory, and shared
-memory stays within the 99 KiB that the smaller GPUs of these generations have. Channel counts that are no multiple of 16
-are loaded element by element, which takes registers, hence smaller tiles.
+memory stays within the 99 KiB that the smaller GPUs of these generations have. Channel counts that are no multiple of
+16 are loaded element by element, which takes registers, hence smaller tiles.
 """
 
 from __future__ import annotations
