@@ -119,9 +119,14 @@ def differentiate(
     call: Call,
     run: Callable[[Call], Any] | None = None,
     grads: Callable[[Sequence[Tensor]], Sequence[Tensor]] = cotangents,
+    fresh: bool = True,
 ) -> Results:
-    """Outputs, all gradients and updated buffers of a fresh copy of `call`, run by `run` (default: called as it is)."""
-    call = call.fresh()
+    """Outputs, all gradients and updated buffers of a fresh copy of `call`, run by `run` (default: called as it is).
+
+    Without `fresh` it is `call` itself that runs, whose tensors then require gradients.
+    """
+    if fresh:
+        call = call.fresh()
     leaves = call.leaves()
     for leaf in leaves.values():
         leaf.requires_grad_()

@@ -174,6 +174,7 @@ CONV_PROJECTION = [
     conv_projection_case("bare", norm=False, bn=False, bias=False),
     conv_projection_case("bn_training", "smallest", prefix=1, channels=12, bn_training=True),
     conv_projection_case("bn_training_untracked", bn_training=True, bn_track=False, stride=(2, 1, 2)),
+    conv_projection_case("bn_training_many_rows", batch=1, grid=(28, 17), channels=32, bn_training=True),
     conv_projection_case("many_rows", batch=3, grid=(14, 13), channels=32, prefix=1),
     conv_projection_case("many_channels", batch=1, grid=(6, 6), channels=136, out=(136, 72, 200)),
     conv_projection_case("cvt_13_stage_1", "published", batch=1, grid=(56, 56), channels=64),

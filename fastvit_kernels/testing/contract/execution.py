@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvit_kernels import use_backend
 from fastvit_kernels.testing.calls import Call, Results, as_list, cotangents, differentiate
-from fastvit_kernels.testing.contract.base import ContractBase, check, forward, on_cases, run
+from fastvit_kernels.testing.contract.base import ContractBase, check, forward, on_cases, pooled, run
 from fastvit_kernels.testing.inputs import FP32, FP64, Case, Precision
 from fastvit_kernels.testing.poison import on_poisoned_memory
 
@@ -65,12 +65,14 @@ class Execution(ContractBase):
     @on_cases("smallest")
     def test_autocast(self, case: Case, backend: str) -> None:
         """fp32 arguments under bf16 autocast: dtypes and accuracy of the reference, forward and backward."""
-        call = case.call(FP32)
-        with torch.autocast("cpu", torch.bfloat16):
-            with use_backend("reference"):
-                low = differentiate(call)
-            exact = _exact(call, low.outputs)
-            found = run(call, backend)
+        results: dict[str, list[Results]] = {"found": [], "exact": [], "low": []}
+        for seed in range(self.draws):
+            call = case.call(FP32, seed)
+            with torch.autocast("cpu", torch.bfloat16):
+                results["found"].append(run(call, backend))
+                results["low"].append(run(call, "reference"))
+                results["exact"].append(_exact(call, results["low"][-1].outputs))
+        found, exact, low = (pooled(draws) for draws in results.values())
         check(found, exact, low, case.vanishing)
 
     @on_cases("smallest")
