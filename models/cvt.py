@@ -17,6 +17,7 @@ from fastvit_kernels.models.cvt_keys import from_transformers, is_transformers
 from fastvit_kernels.models.registry import register
 from fastvit_kernels.nn import ConvProjectionAttention, DropPath, LayerNorm, PatchEmbedding, PointwiseMLP, QuickGELU
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
+from fastvit_kernels.nn.repetition import remember
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
@@ -51,8 +52,34 @@ class Block(nn.Module):
         self.mlp = PointwiseMLP(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        attention, feeding = self.attn.__dict__.get("_packed"), self.mlp.__dict__.get("_packed")
+        if attention is None or feeding is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._compute(x, h, w)
+        sites = (attention["conv_projection"], attention["global_attention"], feeding["pointwise_mlp"])
+        repetition = sites[0].repetition
+        if repetition is not None and (out := repetition.run(x, h, w)) is not None:
+            return out
+        for site in sites:
+            site.forget()
+        out = self._compute(x, h, w)
+        if self._drops_nothing():
+            sites[0].repetition = remember(self, sites, x, self.attn.backend)
+        return out
+
+    def _compute(self, x: Tensor, h: int, w: int) -> Tensor:
         x = self._residual(x, self.attn, self.norm1, h, w)
         return self._residual(x, self.mlp, self.norm2)
+
+    def _drops_nothing(self) -> bool:
+        """Whether the residuals are fused: nothing is dropped, nobody watches the halves."""
+        attn, mlp = self.attn, self.mlp
+        return (
+            type(attn) is ConvProjectionAttention
+            and type(mlp) is PointwiseMLP
+            and attn.backend == mlp.backend
+            and not (has_hooks(attn) or has_hooks(mlp))
+            and all(map(drops_nothing, (self.drop_path, attn.proj_drop)))
+        )
 
     @torch.no_grad()
     def pack_weights(self) -> None:

@@ -17,6 +17,7 @@ from transformers.models.cvt import modeling_cvt as host
 from fastvit_kernels.integrations.adapter import Adapter, state_of
 from fastvit_kernels.nn import fused
 from fastvit_kernels.nn.activations import QuickGELU
+from fastvit_kernels.nn.repetition import remember
 
 _BRANCHES = tuple((f"convolution_projection_{name}", f"projection_{name}") for name in ("query", "key", "value"))
 _QUICK_GELU = QuickGELU()
@@ -50,15 +51,29 @@ class FusedCvtLayer(host.CvtLayer):
 
     def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
         """`[B, N, C]` to `[B, N, C]`, the N tokens a class token (if the layer has one) and `height * width` others."""
-        if _attention_obstacles(self):
-            attended = self.attention(self.layernorm_before(hidden_state), height, width)
-            hidden_state = self.drop_path(attended) + hidden_state
-        else:
-            hidden_state = _attention_half(self, hidden_state, (height, width))
-        if _mlp_obstacles(self):
-            normed = self.layernorm_after(hidden_state)
-            return self.drop_path(self.output(self.intermediate(normed), hidden_state))
-        return _mlp_half(self, hidden_state)
+        state = state_of(self)
+        if state.packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _compute(self, hidden_state, height, width)
+        sites = [state.packed[name] for name in ADAPTER.operators]
+        repetition = sites[0].repetition
+        if repetition is not None and (out := repetition.run(hidden_state, height, width)) is not None:
+            return out
+        for site in sites:
+            site.forget()
+        out = _compute(self, hidden_state, height, width)
+        if all(map(fused.drops_nothing, (self.attention.output.dropout, self.output.dropout, self.drop_path))):
+            sites[0].repetition = remember(self, sites, hidden_state, state.backend)
+        return out
+
+
+def _compute(layer: host.CvtLayer, x: Tensor, height: int, width: int) -> Tensor:
+    if _attention_obstacles(layer):
+        x = layer.drop_path(layer.attention(layer.layernorm_before(x), height, width)) + x
+    else:
+        x = _attention_half(layer, x, (height, width))
+    if _mlp_obstacles(layer):
+        return layer.drop_path(layer.output(layer.intermediate(layer.layernorm_after(x)), x))
+    return _mlp_half(layer, x)
 
 
 def _attention_half(layer: host.CvtLayer, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -121,6 +121,20 @@ def _transforming() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
+def repeats_on_cpu(x: Tensor, backend: str | None) -> bool:
+    """Whether an operator call on `x` that ran on the CPU kernels, without a gradient, would do so again now."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and _state.recorder is None
+        and x.device.type == "cpu"
+        and requested_backend(backend) in ("auto", "cpu")
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        and not _transforming()
+        and not torch.overrides._is_torch_function_mode_enabled()
+    )
+
+
 def _reasons(candidate: Backend, operator: Operator, tensors: Tensors, static: Any, wanted: str) -> list[str]:
     """Why `candidate` cannot run this call, whether or not it was asked for."""
     if candidate.name == "reference":

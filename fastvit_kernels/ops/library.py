@@ -35,6 +35,7 @@ library.define("cpu_peak(str kind, float seconds) -> float")
 library.define("cpu_bandwidth(float seconds) -> float")
 operators: dict[str, Operator] = {}
 _functions: dict[str, Any] = {}
+_cpu_ops: dict[str, Any] = {}
 
 
 def _as_tuple(outputs: Tensor | Outputs) -> Outputs:
@@ -88,6 +89,7 @@ def register(operator: Operator, triton_launcher: Callable[[Tensors, Any], Outpu
     if triton_launcher is not None:
         _register_triton(operator, triton_launcher, f"Tensor?[] tensors, {statics}", returns)
     operators[name] = operator
+    _cpu_ops[name] = getattr(getattr(torch.ops, NAMESPACE), name).default
     _functions[name] = _make_function(operator)
 
 
@@ -209,3 +211,8 @@ def call(
         return _as_tuple(_functions[operator.name].apply(chosen.run, static, *tensors))
     prepared = packed.get(operator, tensors, static) if packed is not None and chosen.name == "cpu" else None
     return chosen.run(tensors, prepared, static)
+
+
+def repeat(operator: Operator, packed: PackedWeights, tensors: Tensors, static: Any) -> Outputs:
+    """`call` for a call like one that ran on the CPU kernels before: the caller knows that nothing else has changed."""
+    return _as_tuple(_cpu_ops[operator.name](tensors, packed.get(operator, tensors, static), *static))

@@ -21,6 +21,14 @@ class _Entry(NamedTuple):
     packed: Tensor
 
 
+class LastCall(NamedTuple):
+    """The latest call of a site: its operator, the weights among its tensors, its static arguments."""
+
+    operator: Operator
+    weights: tuple[Tensor | None, ...]
+    static: Any
+
+
 class PackedWeights:
     """The packed weights of one operator call site.
 
@@ -35,6 +43,9 @@ class PackedWeights:
     def __init__(self) -> None:
         # Replaced as a whole, so that another thread never sees weights of one call with the packing of another.
         self._entry: _Entry | None = None
+        self._last: LastCall | None = None
+        # What a module remembers of its calls lives and dies with the packed weights.
+        self.repetition: Any = None
 
     def get(self, operator: Operator, tensors: Tensors, static: Any) -> Tensor | None:
         """The packed weights for this call; while torch.compile traces, those of the last eager call."""
@@ -53,7 +64,17 @@ class PackedWeights:
             with torch.no_grad():
                 entry = _Entry(static.dtype, weights, state, pack(tensors, *static))
             self._entry = entry
+        self._last = LastCall(operator, entry.weights, static)
         return entry.packed
+
+    @property
+    def last_call(self) -> LastCall | None:
+        """The latest call since `forget`."""
+        return self._last
+
+    def forget(self) -> None:
+        """Forget what was remembered of calls; the packed weights stay."""
+        self._last = self.repetition = None
 
     @property
     def nbytes(self) -> int:
