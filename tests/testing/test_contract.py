@@ -413,6 +413,7 @@ BITS = r"result 0 differs between runs"
             mock.patch.object(OPERATOR, "fake", _wrong_fake),
             "test_operator_registrations",
             CASE,
+            "cpu",
             message="Dtypes torch.float32 and torch.bfloat16 are not equal",
         ),
         _planted(
@@ -420,6 +421,7 @@ BITS = r"result 0 differs between runs"
             backend(supports=_breaks_the_graph),
             "test_compiled_keeps_the_fused_operators",
             CASE,
+            "cpu",
             message="graph_break",
         ),
         _planted(
@@ -427,6 +429,7 @@ BITS = r"result 0 differs between runs"
             backend(lambda outputs, tensors, static: REFERENCE(tensors, static), run_original=False),
             "test_compiled_keeps_the_fused_operators",
             CASE,
+            "cpu",
             message="pointwise_mlp is not in",
         ),
         _planted(

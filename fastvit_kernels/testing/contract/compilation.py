@@ -24,21 +24,23 @@ from fastvit_kernels.testing.numerics import relative_l2
 # Relative L2: a generated kernel may sum in another order.
 _INDUCTOR_ROUNDING = 1e-6
 _NAMESPACE = f"{library.NAMESPACE}."
+_OVERLOADS = {"cpu": "default", "triton": "triton"}
 
 
 class Compilation(ContractBase):
     """Compiled, exported and traced programs compute what eager ones do."""
 
     @on_cases("smallest", "empty", "map")
-    def test_compiled_keeps_the_fused_operators(self, case: Case) -> None:
+    def test_compiled_keeps_the_fused_operators(self, case: Case, backend: str) -> None:
         """The whole call is one graph, with gradients and without, and the graph holds the operators themselves."""
         for with_gradients in (False, True):
             recorder = AotEagerAndRecordGraphs()
             call = case.call(FP32)
-            _assert_equal(_compiled(call, with_gradients, backend=recorder), _eager(call, with_gradients))
+            found = _compiled(call, with_gradients, backend, compiler=recorder)
+            _assert_equal(found, _eager(call, with_gradients, backend))
             targets = _targets(recorder.fw_graphs)
             for name in self.fused:
-                assert any(t == f"{_NAMESPACE}{name}.default" for t in targets), f"{name} is not in {targets}"
+                assert f"{_NAMESPACE}{name}.{_OVERLOADS[backend]}" in targets, f"{name} is not in {targets}"
             if with_gradients:
                 backward = _targets(recorder.bw_graphs)
                 assert all(f"{_NAMESPACE}{name}_backward.default" in backward for name in self.fused), backward
@@ -46,14 +48,14 @@ class Compilation(ContractBase):
     @on_cases("inductor")
     def test_compiled_by_inductor(self, case: Case) -> None:
         call = case.call(FP32)
-        found, wanted = _compiled(call, True, backend="inductor"), _eager(call, True)
+        found, wanted = _compiled(call, True, compiler="inductor"), _eager(call, True)
         _assert_equal(found, wanted, _INDUCTOR_ROUNDING, case.vanishing)
 
     @on_cases("smallest")
     def test_compiled_with_every_number_dynamic(self, case: Case) -> None:
         """`dynamic=True` makes symbols of the Python numbers among the arguments, too."""
         call = case.call(FP32)
-        _assert_equal(_compiled(call, True, backend="aot_eager", dynamic=True), _eager(call, True))
+        _assert_equal(_compiled(call, True, compiler="aot_eager", dynamic=True), _eager(call, True))
 
     def test_compiled_once_for_all_sizes(self) -> None:
         cases, axes = self.reshaped
@@ -101,9 +103,9 @@ class Compilation(ContractBase):
         _assert_equal(Results(outputs, {}, {}), forward(case.call(FP32), "reference"))
 
     @on_cases("smallest", "empty")
-    def test_operator_registrations(self, case: Case) -> None:
+    def test_operator_registrations(self, case: Case, backend: str) -> None:
         """torch.library.opcheck on every registered operator the call runs, forward and backward."""
-        calls = _operator_calls(case.call(FP32))
+        calls = _operator_calls(case.call(FP32), backend)
         assert {str(op).split(".")[1] for op, _ in calls} >= set(self.fused)
         for op, arguments in calls:
             torch.library.opcheck(op, arguments)
@@ -126,16 +128,17 @@ class _Exportable(torch.nn.Module):
         return self.call.with_leaves(dict(zip(self.names, tensors, strict=True)))()
 
 
-def _compiled(call: Call, with_gradients: bool, **options: Any) -> Results:
+def _compiled(call: Call, with_gradients: bool, backend: str = "cpu", *, compiler: Any, dynamic: Any = None) -> Results:
     def run(fresh: Call) -> Any:
-        return torch.compile(fresh.function, fullgraph=True, **options)(**fresh.arguments)
+        compiled = torch.compile(fresh.function, fullgraph=True, backend=compiler, dynamic=dynamic)
+        return compiled(**fresh.arguments)
 
-    with _compiler_state(), use_backend("cpu"):
+    with _compiler_state(), use_backend(backend):
         return _run(call, with_gradients, run)
 
 
-def _eager(call: Call, with_gradients: bool) -> Results:
-    return run(call, "cpu") if with_gradients else forward(call, "cpu")
+def _eager(call: Call, with_gradients: bool, backend: str = "cpu") -> Results:
+    return run(call, backend) if with_gradients else forward(call, backend)
 
 
 def _assert_equal(found: Results, wanted: Results, rounding: float = 0.0, noise: Container[str] = ()) -> None:
@@ -173,8 +176,8 @@ def _targets(graphs: Sequence[torch.fx.GraphModule]) -> list[str]:
     return [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
 
 
-def _operator_calls(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The registered operators, with arguments, that one forward and backward calls on the CPU kernels."""
+def _operator_calls(call: Call, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The registered operators, with arguments, that one forward and backward call."""
     found: list[tuple[Any, tuple[Any, ...]]] = []
 
     class Listen(TorchDispatchMode):
@@ -183,7 +186,7 @@ def _operator_calls(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
                 found.append((func, args))
             return func(*args, **(kwargs or {}))
 
-    with use_backend("cpu"), Listen():  # type: ignore[no-untyped-call]
+    with use_backend(backend), Listen():  # type: ignore[no-untyped-call]
         differentiate(call)
     return found
 

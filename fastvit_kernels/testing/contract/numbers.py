@@ -11,11 +11,14 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from fastvit_kernels import use_backend
 from fastvit_kernels.testing.calls import Call, Results, as_list, cotangents
-from fastvit_kernels.testing.contract.base import ContractBase, check, forward, on_cases, pooled, run
-from fastvit_kernels.testing.inputs import FP32, FP64, LAYOUTS, Case, Precision
+from fastvit_kernels.testing.contract.base import ContractBase, check, expected, forward, on_cases, pooled, run
+from fastvit_kernels.testing.inputs import BF16, BF16_FP32, FP16, FP32, FP64, LAYOUTS, Case, Precision
 from fastvit_kernels.testing.numerics import relative_l2, to_fp64
 
 _FP64_ROUNDING = 1e-13
+# In units of the dtype's eps: a few roundings of every intermediate; gradients of a peaked softmax lose two digits.
+_OUTPUT_ERROR = 8.0
+_GRADIENT_ERROR = 200.0
 
 
 class Numbers(ContractBase):
@@ -28,6 +31,19 @@ class Numbers(ContractBase):
         wanted = as_list(type(self).equivalent(*module, **call.fresh().arguments))
         assert [o.shape for o in found] == [o.shape for o in wanted]
         assert max(relative_l2(f, w) for f, w in zip(found, wanted, strict=True)) <= _FP64_ROUNDING
+
+    def test_reference_is_a_fair_yardstick(self, case: Case) -> None:
+        """In every dtype it is near fp64; otherwise the rule would allow anything."""
+        for precision in (FP32, BF16, BF16_FP32, FP16):
+            eps = torch.finfo(precision.activations).eps
+            exact, low = expected(case, precision)
+            for found, wanted in zip(low.outputs, exact.outputs, strict=True):
+                assert relative_l2(found, wanted) <= _OUTPUT_ERROR * eps
+            for name in low.gradients.keys() - case.vanishing:
+                gradient, wanted_gradient = low.gradients[name], exact.gradients[name]
+                assert (gradient is None) == (wanted_gradient is None), name
+                if gradient is not None and wanted_gradient is not None:
+                    assert relative_l2(gradient, wanted_gradient) <= _GRADIENT_ERROR * eps, name
 
     @on_cases("smallest")
     def test_reference_gradients_are_the_derivatives(self, case: Case) -> None:
