@@ -31,7 +31,7 @@ class Plan:
 
     rounds: int = 30
     seconds: float = 40.0
-    sample: float = 0.005
+    sample: float = 0.1
     settle: float = 0.3
     clock: Clock = time.perf_counter
 
