@@ -43,8 +43,8 @@ class Watch:
                 module._backward_pre_hooks,
             )
         )
-        tables = ((module._parameters, module._buffers, module._modules) for module in modules)
-        self._tables: list[dict[str, Any]] = [table for table in chain.from_iterable(tables) if table]
+        names = ("_parameters", "_buffers", "_modules")
+        self._tables: list[dict[str, Any]] = [d[name] for d in self._dicts for name in names if d[name]]
         self._values = list(chain.from_iterable(map(dict.values, self._tables)))
         settings = ([key for key in attributes if not key.startswith("_")] for attributes in self._dicts)
         self._getters = [itemgetter(*keys) for keys in settings]

@@ -131,7 +131,7 @@ def repeats_on_cpu(x: Tensor, backend: str | None) -> bool:
         and requested_backend(backend) in ("auto", "cpu")
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         and not _transforming()
-        and not torch.overrides._is_torch_function_mode_enabled()
+        and not torch._C._is_torch_function_mode_enabled()
     )
 
 
