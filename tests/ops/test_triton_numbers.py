@@ -12,6 +12,7 @@ import torch
 
 from fastvit_kernels import BackendError, use_backend
 from fastvit_kernels.ops import global_attention, pointwise_mlp, triton_support
+from fastvit_kernels.ops.triton_configs import Config
 from fastvit_kernels.testing import assert_within_rule
 from fastvit_kernels.testing.calls import Call, as_list, differentiate
 from fastvit_kernels.testing.inputs import BF16, BF16_FP32, CASES, FP16, FP32, FP64, Case, Precision, pointwise_mlp_case
@@ -37,6 +38,24 @@ def check(call: Call) -> None:
 )
 def test_forward(case: Case, precision: Precision) -> None:
     check(case.call(precision))
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=str)
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [("conv_projection", "plain"), ("global_attention", "longer_keys"), ("pointwise_mlp", "many_rows")],
+)
+def test_the_tiles_of_a_gpu(operator: str, name: str, precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter has small tiles of its own; here it gets those of sm_90."""
+
+    def config(kernel: str, arithmetic: triton_support.Arithmetic, *widths: int) -> Config:
+        found = own(kernel, arithmetic._replace(architecture="sm_90"), *widths)
+        assert found != own(kernel, arithmetic, *widths)
+        return found
+
+    own = triton_support.config
+    monkeypatch.setattr(triton_support, "config", config)
+    check(next(case for case in SMALL[operator] if case.name == name).call(precision))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
