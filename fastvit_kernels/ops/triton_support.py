@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastvit_kernels.ops.arguments import short
 from fastvit_kernels.ops.operator import Tensors
@@ -128,11 +127,6 @@ def config(kernel: str, arithmetic: Arithmetic, width: int, *channels: int) -> C
     table = CONFIGS[kernel]
     rows = table.get(key) or table["default", key[1]]
     return next(row for widest, row in rows if width <= widest)
-
-
-def dense(tensors: Tensors) -> list[Tensor | None]:
-    """The tensors in row-major memory, as every kernel here reads them."""
-    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def launch(kernel: Any, programs: int, device: torch.device, config: Config, *args: Any, **constexprs: Any) -> None:

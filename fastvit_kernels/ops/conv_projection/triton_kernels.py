@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvit_kernels.ops import triton_support
+from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.conv_projection.reference import BRANCHES, Static, branch, output_grid
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.primitives import dot, normalize, row_statistics, vector
@@ -201,7 +201,7 @@ def run(tensors: Tensors, static: Static) -> Outputs:
     branch and every tile of columns, and normalising takes more arithmetic than the tap that it is for. What the
     convolutions give never touches memory.
     """
-    tensors = triton_support.dense(tensors)
+    tensors = library.dense(tensors)
     x, norm_weight, norm_bias = tensors[:3]
     assert x is not None
     batch, tokens, channels = x.shape

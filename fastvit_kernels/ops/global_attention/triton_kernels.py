@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastvit_kernels.ops import triton_support
+from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.global_attention.reference import Static
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.primitives import dot
@@ -123,7 +123,7 @@ def run(tensors: Tensors, static: Static) -> Outputs:
     They stay apart because their tiles differ: attention goes head by head, while a column of the projection needs all
     heads, and the accumulators of all columns fit the registers in models of one or two heads only.
     """
-    q, k, v, proj_weight, proj_bias, residual = triton_support.dense(tensors)
+    q, k, v, proj_weight, proj_bias, residual = library.dense(tensors)
     assert q is not None and k is not None and v is not None
     (batch, queries, channels), (_, keys, value_channels) = q.shape, v.shape
     heads = static.num_heads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastvit_kernels.ops import triton_support
+from fastvit_kernels.ops import library
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.pointwise_mlp.reference import Static
 from fastvit_kernels.ops.triton_linear import linear
@@ -14,7 +14,7 @@ def run(tensors: Tensors, static: Static) -> Outputs:
     The hidden rows go through memory: kept on chip, every tile of rows would need all of both weights, and its output
     accumulators grow with the width of the model.
     """
-    x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, residual = triton_support.dense(tensors)
+    x, norm_weight, norm_bias, weight1, bias1, weight2, bias2, residual = library.dense(tensors)
     assert x is not None and weight1 is not None and weight2 is not None
     hidden = linear(
         x,
