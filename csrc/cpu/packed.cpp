@@ -1,5 +1,10 @@
 #include "packed.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
 #include <cstring>
 
 namespace fk {
@@ -81,6 +86,20 @@ uint64_t fingerprint(std::initializer_list<int64_t> key, const TensorList& tenso
   for (int64_t value : key) state = mix(state, static_cast<uint64_t>(value));
   for (size_t i = first; i < last; ++i) state = tensors[i].has_value() ? sample(state, *tensors[i]) : mix(state, 1);
   return state;
+}
+
+// Packed weights are read from end to end at every call: with large pages that takes fewer address translations.
+void prefer_large_pages(char* block, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(block) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(block) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  // Advice only: without large pages nothing changes.
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)block;
+  (void)bytes;
+#endif
 }
 
 bool fits(const std::optional<Tensor>& packed, uint64_t mark, int64_t bytes) {

@@ -42,6 +42,7 @@ class Packer {
 uint64_t fingerprint(std::initializer_list<int64_t> key, const TensorList& tensors, size_t first, size_t last);
 
 bool fits(const std::optional<Tensor>& packed, uint64_t fingerprint, int64_t bytes);
+void prefer_large_pages(char* block, int64_t bytes);
 void stamp(char* block, uint64_t fingerprint);
 
 // The block for this call: `packed` when it fits, else a new one. `describe(packer)` lays out the weights and keeps the
@@ -56,6 +57,7 @@ Tensor pack(const std::optional<Tensor>& packed, uint64_t mark, const Describe& 
   P packer(base);
   describe(packer);
   if (!reuse) {
+    prefer_large_pages(base, measure.bytes());
     packer.fill();
     stamp(base, mark);
   }

@@ -117,12 +117,13 @@ FK_INLINE vf exp2_fraction(vf f) {
   return p * f + splat(1.0f);
 }
 
-// 2^x for x <= 127, zero (or a denormal) far below; NaN for NaN.
+// 2^x for x <= 127, zero where that would be denormal (arithmetic on denormals is slow); NaN for NaN.
 template <bool Low>
 FK_INLINE vf exp2v(vf x) {
 #ifdef __AVX512F__
   const __m512 n = _mm512_roundscale_ps((__m512)x, 0);
-  return (vf)_mm512_scalef_ps((__m512)exp2_fraction<Low>(x - (vf)n), n);
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (vf)_mm512_maskz_scalef_ps(normal, (__m512)exp2_fraction<Low>(x - (vf)n), n);
 #else
   x = splat(-127.0f) > x ? splat(-127.0f) : x;
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves round(x) in the low bits
