@@ -83,7 +83,7 @@ int64_t band_pixels(const fk_conv_projection& c, int branch, int64_t tile) {
   return (last - first) * b.out_w;
 }
 
-Projection check(const TensorList& t, std::optional<double> norm_eps, const std::vector<double>& bn_eps, int64_t height,
+Projection check(TensorList& t, const std::optional<Tensor>& packed, std::optional<double> norm_eps, const std::vector<double>& bn_eps, int64_t height,
                  int64_t width, int64_t prefix, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                  ScalarType dtype) {
   check_count(t, kFirstBranch + kBranches * kPerBranch);
@@ -98,8 +98,12 @@ Projection check(const TensorList& t, std::optional<double> norm_eps, const std:
   STD_TORCH_CHECK(height > 0 && width > 0 && prefix >= 0 && prefix + height * width == p.tokens,
                   "grid: does not make the tokens of x");
   p.norm_eps = norm_eps;
-  p.norm_weight = view(t[1], "norm_weight", {p.channels});
-  p.norm_bias = view(t[2], "norm_bias", {p.channels});
+  p.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
+  int64_t eps_bits[4] = {};
+  for (int i = 0; i < kBranches; ++i) __builtin_memcpy(&eps_bits[i], &bn_eps[i], 8);
+  p.mark = identify({p.channels, p.low_precision, eps_bits[0], eps_bits[1], eps_bits[2]}, t, 1, t.size(), packed);
+  p.norm_weight = weight_view(t[1], "norm_weight", {p.channels});
+  p.norm_bias = weight_view(t[2], "norm_bias", {p.channels});
   for (int i = 0; i < kBranches; ++i) {
     const size_t first = kFirstBranch + i * kPerBranch;
     Branch& b = p.branch[i];
@@ -109,19 +113,15 @@ Projection check(const TensorList& t, std::optional<double> norm_eps, const std:
     b.taps = b.kernel * b.kernel;
     b.out = weight.size(0);
     b.eps = bn_eps[i];
-    b.field[0] = view(t[first], kFields[0], {p.channels, 1, b.kernel, b.kernel});
-    for (int f = 1; f < 5; ++f) b.field[f] = view(t[first + f], kFields[f], {p.channels});
+    b.field[0] = weight_view(t[first], kFields[0], {p.channels, 1, b.kernel, b.kernel});
+    for (int f = 1; f < 5; ++f) b.field[f] = weight_view(t[first + f], kFields[f], {p.channels});
     STD_TORCH_CHECK(!b.field[3].data == !b.field[4].data, "bn_mean, bn_var: expected both or none");
-    b.field[5] = view(t[first + 5], kFields[5], {b.out, p.channels});
-    b.field[6] = view(t[first + 6], kFields[6], {b.out});
+    b.field[5] = weight_view(t[first + 5], kFields[5], {b.out, p.channels});
+    b.field[6] = weight_view(t[first + 6], kFields[6], {b.out});
     STD_TORCH_CHECK(stride[i] > 0 && padding[i] >= 0 && b.kernel > 0 && b.kernel <= height + 2 * padding[i] &&
                         b.kernel <= width + 2 * padding[i],
                     "stride, padding: do not go with the map");
   }
-  p.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
-  int64_t eps_bits[4] = {};
-  for (int i = 0; i < kBranches; ++i) __builtin_memcpy(&eps_bits[i], &bn_eps[i], 8);
-  p.mark = fingerprint({p.channels, p.low_precision, eps_bits[0], eps_bits[1], eps_bits[2]}, t, 1, t.size());
   return p;
 }
 
@@ -162,7 +162,7 @@ Tensor prepare(const Projection& p, const std::optional<Tensor>& packed, fk_conv
 std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps,
                                        std::vector<double> bn_eps, bool, int64_t height, int64_t width, int64_t prefix,
                                        std::vector<int64_t> stride, std::vector<int64_t> padding, ScalarType dtype) {
-  const Projection p = check(t, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype);
+  const Projection p = check(t, packed, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype);
   fk_conv_projection c = {};
   const Tensor block = prepare(p, packed, &c);
   geometry(p, height, width, prefix, stride, padding, *t[0], false, &c);
@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packe
 Tensor statistics(TensorList t, std::optional<double> norm_eps, std::vector<double> bn_eps, bool, int64_t height,
                   int64_t width, int64_t prefix, std::vector<int64_t> stride, std::vector<int64_t> padding,
                   ScalarType dtype) {
-  const Projection p = check(t, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype);
+  const Projection p = check(t, std::nullopt, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype);
   fk_conv_projection c = {};
   auto describe = [&](ProjectionPacker& packer) {
     c.norm = norm_of(packer, p.norm_weight, p.norm_bias, p.norm_eps, p.channels);
@@ -225,7 +225,7 @@ Tensor pack_only(TensorList t, std::optional<double> norm_eps, std::vector<doubl
                  int64_t width, int64_t prefix, std::vector<int64_t> stride, std::vector<int64_t> padding,
                  ScalarType dtype) {
   fk_conv_projection c = {};
-  return prepare(check(t, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype), std::nullopt, &c);
+  return prepare(check(t, std::nullopt, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype), std::nullopt, &c);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ struct Attention {
   uint64_t mark;
 };
 
-Attention check(const TensorList& t, int64_t heads, ScalarType dtype) {
+Attention check(TensorList& t, const std::optional<Tensor>& packed, int64_t heads, ScalarType dtype) {
   check_count(t, 6);
   const Tensor &q = required(t, 0, "q"), &k = required(t, 1, "k"), &v = required(t, 2, "v");
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k, v: expected 3 dimensions");
@@ -30,10 +30,10 @@ Attention check(const TensorList& t, int64_t heads, ScalarType dtype) {
     STD_TORCH_CHECK(t[3]->dim() == 2, "proj_weight: expected 2 dimensions");
     a.out = t[3]->size(0);
   }
-  a.weight = view(t[3], "proj_weight", {a.out, a.value_channels});
-  a.bias = view(t[4], "proj_bias", {a.out});
   a.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
-  a.mark = fingerprint({a.value_channels, a.out, a.low_precision}, t, 3, 5);
+  a.mark = identify({a.value_channels, a.out, a.low_precision}, t, 3, 5, packed);
+  a.weight = weight_view(t[3], "proj_weight", {a.out, a.value_channels});
+  a.bias = weight_view(t[4], "proj_bias", {a.out});
   return a;
 }
 
@@ -44,7 +44,7 @@ Tensor prepare(const Attention& a, const std::optional<Tensor>& packed, fk_linea
 }
 
 Tensor run(TensorList t, std::optional<Tensor> packed, int64_t heads, double scale, ScalarType dtype) {
-  const Attention a = check(t, heads, dtype);
+  const Attention a = check(t, packed, heads, dtype);
   fk_global_attention p = {};
   const Tensor block = prepare(a, packed, &p.projection);
   const ScalarType out_dtype = promoted(dtype, t[5]);
@@ -76,7 +76,7 @@ Tensor run(TensorList t, std::optional<Tensor> packed, int64_t heads, double sca
 
 Tensor pack_only(TensorList t, int64_t heads, double, ScalarType dtype) {
   fk_linear projection;
-  return prepare(check(t, heads, dtype), std::nullopt, &projection);
+  return prepare(check(t, std::nullopt, heads, dtype), std::nullopt, &projection);
 }
 
 }  // namespace

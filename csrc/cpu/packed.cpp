@@ -18,13 +18,23 @@ uint64_t mix(uint64_t state, uint64_t value) {
   return state ^ (state >> 29);
 }
 
+// Where a tensor of any layout keeps its element of this row-major index.
+int64_t offset(const Tensor& tensor, int64_t index) {
+  int64_t at = 0;
+  for (int64_t axis = tensor.dim(); axis-- > 0; index /= tensor.size(axis))
+    at += index % tensor.size(axis) * tensor.stride(axis);
+  return at;
+}
+
 uint64_t sample(uint64_t state, const Tensor& tensor) {
   const int64_t n = tensor.numel();
   const bool wide = tensor.scalar_type() == ScalarType::Float;
   const char* data = static_cast<const char*>(tensor.const_data_ptr());
+  const bool row_major = tensor.is_contiguous();
   state = mix(state, static_cast<uint64_t>(n) * 2 + wide);
   for (int i = 0; n > 0 && i < kSamples; ++i) {
-    const int64_t at = (n - 1) * i / (kSamples - 1);
+    const int64_t index = (n - 1) * i / (kSamples - 1);
+    const int64_t at = row_major ? index : offset(tensor, index);
     uint32_t bits = 0;
     std::memcpy(&bits, data + at * (wide ? 4 : 2), wide ? 4 : 2);
     state = mix(state, bits);
@@ -81,10 +91,26 @@ fk_norm norm_of(Packer& packer, const fk_array& weight, const fk_array& bias, st
   return {scale, shift, static_cast<float>(*eps), 1};
 }
 
-uint64_t fingerprint(std::initializer_list<int64_t> key, const TensorList& tensors, size_t first, size_t last) {
+bool carries(const std::optional<Tensor>& packed, uint64_t mark) {
+  if (!packed.has_value() || !packed->is_cpu() || packed->scalar_type() != ScalarType::Byte ||
+      !packed->is_contiguous() || packed->numel() < kAlignment)
+    return false;
+  uint64_t stored;
+  std::memcpy(&stored, packed->const_data_ptr(), sizeof stored);
+  return stored == mark;
+}
+
+uint64_t identify(std::initializer_list<int64_t> key, TensorList& tensors, size_t first, size_t last,
+                  const std::optional<Tensor>& packed) {
   uint64_t state = mix(0x66617374766974ull, kernels().panel * 2 + kernels().low_precision);
   for (int64_t value : key) state = mix(state, static_cast<uint64_t>(value));
-  for (size_t i = first; i < last; ++i) state = tensors[i].has_value() ? sample(state, *tensors[i]) : mix(state, 1);
+  for (size_t i = first; i < last; ++i) {
+    if (tensors[i].has_value()) STD_TORCH_CHECK(tensors[i]->is_cpu(), "weights: expected CPU tensors");
+    state = tensors[i].has_value() ? sample(state, *tensors[i]) : mix(state, 1);
+  }
+  if (!carries(packed, state))
+    for (size_t i = first; i < last; ++i)
+      if (tensors[i].has_value()) tensors[i] = torch::stable::contiguous(*tensors[i]);
   return state;
 }
 
@@ -100,15 +126,6 @@ void prefer_large_pages(char* block, int64_t bytes) {
   (void)block;
   (void)bytes;
 #endif
-}
-
-bool fits(const std::optional<Tensor>& packed, uint64_t mark, int64_t bytes) {
-  if (!packed.has_value() || packed->numel() != bytes || !packed->is_cpu() ||
-      packed->scalar_type() != ScalarType::Byte || !packed->is_contiguous())
-    return false;
-  uint64_t stored;
-  std::memcpy(&stored, packed->const_data_ptr(), sizeof stored);
-  return stored == mark;
 }
 
 void stamp(char* block, uint64_t mark) {

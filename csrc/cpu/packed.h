@@ -38,10 +38,12 @@ class Packer {
   std::vector<Vector> vectors_;
 };
 
-// 32 bits from each of a few elements of every weight, mixed with `key`.
-uint64_t fingerprint(std::initializer_list<int64_t> key, const TensorList& tensors, size_t first, size_t last);
+// The fingerprint of the weights `tensors[first..last)`: 32 bits from each of a few elements, mixed with `key`. Unless
+// `packed` carries it, the weights are about to be read: those in other layouts are replaced by row-major copies.
+uint64_t identify(std::initializer_list<int64_t> key, TensorList& tensors, size_t first, size_t last,
+                  const std::optional<Tensor>& packed);
 
-bool fits(const std::optional<Tensor>& packed, uint64_t fingerprint, int64_t bytes);
+bool carries(const std::optional<Tensor>& packed, uint64_t fingerprint);
 void prefer_large_pages(char* block, int64_t bytes);
 void stamp(char* block, uint64_t fingerprint);
 
@@ -51,7 +53,8 @@ template <class P = Packer, class Describe>
 Tensor pack(const std::optional<Tensor>& packed, uint64_t mark, const Describe& describe) {
   P measure(nullptr);
   describe(measure);
-  const bool reuse = fits(packed, mark, measure.bytes());
+  const bool reuse = carries(packed, mark);
+  STD_TORCH_CHECK(!reuse || packed->numel() == measure.bytes(), "packed: damaged, its size does not go with its weights");
   Tensor block = reuse ? *packed : empty({measure.bytes()}, ScalarType::Byte);
   char* base = static_cast<char*>(block.mutable_data_ptr());
   P packer(base);

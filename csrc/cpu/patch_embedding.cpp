@@ -16,7 +16,7 @@ struct Weights {
   fk_norm norm;
 };
 
-Embedding check(const TensorList& t, std::optional<double> norm_eps, int64_t stride, int64_t padding,
+Embedding check(TensorList& t, const std::optional<Tensor>& packed, std::optional<double> norm_eps, int64_t stride, int64_t padding,
                 ScalarType dtype) {
   check_count(t, 5);
   const Tensor &x = required(t, 0, "x"), &weight = required(t, 1, "weight");
@@ -28,16 +28,16 @@ Embedding check(const TensorList& t, std::optional<double> norm_eps, int64_t str
   e.channels = x.size(3);
   e.out = weight.size(0);
   e.kernel = weight.size(3);
-  e.weight = view(t[1], "weight", {e.out, e.channels, e.kernel, e.kernel});
-  e.bias = view(t[2], "bias", {e.out});
-  e.norm_weight = view(t[3], "norm_weight", {e.out});
-  e.norm_bias = view(t[4], "norm_bias", {e.out});
+  e.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
+  e.mark = identify({e.out, e.channels, e.kernel, e.low_precision, norm_eps.has_value()}, t, 1, 5, packed);
+  e.weight = weight_view(t[1], "weight", {e.out, e.channels, e.kernel, e.kernel});
+  e.bias = weight_view(t[2], "bias", {e.out});
+  e.norm_weight = weight_view(t[3], "norm_weight", {e.out});
+  e.norm_bias = weight_view(t[4], "norm_bias", {e.out});
   e.norm_eps = norm_eps;
   STD_TORCH_CHECK(stride > 0 && padding >= 0 && e.kernel > 0 && e.kernel <= e.height + 2 * padding &&
                       e.kernel <= e.width + 2 * padding,
                   "stride, padding: do not go with the map");
-  e.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
-  e.mark = fingerprint({e.out, e.channels, e.kernel, e.low_precision, norm_eps.has_value()}, t, 1, 5);
   return e;
 }
 
@@ -51,7 +51,7 @@ Tensor prepare(const Embedding& e, const std::optional<Tensor>& packed, Weights*
 
 Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps, int64_t stride, int64_t padding,
            ScalarType dtype, ScalarType out_dtype) {
-  const Embedding e = check(t, norm_eps, stride, padding, dtype);
+  const Embedding e = check(t, packed, norm_eps, stride, padding, dtype);
   Weights w;
   const Tensor block = prepare(e, packed, &w);
   fk_patch_embedding p = {};
@@ -82,7 +82,7 @@ Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> nor
 Tensor pack_only(TensorList t, std::optional<double> norm_eps, int64_t stride, int64_t padding, ScalarType dtype,
                  ScalarType) {
   Weights w;
-  return prepare(check(t, norm_eps, stride, padding, dtype), std::nullopt, &w);
+  return prepare(check(t, std::nullopt, norm_eps, stride, padding, dtype), std::nullopt, &w);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ struct Mlp {
   uint64_t mark;
 };
 
-Mlp check(const TensorList& t, std::optional<double> norm_eps, ScalarType dtype) {
+Mlp check(TensorList& t, const std::optional<Tensor>& packed, std::optional<double> norm_eps, ScalarType dtype) {
   check_count(t, 8);
   const Tensor &x = required(t, 0, "x"), &w1 = required(t, 3, "weight1"), &w2 = required(t, 5, "weight2");
   STD_TORCH_CHECK(x.dim() >= 1 && w1.dim() == 2 && w2.dim() == 2, "x, weight1, weight2: unexpected rank");
@@ -24,15 +24,15 @@ Mlp check(const TensorList& t, std::optional<double> norm_eps, ScalarType dtype)
   m.channels = x.size(x.dim() - 1);
   m.hidden = w1.size(0);
   m.out = w2.size(0);
-  m.norm_weight = view(t[1], "norm_weight", {m.channels});
-  m.norm_bias = view(t[2], "norm_bias", {m.channels});
-  m.weight1 = view(t[3], "weight1", {m.hidden, m.channels});
-  m.bias1 = view(t[4], "bias1", {m.hidden});
-  m.weight2 = view(t[5], "weight2", {m.out, m.hidden});
-  m.bias2 = view(t[6], "bias2", {m.out});
-  m.norm_eps = norm_eps;
   m.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
-  m.mark = fingerprint({m.channels, m.hidden, m.out, m.low_precision}, t, 1, 7);
+  m.mark = identify({m.channels, m.hidden, m.out, m.low_precision}, t, 1, 7, packed);
+  m.norm_weight = weight_view(t[1], "norm_weight", {m.channels});
+  m.norm_bias = weight_view(t[2], "norm_bias", {m.channels});
+  m.weight1 = weight_view(t[3], "weight1", {m.hidden, m.channels});
+  m.bias1 = weight_view(t[4], "bias1", {m.hidden});
+  m.weight2 = weight_view(t[5], "weight2", {m.out, m.hidden});
+  m.bias2 = weight_view(t[6], "bias2", {m.out});
+  m.norm_eps = norm_eps;
   return m;
 }
 
@@ -51,7 +51,7 @@ fk_activation activation_of(const std::string& name) {
 
 Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps, std::string activation,
            ScalarType dtype) {
-  const Mlp m = check(t, norm_eps, dtype);
+  const Mlp m = check(t, packed, norm_eps, dtype);
   Weights w;
   const Tensor block = prepare(m, packed, &w);
   const Tensor& x = *t[0];
@@ -83,7 +83,7 @@ Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> nor
 
 Tensor pack_only(TensorList t, std::optional<double> norm_eps, std::string, ScalarType dtype) {
   Weights w;
-  return prepare(check(t, norm_eps, dtype), std::nullopt, &w);
+  return prepare(check(t, std::nullopt, norm_eps, dtype), std::nullopt, &w);
 }
 
 }  // namespace

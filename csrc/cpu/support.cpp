@@ -32,6 +32,12 @@ const fk_table& choose() {
   return *tables.back();
 }
 
+fk_array array(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
+  const fk_dtype dtype = kernel_dtype(tensor.scalar_type());
+  return {tensor.const_data_ptr(), dtype, tensor.numel()};
+}
+
 struct Arena {
   void* memory = nullptr;
   int64_t bytes = 0;
@@ -64,19 +70,23 @@ fk_dtype kernel_dtype(ScalarType dtype) {
 }
 
 fk_array view(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a dense row-major tensor");
-  const fk_dtype dtype = kernel_dtype(tensor.scalar_type());
-  return {tensor.const_data_ptr(), dtype, tensor.numel()};
+  return array(tensor, name);
 }
 
 fk_array view(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  if (!tensor.has_value()) return absent();
+  weight_view(tensor, name, shape);
+  return view(*tensor, name);
+}
+
+fk_array weight_view(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
   if (!tensor.has_value()) return absent();
   const auto sizes = tensor->sizes();
   bool same = sizes.size() == shape.size();
   for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape.begin()[i];
   STD_TORCH_CHECK(same, name, ": unexpected shape");
-  return view(*tensor, name);
+  return array(*tensor, name);
 }
 
 const Tensor& required(const TensorList& tensors, size_t index, const char* name) {

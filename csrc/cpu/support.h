@@ -26,6 +26,8 @@ const fk_table& kernels();
 // A dense row-major CPU tensor in fp32 or bf16 as the kernels see it. Raises on anything else: the kernels trust it.
 fk_array view(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape);
 fk_array view(const Tensor& tensor, const char* name);
+// The same for a weight, which may have any layout: it is read only when it is packed (see `identify`).
+fk_array weight_view(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape);
 inline fk_array absent() { return {nullptr, FK_F32, 0}; }
 
 const Tensor& required(const TensorList& tensors, size_t index, const char* name);

@@ -179,9 +179,12 @@ def _make_function(operator: Operator) -> Any:
     return Fused
 
 
-def dense(tensors: Tensors) -> list[Tensor | None]:
+def dense(tensors: Tensors, except_at: Sequence[int] = ()) -> list[Tensor | None]:
     """The tensors as kernels read them: row-major, after one explicit copy where they are not."""
-    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+    return [
+        t if t is None or t.is_contiguous() or index in except_at else t.contiguous()
+        for index, t in enumerate(tensors)
+    ]
 
 
 def _distinct(tensors: Tensors) -> list[Tensor | None]:
@@ -204,7 +207,8 @@ def call(
     chosen = dispatch.select(operator, tensors, static, backend)
     if chosen.name == "reference":
         return chosen.run(tensors, None, static)
-    tensors = dense(tensors)
+    # The CPU kernels read weights only to pack them, and take them in any layout.
+    tensors = dense(tensors, operator.parameters if chosen.name == "cpu" else ())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if torch.compiler.is_compiling():
             tensors = _distinct(tensors)

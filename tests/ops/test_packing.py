@@ -143,10 +143,34 @@ def test_weights_made_in_inference_mode():
         assert _same(call, packed)
 
 
-def test_weights_in_another_layout():
-    call, packed = _call("pointwise_mlp"), PackedWeights()
-    transposed = call.with_leaves({"weight1": call.arguments["weight1"].t().contiguous().t()})
-    assert _same(transposed, packed) and _same(call, packed)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_weights_in_another_layout(name, count_packs):
+    """`model.to(memory_format=torch.channels_last)` is such a layout: packed once like any other, and watched."""
+    call, packed = _call(name), PackedWeights()
+    expected = _outputs(call)
+    other = call.with_leaves({key: _last_axis_first(t) for key, t in _weights(call).items() if t.ndim > 1})
+    assert any(not t.is_contiguous() for t in _weights(other).values())
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(_outputs(other, packed), expected, strict=True))
+    assert count_packs[name] == 1
+    for weight_name, weight in _weights(other).items():
+        weight.data.mul_(1.5)
+        assert _same(other, packed), weight_name
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_packed_weights_of_another_layout_are_not_copied_at_each_call(name):
+    call, packed = _call(name), PackedWeights()
+    other = call.with_leaves({key: _last_axis_first(t) for key, t in _weights(call).items() if t.ndim > 1})
+    _outputs(other, packed)
+    with torch.profiler.profile() as profile:
+        _outputs(other, packed)
+    names = {event.name for event in profile.events()}
+    assert not names & {"aten::contiguous", "aten::clone", "aten::copy_"}
+
+
+def _last_axis_first(t):
+    return t.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
 def test_unused_for_training_and_other_backends(count_packs):
@@ -215,3 +239,6 @@ def test_a_packing_for_something_else_is_not_used():
     assert torch.equal(found, _outputs(one)[0])
     for junk in (torch.zeros(0, dtype=torch.uint8), torch.full((foreign.numel(),), 255, dtype=torch.uint8)):
         assert torch.equal(torch.ops.fastvit.pointwise_mlp.default(tensors, junk, *static), _outputs(one)[0])
+    own = PackedWeights().get(operator, tensors, static)
+    with pytest.raises(RuntimeError, match="packed: damaged"):
+        torch.ops.fastvit.pointwise_mlp.default(tensors, own[:-64].contiguous(), *static)
