@@ -83,9 +83,9 @@ int64_t band_pixels(const fk_conv_projection& c, int branch, int64_t tile) {
   return (last - first) * b.out_w;
 }
 
-Projection check(TensorList& t, const std::optional<Tensor>& packed, std::optional<double> norm_eps, const std::vector<double>& bn_eps, int64_t height,
-                 int64_t width, int64_t prefix, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                 ScalarType dtype) {
+Projection check(TensorList& t, const std::optional<Tensor>& packed, std::optional<double> norm_eps,
+                 const std::vector<double>& bn_eps, int64_t height, int64_t width, int64_t prefix,
+                 const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, ScalarType dtype) {
   check_count(t, kFirstBranch + kBranches * kPerBranch);
   STD_TORCH_CHECK(bn_eps.size() == kBranches && stride.size() == kBranches && padding.size() == kBranches,
                   "bn_eps, stride, padding: expected one entry per branch");
@@ -225,7 +225,8 @@ Tensor pack_only(TensorList t, std::optional<double> norm_eps, std::vector<doubl
                  int64_t width, int64_t prefix, std::vector<int64_t> stride, std::vector<int64_t> padding,
                  ScalarType dtype) {
   fk_conv_projection c = {};
-  return prepare(check(t, std::nullopt, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype), std::nullopt, &c);
+  return prepare(check(t, std::nullopt, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype), std::nullopt,
+                 &c);
 }
 
 }  // namespace

@@ -54,7 +54,8 @@ Tensor pack(const std::optional<Tensor>& packed, uint64_t mark, const Describe& 
   P measure(nullptr);
   describe(measure);
   const bool reuse = carries(packed, mark);
-  STD_TORCH_CHECK(!reuse || packed->numel() == measure.bytes(), "packed: damaged, its size does not go with its weights");
+  STD_TORCH_CHECK(!reuse || packed->numel() == measure.bytes(),
+                  "packed: damaged, its size does not go with its weights");
   Tensor block = reuse ? *packed : empty({measure.bytes()}, ScalarType::Byte);
   char* base = static_cast<char*>(block.mutable_data_ptr());
   P packer(base);

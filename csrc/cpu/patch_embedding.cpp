@@ -16,8 +16,8 @@ struct Weights {
   fk_norm norm;
 };
 
-Embedding check(TensorList& t, const std::optional<Tensor>& packed, std::optional<double> norm_eps, int64_t stride, int64_t padding,
-                ScalarType dtype) {
+Embedding check(TensorList& t, const std::optional<Tensor>& packed, std::optional<double> norm_eps, int64_t stride,
+                int64_t padding, ScalarType dtype) {
   check_count(t, 5);
   const Tensor &x = required(t, 0, "x"), &weight = required(t, 1, "weight");
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, "x, weight: expected 4 dimensions");
