@@ -2,7 +2,16 @@
 
 from fastvit_kernels.ops.conv_projection import BatchNorm, Projection, conv_projection
 from fastvit_kernels.ops.global_attention import global_attention
+from fastvit_kernels.ops.local_attention import local_attention
 from fastvit_kernels.ops.patch_embedding import patch_embedding
 from fastvit_kernels.ops.pointwise_mlp import pointwise_mlp
 
-__all__ = ["BatchNorm", "Projection", "conv_projection", "global_attention", "patch_embedding", "pointwise_mlp"]
+__all__ = [
+    "BatchNorm",
+    "Projection",
+    "conv_projection",
+    "global_attention",
+    "local_attention",
+    "patch_embedding",
+    "pointwise_mlp",
+]

@@ -24,7 +24,9 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float 
 def group_statistics(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
     """Mean and biased variance `[B, 2]` of each sample of `[B, P + N, C]` but its P prefix rows, in at least fp32."""
     tokens = x[:, num_prefix_tokens:].to(wide(x.dtype))
-    var, mean = torch.var_mean(tokens, dim=(1, 2), correction=0)
+    mean = tokens.mean((1, 2))
+    # Not torch.var_mean, which warns at an empty batch.
+    var = (tokens - mean[:, None, None]).square().mean((1, 2))
     return torch.stack([mean, var], 1)
 
 

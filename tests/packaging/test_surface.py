@@ -40,6 +40,7 @@ SURFACE = {
         "Projection",
         "conv_projection",
         "global_attention",
+        "local_attention",
         "patch_embedding",
         "pointwise_mlp",
     ],
