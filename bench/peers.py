@@ -16,7 +16,7 @@ from torch import nn
 
 from fastvit_kernels.bench.cases import VARIANTS, Case, Outputs, as_outputs, as_user_has_it, inference
 from fastvit_kernels.ops import library
-from fastvit_kernels.ops.global_attention.reference import Static
+from fastvit_kernels.ops.global_attention.reference import Static, reference
 from fastvit_kernels.ops.operator import Tensors
 
 Runner = Callable[[], Outputs]
@@ -63,13 +63,16 @@ def _eager(case: Case, variant: str, threads: int) -> Runner:
 
 
 def _sdpa_reference(tensors: Tensors, static: Static) -> Outputs:
-    q, k, v, weight, bias, residual = tensors
+    q, k, v, weight, bias, *_, residual = tensors
     assert q is not None and k is not None and v is not None
+    if static.norm != "none" or static.add_query_input or any(t is not None for t in tensors[5:11]):
+        return reference(tensors, static)
     q, k, v = (t.to(static.dtype).unflatten(-1, (static.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, scale=static.scale).transpose(1, 2).flatten(2)
     if weight is not None:
         out = F.linear(out, weight.to(static.dtype), None if bias is None else bias.to(static.dtype))
-    return (out if residual is None else residual + out,)
+    out = out if residual is None else residual + out
+    return out, out.new_empty(0, dtype=torch.float32)
 
 
 @contextmanager

@@ -1,82 +1,176 @@
+#include "norms.h"
 #include "packed.h"
 
 namespace fk {
 namespace {
 
+enum Index {
+  kQ,
+  kK,
+  kV,
+  kProj,
+  kProjBias,
+  kNormWeight,
+  kNormBias,
+  kQuery,
+  kQueryBias,
+  kBias,
+  kStatistics,
+  kResidual,
+  kCount
+};
+
 struct Attention {
-  fk_array weight, bias;
-  int64_t batch, queries, keys, channels, value_channels, out;
+  fk_array proj, proj_bias, norm_weight, norm_bias, query, query_bias, bias;
+  int64_t batch, queries, keys, q_channels, channels, value_channels, out, heads;
+  fk_norm_kind norm;
+  double norm_eps;
   bool low_precision;
   uint64_t mark;
 };
 
-Attention check(TensorList& t, const std::optional<Tensor>& packed, int64_t heads, ScalarType dtype) {
-  check_count(t, 6);
-  const Tensor &q = required(t, 0, "q"), &k = required(t, 1, "k"), &v = required(t, 2, "v");
-  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k, v: expected 3 dimensions");
+// Adds the bias table: transposed to [heads][keys][padded queries], in units of log2.
+class AttentionPacker : public Packer {
+ public:
+  using Packer::Packer;
+
+  const float* bias(const Attention& a, int64_t stride) {
+    float* to = reinterpret_cast<float*>(take(a.heads * a.keys * stride * 4));
+    if (base_) job_ = {a.bias, a.heads, a.queries, a.keys, stride, to};
+    return to;
+  }
+
+  void fill() const {
+    Packer::fill();
+    if (!job_.to) return;
+    for (int64_t h = 0; h < job_.heads; ++h)
+      for (int64_t k = 0; k < job_.keys; ++k)
+        for (int64_t q = 0; q < job_.stride; ++q)
+          job_.to[(h * job_.keys + k) * job_.stride + q] =
+              q < job_.queries ? element(job_.source, (h * job_.queries + q) * job_.keys + k) * 1.44269504f : 0.0f;
+  }
+
+ private:
+  struct Job {
+    fk_array source;
+    int64_t heads, queries, keys, stride;
+    float* to;
+  };
+  Job job_ = {};
+};
+
+Attention check(TensorList& t, const std::optional<Tensor>& packed, int64_t heads, const std::string& norm,
+                double norm_eps, bool add_query_input, ScalarType dtype) {
+  check_count(t, kCount);
+  const Tensor &q = required(t, kQ, "q"), &k = required(t, kK, "k");
+  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && (!t[kV].has_value() || t[kV]->dim() == 3),
+                  "q, k, v: expected 3 dimensions");
   Attention a;
   a.batch = q.size(0);
   a.queries = q.size(1);
-  a.channels = q.size(2);
+  a.q_channels = a.channels = q.size(2);
   a.keys = k.size(1);
-  a.value_channels = v.size(2);
-  STD_TORCH_CHECK(k.size(0) == a.batch && v.size(0) == a.batch && k.size(2) == a.channels && v.size(1) == a.keys,
-                  "k, v: shapes do not go with q");
-  STD_TORCH_CHECK(a.keys > 0, "k: expected at least one key");
-  STD_TORCH_CHECK(heads > 0 && a.channels % heads == 0 && a.value_channels % heads == 0,
-                  "num_heads: does not divide the channels");
-  a.out = a.value_channels;
-  if (t[3].has_value()) {
-    STD_TORCH_CHECK(t[3]->dim() == 2, "proj_weight: expected 2 dimensions");
-    a.out = t[3]->size(0);
+  a.heads = heads;
+  if (t[kQuery].has_value()) {
+    STD_TORCH_CHECK(t[kQuery]->dim() == 2, "query_weight: expected 2 dimensions");
+    a.channels = t[kQuery]->size(0);
   }
+  a.value_channels = t[kV].has_value() ? t[kV]->size(2) : a.channels;
+  STD_TORCH_CHECK(k.size(0) == a.batch && k.size(2) == (t[kV].has_value() ? 1 : 2) * a.channels,
+                  "k: shape does not go with q");
+  STD_TORCH_CHECK(!t[kV].has_value() || (t[kV]->size(0) == a.batch && t[kV]->size(1) == a.keys),
+                  "v: shape does not go with k");
+  STD_TORCH_CHECK(a.keys > 0, "k: expected at least one key");
+  STD_TORCH_CHECK(
+      heads > 0 && a.channels > 0 && a.value_channels > 0 && a.channels % heads == 0 && a.value_channels % heads == 0,
+      "num_heads: does not divide the channels");
+  STD_TORCH_CHECK(!add_query_input || a.q_channels == a.value_channels, "add_query_input: widths differ");
+  a.out = a.value_channels;
+  if (t[kProj].has_value()) {
+    STD_TORCH_CHECK(t[kProj]->dim() == 2, "proj_weight: expected 2 dimensions");
+    a.out = t[kProj]->size(0);
+  }
+  a.norm = norm_kind(norm);
+  a.norm_eps = norm_eps;
   a.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
-  a.mark = identify({a.value_channels, a.out, a.low_precision}, t, 3, 5, packed);
-  a.weight = weight_view(t[3], "proj_weight", {a.out, a.value_channels});
-  a.bias = weight_view(t[4], "proj_bias", {a.out});
+  a.mark = identify({a.q_channels, a.channels, a.value_channels, a.out, a.low_precision, heads, a.norm}, t, kProj,
+                    kBias + 1, packed);
+  a.proj = weight_view(t[kProj], "proj_weight", {a.out, a.value_channels});
+  a.proj_bias = weight_view(t[kProjBias], "proj_bias", {a.out});
+  a.norm_weight = weight_view(t[kNormWeight], "norm_weight", {a.q_channels});
+  a.norm_bias = weight_view(t[kNormBias], "norm_bias", {a.q_channels});
+  a.query = weight_view(t[kQuery], "query_weight", {a.channels, a.q_channels});
+  a.query_bias = weight_view(t[kQueryBias], "query_bias", {a.channels});
+  a.bias = weight_view(t[kBias], "attn_bias", {heads, a.queries, a.keys});
   return a;
 }
 
-Tensor prepare(const Attention& a, const std::optional<Tensor>& packed, fk_linear* projection) {
-  return pack(packed, a.mark, [&](Packer& p) {
-    *projection = a.weight.data ? p.linear(a.weight, a.bias, a.out, a.value_channels, a.low_precision) : fk_linear{};
+Tensor prepare(const Attention& a, const std::optional<Tensor>& packed, fk_global_attention* to) {
+  // A panel of queries may start anywhere and reads a whole panel of biases.
+  to->bias_stride = a.queries + kernels().panel;
+  return pack<AttentionPacker>(packed, a.mark, [&](AttentionPacker& p) {
+    to->norm = norm_of(p, a.norm, a.norm_weight, a.norm_bias, a.norm_eps, a.q_channels);
+    if (a.query.data) to->query = p.linear(a.query, a.query_bias, a.channels, a.q_channels, a.low_precision);
+    if (a.proj.data) to->projection = p.linear(a.proj, a.proj_bias, a.out, a.value_channels, a.low_precision);
+    if (a.bias.data) to->bias = p.bias(a, to->bias_stride);
   });
 }
 
-Tensor run(TensorList t, std::optional<Tensor> packed, int64_t heads, double scale, ScalarType dtype) {
-  const Attention a = check(t, packed, heads, dtype);
+std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, int64_t heads, double scale,
+                               std::string norm, double norm_eps, bool add_query_input, bool return_statistics,
+                               ScalarType dtype) {
+  const Attention a = check(t, packed, heads, norm, norm_eps, add_query_input, dtype);
   fk_global_attention p = {};
-  const Tensor block = prepare(a, packed, &p.projection);
-  const ScalarType out_dtype = promoted(dtype, t[5]);
+  const Tensor block = prepare(a, packed, &p);
+  const ScalarType out_dtype = promoted(dtype, t[kResidual]);
   Tensor out = empty({a.batch, a.queries, a.out}, out_dtype);
-  p.q = view(*t[0], "q");
-  p.k = view(*t[1], "k");
-  p.v = view(*t[2], "v");
-  p.residual = view(t[5], "residual", {a.batch, a.queries, a.out});
+  p.q = rows_view(&t[kQ], "q", &p.q_stride);
+  p.k = rows_view(&t[kK], "k", &p.k_stride);
+  if (t[kV].has_value()) {
+    p.v = rows_view(&t[kV], "v", &p.v_stride);
+  } else {
+    p.v = p.k;
+    p.v_stride = p.k_stride;
+    p.v.data = static_cast<const char*>(p.k.data) + a.channels * (p.k.dtype == FK_F32 ? 4 : 2);
+  }
+  p.residual = view(t[kResidual], "residual", {a.batch, a.queries, a.out});
   p.out = out.mutable_data_ptr();
   p.out_dtype = kernel_dtype(out_dtype);
   p.batch = a.batch;
   p.queries = a.queries;
   p.keys = a.keys;
+  p.q_channels = a.q_channels;
   p.channels = a.channels;
   p.value_channels = a.value_channels;
   p.heads = heads;
   p.scale = static_cast<float>(scale);
   p.low_precision = a.low_precision;
+  p.add_query_input = add_query_input;
+  std::vector<float> groups;
+  if (p.norm.kind == FK_GROUP_NORM) {
+    if (p.q_stride != a.q_channels) t[kQ] = torch::stable::contiguous(*t[kQ]);
+    p.q = view(*t[kQ], "q");
+    p.q_stride = a.q_channels;
+    set_group_statistics(&p.norm, t[kStatistics], p.q, a.batch, 0, a.queries, a.q_channels, &groups);
+  }
   // An image's queries are cut evenly; with enough images no cut is needed for balance.
-  const int64_t cached = kCacheBytes / (8 * std::max<int64_t>(1, a.value_channels));
+  const int64_t widest = std::max(a.value_channels, a.q_channels);
+  const int64_t cached = kCacheBytes / (8 * std::max<int64_t>(1, widest));
   const int64_t most = std::min<int64_t>(224, std::max<int64_t>(32, cached));
   p.rows_per_task = rows_per_image_task(a.batch, a.queries, most);
   p.tasks_per_image = blocks(a.queries, p.rows_per_task);
+  Moments moments(return_statistics ? a.batch : 0, p.tasks_per_image);
+  p.moments = return_statistics ? moments.data() : nullptr;
   const fk_table& k = kernels();
   run_tasks(a.batch * p.tasks_per_image, k.scratch_global_attention(&p),
             [&](int64_t task, void* memory) { k.global_attention(&p, task, memory); });
-  return out;
+  return {out, return_statistics ? moments.tensor(a.queries, a.out) : no_statistics()};
 }
 
-Tensor pack_only(TensorList t, int64_t heads, double, ScalarType dtype) {
-  fk_linear projection;
-  return prepare(check(t, std::nullopt, heads, dtype), std::nullopt, &projection);
+Tensor pack_only(TensorList t, int64_t heads, double, std::string norm, double norm_eps, bool add_query_input, bool,
+                 ScalarType dtype) {
+  fk_global_attention p = {};
+  return prepare(check(t, std::nullopt, heads, norm, norm_eps, add_query_input, dtype), std::nullopt, &p);
 }
 
 }  // namespace

@@ -7,7 +7,9 @@
 
 enum fk_dtype { FK_F32 = 0, FK_BF16 = 1 };
 
-enum fk_activation { FK_GELU = 0, FK_QUICK_GELU = 1 };
+enum fk_activation { FK_GELU = 0, FK_QUICK_GELU = 1, FK_SILU = 2, FK_RELU = 3, FK_NO_ACTIVATION = 4 };
+
+enum fk_norm_kind { FK_NO_NORM = 0, FK_LAYER_NORM = 1, FK_GROUP_NORM = 2 };
 
 // A row-major matrix or vector as it comes from torch.
 struct fk_array {
@@ -28,7 +30,16 @@ struct fk_norm {
   const float* weight;
   const float* bias;
   float eps;
-  int32_t enabled;
+  enum fk_norm_kind kind;
+  const float* groups;  // GroupNorm with one group: of each image mean and 1 / standard deviation
+};
+
+// Rows of a tensor: of each image, `rows` behind the first `skipped`, `stride` values apart.
+struct fk_moments {
+  struct fk_array x;
+  int64_t images, rows, skipped, columns;
+  int64_t rows_per_task, tasks_per_image;
+  double* sums;  // per task [3]; see isa/moments.h
 };
 
 struct fk_conv_branch {
@@ -51,10 +62,16 @@ struct fk_conv_projection {
 
 struct fk_global_attention {
   struct fk_array q, k, v, residual;
+  int64_t q_stride, k_stride, v_stride;  // between rows; images follow each other without a gap
   void* out;
   fk_dtype out_dtype;
-  struct fk_linear projection;  // panels null: none
-  int64_t batch, queries, keys, channels, value_channels, heads;
+  struct fk_norm norm;                 // of the rows of q
+  struct fk_linear query, projection;  // panels null: none
+  const float* bias;                   // [heads][keys][bias_stride], in units of log2; null: none
+  int64_t bias_stride;
+  int32_t add_query_input;
+  double* moments;  // per task [3], of the result; null: not wanted
+  int64_t batch, queries, keys, q_channels, channels, value_channels, heads;
   int64_t rows_per_task, tasks_per_image;
   float scale;
   int32_t low_precision;
@@ -104,6 +121,7 @@ struct fk_table {
   void (*pointwise_mlp)(const struct fk_pointwise_mlp*, int64_t task, void* scratch);
   int64_t (*scratch_patch_embedding)(const struct fk_patch_embedding*);
   void (*patch_embedding)(const struct fk_patch_embedding*, int64_t task, void* scratch);
+  void (*moments)(const struct fk_moments*, int64_t task);
   void (*pack_panel)(const struct fk_pack_linear*, int64_t panel);
   double (*peak)(int32_t low_precision, int64_t iterations);  // floating-point operations done
 };

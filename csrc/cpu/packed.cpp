@@ -85,10 +85,15 @@ void Packer::fill() const {
 
 fk_norm norm_of(Packer& packer, const fk_array& weight, const fk_array& bias, std::optional<double> eps,
                 int64_t channels) {
-  if (!eps.has_value()) return {nullptr, nullptr, 0.0f, 0};
+  return norm_of(packer, eps.has_value() ? FK_LAYER_NORM : FK_NO_NORM, weight, bias, eps.value_or(0.0), channels);
+}
+
+fk_norm norm_of(Packer& packer, fk_norm_kind kind, const fk_array& weight, const fk_array& bias, double eps,
+                int64_t channels) {
+  if (kind == FK_NO_NORM) return {nullptr, nullptr, 0.0f, kind, nullptr};
   const float* scale = packer.vector(weight, channels, channels, 1.0f);
   const float* shift = packer.vector(bias, channels, channels, 0.0f);
-  return {scale, shift, static_cast<float>(*eps), 1};
+  return {scale, shift, static_cast<float>(eps), kind, nullptr};
 }
 
 bool carries(const std::optional<Tensor>& packed, uint64_t mark) {

@@ -70,7 +70,9 @@ Tensor pack(const std::optional<Tensor>& packed, uint64_t mark, const Describe& 
 
 float element(const fk_array& array, int64_t index);
 
-// The LayerNorm in front of an operator; absent affine parameters become ones and zeros.
+// The norm in front of an operator; absent affine parameters become ones and zeros.
+fk_norm norm_of(Packer& packer, fk_norm_kind kind, const fk_array& weight, const fk_array& bias, double eps,
+                int64_t channels);
 fk_norm norm_of(Packer& packer, const fk_array& weight, const fk_array& bias, std::optional<double> eps,
                 int64_t channels);
 

@@ -89,6 +89,16 @@ fk_array weight_view(const std::optional<Tensor>& tensor, const char* name, std:
   return array(*tensor, name);
 }
 
+fk_array rows_view(std::optional<Tensor>* tensor, const char* name, int64_t* stride) {
+  const Tensor& t = **tensor;
+  STD_TORCH_CHECK(t.dim() == 3, name, ": expected 3 dimensions");
+  const bool rows =
+      t.stride(2) == 1 && t.stride(1) >= t.size(2) && (t.size(0) <= 1 || t.stride(0) == t.size(1) * t.stride(1));
+  if (!rows) *tensor = torch::stable::contiguous(t);
+  *stride = rows ? t.stride(1) : (*tensor)->size(2);
+  return array(**tensor, name);
+}
+
 const Tensor& required(const TensorList& tensors, size_t index, const char* name) {
   STD_TORCH_CHECK(tensors[index].has_value(), name, ": expected a tensor, got None");
   return *tensors[index];

@@ -30,6 +30,10 @@ fk_array view(const Tensor& tensor, const char* name);
 fk_array weight_view(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape);
 inline fk_array absent() { return {nullptr, FK_F32, 0}; }
 
+// The rows of a tensor [B, N, C] that may lie `stride` values apart, as slices of wider rows do; a tensor of any other
+// layout is replaced by a row-major copy.
+fk_array rows_view(std::optional<Tensor>* tensor, const char* name, int64_t* stride);
+
 const Tensor& required(const TensorList& tensors, size_t index, const char* name);
 void check_count(const TensorList& tensors, size_t expected);
 

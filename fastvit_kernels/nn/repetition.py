@@ -98,7 +98,8 @@ class BlockRepetition:
             return None
         projection, attention, mlp = self._calls
         q, k, v = library.repeat(projection.operator, self._sites[0], [x, *projection.weights], projection.static)
-        (x,) = library.repeat(attention.operator, self._sites[1], [q, k, v, *attention.weights, x], attention.static)
+        attended = [q, k, v, *attention.weights, None, x]
+        x, _ = library.repeat(attention.operator, self._sites[1], attended, attention.static)
         (x,) = library.repeat(mlp.operator, self._sites[2], [x, *mlp.weights, x], mlp.static)
         return x
 

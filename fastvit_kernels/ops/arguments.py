@@ -142,6 +142,39 @@ def check_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: f
     return norm_eps
 
 
+def check_norm_kind(
+    kind: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float | None,
+    statistics: Tensor | None,
+    x: Tensor,
+) -> tuple[str, float]:
+    """The norm in front of an operator, of one of several kinds; returns its name in the schema and its epsilon."""
+    if kind is None:
+        for name, value in (("weight", weight), ("bias", bias), ("eps", eps), ("statistics", statistics)):
+            if value is not None:
+                raise ValueError(f'norm: expected "layer" or "group" beside norm_{name}, got None')
+        return "none", 0.0
+    if kind not in ("layer", "group"):
+        raise ValueError(f'norm: expected "layer", "group" or None, got {kind!r}')
+    if eps is None:
+        raise ValueError("norm_eps: expected the norm's epsilon beside norm, got None")
+    check_vectors(("norm_weight", "norm_bias"), (weight, bias), x.shape[-1], x)
+    if statistics is not None:
+        check_tensor("norm_statistics", statistics)
+        if kind != "group":
+            raise ValueError(f'norm_statistics: expected them with norm="group" only, got norm={kind!r}')
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        if statistics.shape != (x.shape[0], 2) or statistics.dtype is not dtype:
+            raise ValueError(
+                f"norm_statistics: expected {short(dtype)} of shape {(x.shape[0], 2)}, "
+                f"got {short(statistics.dtype)} of shape {tuple(statistics.shape)}"
+            )
+        check_device("norm_statistics", statistics, x)
+    return kind, check_eps("norm_eps", eps)
+
+
 def autocast_is_on(device: str) -> bool:
     """Whether autocast is on for this device type; torch itself raises for `meta`."""
     return device != "meta" and torch.is_autocast_enabled(device)

@@ -208,7 +208,7 @@ def call(
     if chosen.name == "reference":
         return chosen.run(tensors, None, static)
     # The CPU kernels read weights only to pack them, and take them in any layout.
-    tensors = dense(tensors, operator.parameters if chosen.name == "cpu" else ())
+    tensors = dense(tensors, operator.parameters + operator.any_layout if chosen.name == "cpu" else ())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if torch.compiler.is_compiling():
             tensors = _distinct(tensors)

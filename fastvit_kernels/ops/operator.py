@@ -35,6 +35,7 @@ class Operator:
         returns: the number of output tensors.
         reference: plain PyTorch `(tensors, static) -> outputs`: the definition of the operator.
         fake: shapes, strides and dtypes of the outputs, `(tensors, static) -> outputs`.
+        any_layout: positions of activations that the CPU kernels take in any layout.
         backends: the alternatives to the reference, most preferred first.
     """
 
@@ -45,4 +46,5 @@ class Operator:
     returns: int
     reference: Callable[[Tensors, Any], Outputs]
     fake: Callable[[Tensors, Any], Outputs]
+    any_layout: tuple[int, ...] = ()
     backends: list[Backend] = field(default_factory=list)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvit_kernels import ops
 from fastvit_kernels.ops import BatchNorm, Projection
+from fastvit_kernels.ops.normalization import group_statistics
 from fastvit_kernels.testing.calls import Call
 
 
@@ -59,6 +60,11 @@ class Maker:
     def positive(self, *shape: int) -> Tensor:
         uniform = torch.rand(shape, generator=self.generator, dtype=torch.float64)
         return (uniform + 0.5).to(self.precision.parameters)
+
+    def statistics(self, batch: int) -> Tensor:
+        """Mean and variance of each sample, as an operator returns them."""
+        dtype = torch.promote_types(self.precision.activations, torch.float32)
+        return torch.stack([self._normal((batch,), 0.2, 0.0, dtype), self.positive(batch).to(dtype)], 1)
 
     def _normal(self, shape: tuple[int, ...], scale: float, shift: float, dtype: torch.dtype) -> Tensor:
         return (torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale + shift).to(dtype)
@@ -197,12 +203,20 @@ def _global_attention(
     residual: bool = True,
     residual_dtype: torch.dtype | None = None,
     score_scale: float = 2.0,
+    norm: str | None = None,
+    statistics: bool = False,
+    query_in: int | None = None,
+    packed_keys: bool = False,
+    attn_bias: bool = False,
+    add_query_input: bool = False,
+    return_statistics: bool = False,
 ) -> Call:
     channels, value_channels = heads * width, heads * (value_width or width)
+    in_channels = query_in or channels
     arguments: dict[str, Any] = {
-        "q": maker.activation(batch, queries, channels, scale=score_scale),
-        "k": maker.activation(batch, keys, channels),
-        "v": maker.activation(batch, keys, value_channels, shift=0.5),
+        "q": maker.activation(batch, queries, in_channels, scale=score_scale),
+        "k": maker.activation(batch, keys, 2 * channels if packed_keys else channels),
+        "v": None if packed_keys else maker.activation(batch, keys, value_channels, shift=0.5),
         "num_heads": heads,
         "scale": width**-0.5,
     }
@@ -211,6 +225,19 @@ def _global_attention(
         arguments["proj_weight"] = maker.weight(out, value_channels)
         if bias:
             arguments["proj_bias"] = maker.vector(out)
+    if norm:
+        arguments |= {"norm": norm, "norm_eps": 1e-3}
+        arguments["norm_weight"], arguments["norm_bias"] = (
+            maker.vector(in_channels, shift=1.0),
+            maker.vector(in_channels),
+        )
+    if statistics:
+        arguments["norm_statistics"] = maker.statistics(batch)
+    if query_in:
+        arguments["query_weight"], arguments["query_bias"] = maker.weight(channels, query_in), maker.vector(channels)
+    if attn_bias:
+        arguments["attn_bias"] = maker.weight(heads, queries, keys)
+    arguments |= {"add_query_input": add_query_input, "return_statistics": return_statistics}
     if residual:
         arguments["residual"] = maker.residual(batch, queries, out, dtype=residual_dtype)
     return Call(ops.global_attention, arguments)
@@ -242,8 +269,149 @@ GLOBAL_ATTENTION = [
     global_attention_case("fp32_residual", residual_dtype=torch.float32),
     global_attention_case("fp32_residual_only", proj=False, residual_dtype=torch.float32),
     global_attention_case("large_scores", queries=20, keys=33, score_scale=60.0),
+    global_attention_case("packed_keys", packed_keys=True),
+    global_attention_case("layer_norm", norm="layer", query_in=19),
+    global_attention_case("group_norm", norm="group", query_in=16, add_query_input=True, return_statistics=True),
+    global_attention_case("given_statistics", "smallest", norm="group", statistics=True, query_in=16),
+    global_attention_case("odd_query_input", norm="group", query_in=15, heads=1, width=15, add_query_input=True),
+    global_attention_case("statistics_without_projection", proj=False, return_statistics=True),
+    global_attention_case("table", queries=40, keys=9, attn_bias=True),
+    global_attention_case("long_table", queries=35, keys=300, heads=1, attn_bias=True),
     global_attention_case("cvt_13_stage_2", "published", batch=1, queries=784, keys=196, heads=3, width=64),
     global_attention_case("cvt_13_stage_3", "published", batch=1, queries=197, keys=50, heads=6, width=64),
+]
+
+
+def _local_attention(
+    maker: Maker,
+    *,
+    batch: int = 2,
+    grid: tuple[int, int] = (6, 8),
+    window: int = 2,
+    heads: int = 2,
+    width: int = 8,
+    value_width: int | None = None,
+    form: str = "projected",
+    channels: int = 20,
+    norm: str | None = None,
+    norm_affine: bool = True,
+    statistics: bool = False,
+    qkv_bias: bool = True,
+    attn_bias: bool = False,
+    out: int | None = None,
+    proj: bool = True,
+    proj_bias: bool = True,
+    residual: bool = True,
+    residual_dtype: torch.dtype | None = None,
+    pad: str = "none",
+    return_statistics: bool = False,
+    score_scale: float = 2.0,
+) -> Call:
+    inner, inner_out, rows = heads * width, heads * (value_width or width), grid[0] * grid[1]
+    arguments: dict[str, Any] = {
+        "grid": grid,
+        "window_size": window,
+        "num_heads": heads,
+        "scale": score_scale * width**-0.5,
+        "pad": pad,
+        "return_statistics": return_statistics,
+    }
+    if form == "projected":
+        arguments["x"] = maker.activation(batch, rows, channels, scale=1.5, shift=0.5)
+        arguments["qkv_weight"] = maker.weight(3 * inner, channels)
+        arguments["qkv_bias"] = maker.vector(3 * inner) if qkv_bias else None
+    elif form == "packed":
+        arguments["x"] = maker.activation(batch, rows, 3 * inner, shift=0.2)
+    else:
+        arguments["x"] = maker.activation(batch, rows, inner)
+        arguments["k"] = maker.activation(batch, rows, inner)
+        arguments["v"] = maker.activation(batch, rows, inner_out, shift=0.5)
+    if norm is not None:
+        arguments |= {"norm": norm, "norm_eps": 1e-5}
+        if norm_affine:
+            arguments |= {"norm_weight": maker.positive(channels), "norm_bias": maker.vector(channels)}
+        if statistics:
+            arguments["norm_statistics"] = group_statistics(arguments["x"])
+    if attn_bias:
+        arguments["attn_bias"] = maker.vector(heads, window**2, window**2, scale=1.0)
+    out = inner_out if out is None or not proj else out
+    if proj:
+        arguments["proj_weight"] = maker.weight(out, inner_out)
+        arguments["proj_bias"] = maker.vector(out) if proj_bias else None
+    if residual:
+        arguments["residual"] = maker.residual(batch, rows, out, dtype=residual_dtype)
+    return Call(ops.local_attention, arguments)
+
+
+def local_attention_case(name: str, *tags: str, **options: Any) -> Case:
+    """A call of `local_attention` with these options of `_local_attention`."""
+    return Case(name, lambda maker: _local_attention(maker, **options), frozenset(tags))
+
+
+_BARE = {"proj": False, "residual": False}
+
+LOCAL_ATTENTION = [
+    local_attention_case(
+        "plain",
+        "smallest",
+        "inductor",
+        grid=(5, 6),
+        window=4,
+        norm="group",
+        statistics=True,
+        attn_bias=True,
+        pad="mask",
+        return_statistics=True,
+    ),
+    local_attention_case("packed", "smallest", form="packed", **_BARE),
+    local_attention_case("separate", "smallest", form="separate", grid=(4, 3), window=4, pad="zero", value_width=12),
+    local_attention_case("layer_norm", norm="layer"),
+    local_attention_case("group_norm", norm="group"),
+    local_attention_case("group_norm_without_affine", norm="group", norm_affine=False, statistics=True),
+    local_attention_case("empty_batch", "empty", batch=0, norm="group", return_statistics=True),
+    local_attention_case("one_sample", batch=1, return_statistics=True),
+    local_attention_case("one_window", grid=(4, 4), window=4),
+    local_attention_case("window_larger_than_the_map", grid=(2, 3), window=5, pad="mask", attn_bias=True),
+    local_attention_case("one_row", grid=(1, 9), window=4, pad="mask"),
+    local_attention_case("one_column", grid=(9, 1), window=4, pad="zero"),
+    local_attention_case("mask_that_pads_nothing", pad="mask"),
+    local_attention_case("zero_that_pads_nothing", pad="zero"),
+    local_attention_case("masked", grid=(6, 5), window=4, pad="mask"),
+    local_attention_case("masked_packed", grid=(6, 5), window=4, form="packed", pad="mask", attn_bias=True, **_BARE),
+    local_attention_case("masked_separate", grid=(9, 8), window=4, form="separate", pad="mask"),
+    local_attention_case("zero_padded", grid=(6, 5), window=4, norm="layer", pad="zero", attn_bias=True),
+    local_attention_case("zero_padded_without_bias", grid=(6, 5), window=4, qkv_bias=False, pad="zero"),
+    local_attention_case("zero_padded_packed", grid=(8, 5), window=4, form="packed", pad="zero"),
+    *(local_attention_case(f"window_{g}", batch=1, grid=(g, 2 * g), window=g, width=16) for g in (4, 7, 8)),
+    local_attention_case("window_16", batch=1, grid=(16, 16), window=16, heads=1, width=16, attn_bias=True),
+    local_attention_case("window_11", batch=1, grid=(11, 13), window=11, heads=1, width=16, pad="mask", form="packed"),
+    *(local_attention_case(f"width_{d}", grid=(4, 4), window=4, width=d) for d in (32, 46, 48, 52, 64, 76, 96)),
+    *(local_attention_case(f"heads_{h}", grid=(4, 4), heads=h, width=12, form="packed") for h in (1, 3, 5, 6)),
+    local_attention_case("odd_width", heads=3, width=5, channels=13, norm="group"),
+    local_attention_case("other_value_width", form="separate", value_width=20),
+    local_attention_case("other_out_width", out=23, norm="layer"),
+    local_attention_case("projection_only", form="packed", proj_bias=False, residual=False),
+    local_attention_case("residual_only", form="packed", proj=False, return_statistics=True),
+    local_attention_case("no_biases", qkv_bias=False, proj_bias=False),
+    local_attention_case("no_projection", norm="group", attn_bias=True, **_BARE),
+    local_attention_case("fp32_residual", residual_dtype=torch.float32, return_statistics=True),
+    local_attention_case("fp32_residual_only", form="packed", proj=False, residual_dtype=torch.float32),
+    local_attention_case("large_scores", form="packed", grid=(8, 4), window=4, score_scale=60.0),
+    local_attention_case("many_windows", batch=1, grid=(28, 21), window=7, heads=1, width=32, form="packed", **_BARE),
+    local_attention_case(
+        "hat_net_small_stage_2",
+        "published",
+        batch=1,
+        grid=(28, 28),
+        window=7,
+        heads=2,
+        width=64,
+        channels=128,
+        norm="group",
+        statistics=True,
+        proj=False,
+        return_statistics=True,
+    ),
 ]
 
 

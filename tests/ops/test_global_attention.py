@@ -11,12 +11,46 @@ from fastvit_kernels.testing import inputs
 from fastvit_kernels.testing.contract import Contract, Rejection
 
 
-def plain_pytorch(q, k, v, num_heads, scale, proj_weight=None, proj_bias=None, residual=None):
+def plain_pytorch(
+    q,
+    k,
+    v,
+    num_heads,
+    scale,
+    norm=None,
+    norm_weight=None,
+    norm_bias=None,
+    norm_eps=None,
+    norm_statistics=None,
+    query_weight=None,
+    query_bias=None,
+    add_query_input=False,
+    attn_bias=None,
+    proj_weight=None,
+    proj_bias=None,
+    residual=None,
+    return_statistics=False,
+):
+    rows = q
+    if norm == "layer":
+        rows = F.layer_norm(q, q.shape[-1:], norm_weight, norm_bias, norm_eps)
+    elif norm_statistics is not None:
+        mean, var = norm_statistics[:, None, None, 0], norm_statistics[:, None, None, 1]
+        rows = (q - mean) / (var + norm_eps).sqrt() * norm_weight + norm_bias
+    elif norm == "group":
+        rows = F.group_norm(q.transpose(1, 2), 1, norm_weight, norm_bias, norm_eps).transpose(1, 2)
+    q = rows if query_weight is None else F.linear(rows, query_weight, query_bias)
+    k, v = k.chunk(2, dim=-1) if v is None else (k, v)
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_bias, scale=scale).transpose(1, 2).flatten(2)
+    out = out + rows if add_query_input else out
     if proj_weight is not None:
         out = F.linear(out, proj_weight, proj_bias)
-    return out if residual is None else residual + out
+    out = out if residual is None else residual + out
+    if not return_statistics:
+        return out
+    flat = out.flatten(1)
+    return out, torch.stack([flat.mean(1), flat.var(1, correction=0)], 1)
 
 
 class TestGlobalAttention(Contract, Rejection):
@@ -42,7 +76,7 @@ class TestGlobalAttention(Contract, Rejection):
         ({"v": torch.zeros(2, 5, 16, device="meta")}, ValueError, "v: expected device cpu, got meta"),
         ({"k": torch.zeros(1, 5, 16)}, ValueError, r"k: expected batch 2 and 5 rows, got \(1, 5, 16\)"),
         ({"v": torch.zeros(2, 6, 16)}, ValueError, r"v: expected batch 2 and 5 rows, got \(2, 6, 16\)"),
-        ({"k": torch.zeros(2, 5, 18)}, ValueError, "k: expected 16 channels like q, got 18"),
+        ({"k": torch.zeros(2, 5, 18)}, ValueError, "k: expected 16 channels for queries of 16, got 18"),
         (
             {"k": torch.zeros(2, 0, 16), "v": torch.zeros(2, 0, 16)},
             ValueError,

@@ -4,12 +4,19 @@
 // tensor, the softmax runs down the lanes without a horizontal step, and S^T is already the left operand of P V.
 #pragma once
 
-#include "rows.h"
+#include "moments.h"
 
 namespace {
 
 // Keys whose scores stay in L1 at a time; longer key sets carry maximum and sum from chunk to chunk.
 constexpr int64_t kKeyChunk = 256;
+
+// What attention of one head needs to know of its caller.
+struct AttentionShape {
+  int64_t keys, d, dv;
+  float scale;
+  int64_t bias_stride;
+};
 
 template <class A>
 struct AttentionScratch {
@@ -20,19 +27,16 @@ struct AttentionScratch {
   A* keys;        // [keys][ldk], only when the tensor's own rows cannot be read directly
   A* values;      // panels [value panels][keys][kPanel] (bf16: pairs of keys)
   float* head;    // [kPanel][ldv] one head's output of one panel
-  A* rows;        // [rows][lda] heads side by side
-  int64_t ldk, ldv, lda, depth, chunk, bytes;
+  int64_t ldk, ldv, depth, chunk;
 
-  FK_INLINE AttentionScratch layout(const struct fk_global_attention& p, void* base) {
+  FK_INLINE AttentionScratch layout(const AttentionShape& p, char** base) {
     AttentionScratch s;
-    const int64_t d = p.channels / p.heads, dv = p.value_channels / p.heads;
     const int64_t pair = kStep<A>, size = (int64_t)sizeof(A);
-    s.depth = round_up(d, pair);
+    s.depth = round_up(p.d, pair);
     s.ldk = s.depth + kRowPad;
-    s.ldv = round_up(dv, kPanel);
-    s.lda = round_up(p.value_channels, 2) + kRowPad;
+    s.ldv = round_up(p.dv, kPanel);
     s.chunk = min64(kKeyChunk, round_up(p.keys, 2));
-    char* at = (char*)base;
+    char* at = *base;
     s.query_rows = (A*)at;
     at += round_up(kPanel * s.ldk * size, 64);
     s.queries = (A*)at;
@@ -47,9 +51,7 @@ struct AttentionScratch {
     at += round_up(round_up(p.keys, 2) * s.ldv * size, 64);
     s.head = (float*)at;
     at += kPanel * s.ldv * 4;
-    s.rows = (A*)at;
-    at += round_up(p.rows_per_task * s.lda * size, 64);
-    s.bytes = at - (char*)base;
+    *base = at;
     return s;
   }
 };
@@ -69,11 +71,11 @@ FK_INLINE void stage(const struct fk_array& x, int64_t offset, int64_t stride, i
 }
 
 // A head's rows inside the tensor where the product can read them as they are, else null.
-FK_INLINE const float* direct_rows(const struct fk_array& x, int64_t offset, int64_t, const float*) {
+FK_INLINE const float* direct_rows(const struct fk_array& x, int64_t offset, int64_t, int64_t, const float*) {
   return x.dtype == FK_F32 ? as_float(x) + offset : nullptr;
 }
-FK_INLINE const bf16* direct_rows(const struct fk_array& x, int64_t offset, int64_t d, const bf16*) {
-  return x.dtype == FK_BF16 && d % 2 == 0 ? as_bf16(x) + offset : nullptr;
+FK_INLINE const bf16* direct_rows(const struct fk_array& x, int64_t offset, int64_t stride, int64_t d, const bf16*) {
+  return x.dtype == FK_BF16 && d % 2 == 0 && stride % 2 == 0 ? as_bf16(x) + offset : nullptr;
 }
 
 // A head's rows as an operand, staged in `buffer` when they cannot be read directly; `stride` says how far apart they
@@ -81,7 +83,7 @@ FK_INLINE const bf16* direct_rows(const struct fk_array& x, int64_t offset, int6
 template <class A>
 FK_INLINE const A* operand_rows(const struct fk_array& x, int64_t offset, int64_t channels, int64_t rows, int64_t d,
                                 const AttentionScratch<A>& s, A* buffer, int64_t* stride) {
-  const A* direct = direct_rows(x, offset, d, buffer);
+  const A* direct = direct_rows(x, offset, channels, d, buffer);
   if (direct) {
     *stride = channels;
     return direct;
@@ -93,10 +95,10 @@ FK_INLINE const A* operand_rows(const struct fk_array& x, int64_t offset, int64_
 
 // Queries across: [d][kPanel]; bf16 pairs of d move as one word. Lanes past the last query are zero.
 template <class A>
-FK_INLINE void pack_queries(const struct fk_global_attention& p, int64_t offset, int64_t queries, int64_t d,
+FK_INLINE void pack_queries(const struct fk_array& q, int64_t offset, int64_t row_stride, int64_t queries, int64_t d,
                             const AttentionScratch<A>& s) {
   int64_t stride;
-  const A* rows = operand_rows(p.q, offset, p.channels, queries, d, s, s.query_rows, &stride);
+  const A* rows = operand_rows(q, offset, row_stride, queries, d, s, s.query_rows, &stride);
   transpose((const uint32_t*)rows, stride / kStep<A>, queries, s.depth / kStep<A>, (uint32_t*)s.queries, kPanel,
             kPanel);
 }
@@ -182,11 +184,19 @@ FK_INLINE vf exponentiate(float* scores, int64_t keys, vf scale, vf maximum, bf1
 FK_INLINE float* weights_of(const AttentionScratch<float>& s, int64_t lane) { return s.scores + lane; }
 FK_INLINE bf16* weights_of(const AttentionScratch<bf16>& s, int64_t lane) { return s.weights + 2 * lane; }
 
-// One head for one panel of queries: s.head[query][0, dv).
+// Scores in units of log2 with a bias added, [keys][stride] like the scores themselves.
+FK_INLINE void add_bias(float* scores, int64_t keys, vf scale, const float* bias, int64_t stride) {
+  for (int64_t i = 0; i < keys; ++i)
+    for (int j = 0; j < kPanel; j += FK_VL)
+      store(scores + i * kPanel + j, load(scores + i * kPanel + j) * scale + load(bias + i * stride + j));
+}
+
+// One head for one panel of queries: s.head[query][0, dv). `bias`: of this head and panel, or null.
 template <class A>
-static __attribute__((noinline)) void attend(const struct fk_global_attention& p, const A* keys, int64_t key_stride,
-                                             int64_t queries, int64_t dv, const AttentionScratch<A>& s) {
-  const vf scale = splat(p.scale * 1.44269504f);
+static __attribute__((noinline)) void attend(const AttentionShape& p, const A* keys, int64_t key_stride,
+                                             int64_t queries, int64_t dv, const float* bias,
+                                             const AttentionScratch<A>& s) {
+  vf scale = splat(p.scale * 1.44269504f);
   float maximum[kPanel] __attribute__((aligned(64))), total[kPanel] __attribute__((aligned(64)));
   const RowTiles query_tiles = row_tiles(queries);
   for (int64_t first = 0; first < p.keys; first += kKeyChunk) {
@@ -196,6 +206,10 @@ static __attribute__((noinline)) void attend(const struct fk_global_attention& p
       const int64_t row = tile_start(key_tiles, t);
       tile(tile_height(key_tiles, t), keys + (first + row) * key_stride, key_stride, s.queries, s.depth,
            s.scores + row * kPanel, kPanel, false, fetch_nothing(s.queries));
+    }
+    if (bias) {
+      add_bias(s.scores, n, splat(p.scale * 1.44269504f), bias + first * p.bias_stride, p.bias_stride);
+      scale = splat(1.0f);
     }
     for (int j = 0; j < FK_NV; ++j) {
       float* column = s.scores + j * FK_VL;
@@ -234,52 +248,131 @@ static __attribute__((noinline)) void attend(const struct fk_global_attention& p
 
 // Without an output projection the heads' rows are the result.
 template <class A>
-FK_INLINE void write_rows(const struct fk_global_attention& p, const A* rows, int64_t lda, int64_t first, int64_t n) {
-  const int64_t width = p.value_channels;
+FK_INLINE void write_rows(const A* rows, int64_t lda, int64_t first, int64_t n, int64_t width,
+                          const struct fk_array& residual, void* out, fk_dtype out_dtype) {
   for (int64_t i = 0; i < n; ++i)
     for (int64_t c = 0; c < width; ++c) {
       const int64_t at = (first + i) * width + c;
       float y = to_float(rows[i * lda + c]);
-      if (p.residual.data)
-        y += p.residual.dtype == FK_F32 ? as_float(p.residual)[at] : to_float(as_bf16(p.residual)[at]);
-      if (p.out_dtype == FK_F32)
-        ((float*)p.out)[at] = y;
+      if (residual.data) y += residual.dtype == FK_F32 ? as_float(residual)[at] : to_float(as_bf16(residual)[at]);
+      if (out_dtype == FK_F32)
+        ((float*)out)[at] = y;
       else
-        from_float((bf16*)p.out + at, y);
+        from_float((bf16*)out + at, y);
     }
 }
+
+// The rows of a task around the attention proper.
+template <class A>
+struct GlobalAttentionScratch {
+  AttentionScratch<A> attention;
+  A* normed;   // [rows][ldn] q's rows behind the norm
+  A* queries;  // [rows][ldq] the projected queries
+  A* rows;     // [rows][lda] heads side by side
+  int64_t ldn, ldq, lda, bytes;
+
+  FK_INLINE GlobalAttentionScratch layout(const struct fk_global_attention& p, void* base) {
+    GlobalAttentionScratch s;
+    char* at = (char*)base;
+    s.attention = AttentionScratch<A>::layout(attention_shape(p), &at);
+    s.ldn = round_up(p.q_channels, 2) + kRowPad;
+    s.ldq = round_up(p.channels, kPanel) + kRowPad;
+    s.lda = round_up(p.value_channels, 2) + kRowPad;
+    s.normed = (A*)at;
+    at += prepares(p) ? round_up(p.rows_per_task * s.ldn * (int64_t)sizeof(A), 64) : 0;
+    s.queries = (A*)at;
+    at += p.query.panels ? round_up(p.rows_per_task * s.ldq * (int64_t)sizeof(A), 64) : 0;
+    s.rows = (A*)at;
+    at += round_up(p.rows_per_task * s.lda * (int64_t)sizeof(A), 64);
+    s.bytes = at - (char*)base;
+    return s;
+  }
+
+  FK_INLINE AttentionShape attention_shape(const struct fk_global_attention& p) {
+    AttentionShape shape = {p.keys, p.channels / p.heads, p.value_channels / p.heads, p.scale, p.bias_stride};
+    return shape;
+  }
+  // Whether the rows of q are anything else than the queries.
+  static bool prepares(const struct fk_global_attention& p) {
+    return p.norm.kind != FK_NO_NORM || p.query.panels || p.add_query_input;
+  }
+};
+
+FK_INLINE fk_dtype dtype_of(const float*) { return FK_F32; }
+FK_INLINE fk_dtype dtype_of(const bf16*) { return FK_BF16; }
 
 template <class A>
 FK_INLINE void attention_task(const struct fk_global_attention& p, int64_t task, void* scratch) {
-  const AttentionScratch<A> s = AttentionScratch<A>::layout(p, scratch);
+  typedef GlobalAttentionScratch<A> Scratch;
+  const Scratch s = Scratch::layout(p, scratch);
+  const AttentionShape shape = Scratch::attention_shape(p);
   const int64_t image = task / p.tasks_per_image, first = task % p.tasks_per_image * p.rows_per_task;
-  const int64_t rows = min64(p.rows_per_task, p.queries - first);
-  const int64_t d = p.channels / p.heads, dv = p.value_channels / p.heads;
+  const int64_t rows = min64(p.rows_per_task, p.queries - first), start = image * p.queries + first;
+  const int64_t d = shape.d, dv = shape.dv;
+  struct fk_array q = p.q;
+  int64_t q_offset = start * p.q_stride, q_stride = p.q_stride;
+  if (Scratch::prepares(p)) {
+    for (int64_t i = 0; i < rows; ++i)
+      any_norm_row(p.q, (start + i) * p.q_stride, p.q_channels, round_up(p.q_channels, 2), p.norm, image,
+                   s.normed + i * s.ldn);
+    q.data = s.normed;
+    q.dtype = dtype_of(s.normed);
+    q_offset = 0;
+    q_stride = s.ldn;
+  }
+  if (p.query.panels) {
+    const A* panels = (const A*)p.query.panels;
+    product(s.normed, s.ldn, rows, panels, p.query.k, 0, ceil_div(p.query.n, kPanel), panels,
+            [&](int64_t row, int64_t height, int64_t column, const float* sums) {
+              for (int64_t i = 0; i < height; ++i)
+                for (int64_t j = 0; j < kPanel; j += FK_VL)
+                  store(s.queries + (row + i) * s.ldq + column + j,
+                        load(sums + i * kPanel + j) + load(p.query.bias + column + j));
+            });
+    q.data = s.queries;
+    q_stride = s.ldq;
+  }
   for (int64_t h = 0; h < p.heads; ++h) {
     int64_t key_stride;
-    const A* keys =
-        operand_rows(p.k, image * p.keys * p.channels + h * d, p.channels, p.keys, d, s, s.keys, &key_stride);
-    pack_values(p.v, image * p.keys * p.value_channels + h * dv, p.value_channels, p.keys, dv, s.values);
+    const A* keys = operand_rows(p.k, image * p.keys * p.k_stride + h * d, p.k_stride, p.keys, d, s.attention,
+                                 s.attention.keys, &key_stride);
+    pack_values(p.v, image * p.keys * p.v_stride + h * dv, p.v_stride, p.keys, dv, s.attention.values);
     for (int64_t r = 0; r < rows; r += kPanel) {
       const int64_t queries = min64(kPanel, rows - r);
-      pack_queries(p, (image * p.queries + first + r) * p.channels + h * d, queries, d, s);
-      attend(p, keys, key_stride, queries, dv, s);
-      for (int64_t q = 0; q < queries; ++q) copy_row(s.head + q * s.ldv, dv, dv, s.rows + (r + q) * s.lda + h * dv);
+      pack_queries(q, q_offset + r * q_stride + h * d, q_stride, queries, d, s.attention);
+      attend(shape, keys, key_stride, queries, dv, p.bias ? p.bias + h * p.keys * p.bias_stride + first + r : nullptr,
+             s.attention);
+      for (int64_t i = 0; i < queries; ++i) {
+        A* to = s.rows + (r + i) * s.lda + h * dv;
+        const float* from = s.attention.head + i * s.attention.ldv;
+        if (p.add_query_input)
+          add_rows_into(from, s.normed + (r + i) * s.ldn + h * dv, dv, to);
+        else
+          copy_row(from, dv, dv, to);
+      }
     }
   }
-  const int64_t start = image * p.queries + first;
-  if (!p.projection.panels) return write_rows(p, s.rows, s.lda, start, rows);
-  if (p.value_channels % 2)
-    for (int64_t i = 0; i < rows; ++i) from_float(s.rows + i * s.lda + p.value_channels, 0.0f);
-  const A* panels = (const A*)p.projection.panels;
-  product(s.rows, s.lda, rows, panels, p.projection.k, 0, ceil_div(p.projection.n, kPanel), panels,
-          [&](int64_t row, int64_t height, int64_t column, const float* sums) {
-            write_tile(sums, kPanel, height, start + row, column, p.projection, p.out, p.out_dtype, p.residual);
-          });
+  if (p.projection.panels) {
+    if (p.value_channels % 2)
+      for (int64_t i = 0; i < rows; ++i) from_float(s.rows + i * s.lda + p.value_channels, 0.0f);
+    const A* panels = (const A*)p.projection.panels;
+    product(s.rows, s.lda, rows, panels, p.projection.k, 0, ceil_div(p.projection.n, kPanel), panels,
+            [&](int64_t row, int64_t height, int64_t column, const float* sums) {
+              write_tile(sums, kPanel, height, start + row, column, p.projection, p.out, p.out_dtype, p.residual);
+            });
+  } else {
+    write_rows(s.rows, s.lda, start, rows, p.value_channels, p.residual, p.out, p.out_dtype);
+  }
+  if (p.moments) {
+    const int64_t width = p.projection.panels ? p.projection.n : p.value_channels;
+    double* sums = p.moments + 3 * task;
+    sums[0] = sums[1] = sums[2] = 0.0;
+    add_rows(p.out, p.out_dtype, start * width, rows, width, sums);
+  }
 }
 
 int64_t scratch_global_attention(const struct fk_global_attention* p) {
-  return AttentionScratch<float>::layout(*p, nullptr).bytes;
+  return GlobalAttentionScratch<float>::layout(*p, nullptr).bytes;
 }
 
 void global_attention(const struct fk_global_attention* p, int64_t task, void* scratch) {

@@ -18,10 +18,18 @@ FK_INLINE void copy_row(const T* x, int64_t n, int64_t padded, Out* out) {
   for (; i < padded; ++i) from_float(out + i, 0.0f);
 }
 
+// out = x + y.
+template <class T, class Out>
+FK_INLINE void add_rows_into(const float* x, const T* y, int64_t n, Out* out) {
+  int64_t i = 0;
+  for (; i + FK_VL <= n; i += FK_VL) store(out + i, load(x + i) + load(y + i));
+  for (; i < n; ++i) from_float(out + i, x[i] + to_float(y[i]));
+}
+
 // LayerNorm of one row (mean, then centred variance, both in fp32), zeros up to `padded`.
 template <class T, class Out>
 FK_INLINE void normalize_row(const T* x, int64_t n, int64_t padded, const struct fk_norm& norm, Out* out) {
-  if (!norm.enabled) return copy_row(x, n, padded, out);
+  if (norm.kind == FK_NO_NORM) return copy_row(x, n, padded, out);
   int64_t whole = n / FK_VL * FK_VL;
   vf s0 = splat(0.0f), s1 = splat(0.0f);
   int64_t i = 0;
@@ -75,6 +83,34 @@ FK_INLINE void normalize_row(const struct fk_array& x, int64_t row, int64_t n, i
     normalize_row((const float*)x.data + row * n, n, padded, norm, out);
   else
     normalize_widened_row((const bf16*)x.data + row * n, n, padded, norm, out);
+}
+
+// One row by GroupNorm's statistics of its image.
+template <class T, class Out>
+FK_INLINE void group_normalize_row(const T* x, int64_t n, int64_t padded, const struct fk_norm& norm, int64_t image,
+                                   Out* out) {
+  const float mean = norm.groups[2 * image], rstd = norm.groups[2 * image + 1];
+  const vf m = splat(mean), r = splat(rstd);
+  int64_t i = 0;
+  for (; i + FK_VL <= n; i += FK_VL)
+    store(out + i, (load(x + i) - m) * r * load(norm.weight + i) + load(norm.bias + i));
+  for (; i < n; ++i) from_float(out + i, (to_float(x[i]) - mean) * rstd * norm.weight[i] + norm.bias[i]);
+  for (; i < padded; ++i) from_float(out + i, 0.0f);
+}
+
+// The row of `n` values at `offset` of an array by any norm.
+template <class Out>
+FK_INLINE void any_norm_row(const struct fk_array& x, int64_t offset, int64_t n, int64_t padded,
+                            const struct fk_norm& norm, int64_t image, Out* out) {
+  if (x.dtype == FK_F32) {
+    const float* row = (const float*)x.data + offset;
+    if (norm.kind == FK_GROUP_NORM) return group_normalize_row(row, n, padded, norm, image, out);
+    normalize_row(row, n, padded, norm, out);
+  } else {
+    const bf16* row = (const bf16*)x.data + offset;
+    if (norm.kind == FK_GROUP_NORM) return group_normalize_row(row, n, padded, norm, image, out);
+    normalize_widened_row(row, n, padded, norm, out);
+  }
 }
 
 typedef uint32_t v4 __attribute__((vector_size(16), aligned(4), may_alias));

@@ -23,6 +23,7 @@
       pointwise_mlp,                                  \
       scratch_patch_embedding,                        \
       patch_embedding,                                \
+      moments,                                        \
       pack_panel,                                     \
       peak,                                           \
   };

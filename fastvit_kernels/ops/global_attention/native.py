@@ -19,4 +19,4 @@ class Cpu:
         return cpu_reasons(tensors, static.dtype)
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
-        return (torch.ops.fastvit.global_attention.default(tensors, packed, *static),)
+        return tuple(torch.ops.fastvit.global_attention.default(tensors, packed, *static))

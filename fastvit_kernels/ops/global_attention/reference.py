@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from fastvit_kernels.ops.normalization import group_statistics, normalize_by
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.precision import wide
 
@@ -16,21 +18,57 @@ class Static(NamedTuple):
 
     num_heads: int
     scale: float
+    norm: str
+    norm_eps: float
+    add_query_input: bool
+    return_statistics: bool
     dtype: torch.dtype
 
 
-STATIC_SCHEMA = "int num_heads, float scale, ScalarType dtype"
+STATIC_SCHEMA = (
+    "int num_heads, float scale, str norm, float norm_eps, bool add_query_input, bool return_statistics, "
+    "ScalarType dtype"
+)
 
 
 def reference(tensors: Tensors, static: Static) -> Outputs:
-    """`softmax(q k^T * scale) v` per head, then linear and residual; of `[q, k, v, weight, bias, residual]`."""
-    q, k, v, proj_weight, proj_bias, residual = tensors
-    assert q is not None and k is not None and v is not None
-    q, k, v = (t.to(static.dtype).unflatten(-1, (static.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    """`softmax(q k^T * scale + bias) v` per head, then linear and residual.
+
+    Of `[q, k, v, proj_weight, proj_bias, norm_weight, norm_bias, query_weight, query_bias, attn_bias, norm_statistics,
+    residual]`; without v, k holds both.
+    """
+    (
+        q,
+        k,
+        v,
+        proj_weight,
+        proj_bias,
+        norm_weight,
+        norm_bias,
+        query_weight,
+        query_bias,
+        attn_bias,
+        statistics,
+        residual,
+    ) = tensors
+    assert q is not None and k is not None
+    if v is None:
+        k, v = k.chunk(2, dim=-1)
+    rows = normalize_by(static.norm, q, statistics, norm_weight, norm_bias, static.norm_eps, static.dtype)
+    queries = rows if query_weight is None else _linear(rows, query_weight, query_bias, static.dtype)
+    q, k, v = (t.to(static.dtype).unflatten(-1, (static.num_heads, -1)).transpose(1, 2) for t in (queries, k, v))
     scores = (q * static.scale) @ k.transpose(-2, -1)
+    if attn_bias is not None:
+        scores = scores + attn_bias.to(wide(static.dtype))
     probabilities = scores.softmax(-1, dtype=wide(static.dtype)).to(static.dtype)
     out = (probabilities @ v).transpose(1, 2).flatten(2)
+    if static.add_query_input:
+        out = out + rows
     if proj_weight is not None:
-        bias = None if proj_bias is None else proj_bias.to(static.dtype)
-        out = F.linear(out, proj_weight.to(static.dtype), bias)
-    return (out if residual is None else residual + out,)
+        out = _linear(out, proj_weight, proj_bias, static.dtype)
+    out = out if residual is None else residual + out
+    return out, group_statistics(out) if static.return_statistics else out.new_empty(0, dtype=wide(out.dtype))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))

@@ -7,10 +7,12 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.global_attention.reference import Static
 from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.precision import wide
 from fastvit_kernels.ops.primitives import dot
 from fastvit_kernels.ops.triton_linear import linear
 
@@ -123,7 +125,11 @@ def run(tensors: Tensors, static: Static) -> Outputs:
     They stay apart because their tiles differ: attention goes head by head, while a column of the projection needs all
     heads, and the accumulators of all columns fit the registers in models of one or two heads only.
     """
-    q, k, v, proj_weight, proj_bias, residual = library.dense(tensors)
+    q, k, v, proj_weight, proj_bias, *_, residual = tensors
+    assert q is not None and k is not None
+    if v is None:
+        k, v = k.chunk(2, dim=-1)
+    q, k, v, proj_weight, proj_bias, residual = library.dense([q, k, v, proj_weight, proj_bias, residual])
     assert q is not None and k is not None and v is not None
     (batch, queries, channels), (_, keys, value_channels) = q.shape, v.shape
     heads = static.num_heads
@@ -159,5 +165,10 @@ def run(tensors: Tensors, static: Static) -> Outputs:
             ARITHMETIC=arithmetic.constexpr(),
         )
     if proj_weight is None:
-        return (out,)
-    return (linear(out, proj_weight, proj_bias, static.dtype, residual=residual),)
+        return out, _no_statistics(out)
+    out = linear(out, proj_weight, proj_bias, static.dtype, residual=residual)
+    return out, _no_statistics(out)
+
+
+def _no_statistics(out: Tensor) -> Tensor:
+    return out.new_empty(0, dtype=wide(out.dtype))

@@ -1,0 +1,60 @@
+#include "norms.h"
+
+#include <cmath>
+
+namespace fk {
+
+fk_norm_kind norm_kind(const std::string& name) {
+  STD_TORCH_CHECK(name == "none" || name == "layer" || name == "group", "norm: unknown kind");
+  return name == "none" ? FK_NO_NORM : name == "layer" ? FK_LAYER_NORM : FK_GROUP_NORM;
+}
+
+std::vector<double> Moments::finish(int64_t rows, int64_t columns) const {
+  std::vector<double> found(static_cast<size_t>(2 * images_));
+  const double n = static_cast<double>(rows);
+  for (int64_t image = 0; image < images_; ++image) {
+    double total[3] = {};
+    for (int64_t task = image * tasks_per_image_; task < (image + 1) * tasks_per_image_; ++task)
+      for (int i = 0; i < 3; ++i) total[i] += sums_[3 * task + i];
+    const double mean = total[0] / n;
+    const double between = total[2] / n - mean * mean;
+    found[2 * image] = mean;
+    found[2 * image + 1] = total[1] / (n * static_cast<double>(columns)) + std::max(between, 0.0);
+  }
+  return found;
+}
+
+Tensor Moments::tensor(int64_t rows, int64_t columns) const {
+  Tensor out = empty({images_, 2}, ScalarType::Float);
+  float* to = static_cast<float*>(out.mutable_data_ptr());
+  for (double value : finish(rows, columns)) *to++ = static_cast<float>(value);
+  return out;
+}
+
+void set_group_statistics(fk_norm* norm, const std::optional<Tensor>& given, const fk_array& x, int64_t images,
+                          int64_t skipped, int64_t rows, int64_t columns, std::vector<float>* memory) {
+  if (norm->kind != FK_GROUP_NORM) return;
+  memory->resize(static_cast<size_t>(2 * images));
+  std::vector<double> statistics;
+  if (given.has_value()) {
+    const fk_array array = view(given, "norm_statistics", {images, 2});
+    STD_TORCH_CHECK(array.dtype == FK_F32, "norm_statistics: expected float32");
+    const float* from = static_cast<const float*>(array.data);
+    statistics.assign(from, from + 2 * images);
+  } else {
+    const int64_t tasks_per_image = blocks(rows, kMomentRows);
+    Moments moments(images, tasks_per_image);
+    const fk_moments p = {x, images, rows, skipped, columns, kMomentRows, tasks_per_image, moments.data()};
+    run_tasks(images * tasks_per_image, 0, [&](int64_t task, void*) { kernels().moments(&p, task); });
+    statistics = moments.finish(rows, columns);
+  }
+  for (int64_t image = 0; image < images; ++image) {
+    (*memory)[2 * image] = static_cast<float>(statistics[2 * image]);
+    (*memory)[2 * image + 1] = static_cast<float>(1.0 / std::sqrt(statistics[2 * image + 1] + norm->eps));
+  }
+  norm->groups = memory->data();
+}
+
+Tensor no_statistics() { return empty({0}, ScalarType::Float); }
+
+}  // namespace fk

@@ -1,0 +1,35 @@
+// GroupNorm with one group: statistics of whole images, taken from a tensor or computed here.
+#pragma once
+
+#include "support.h"
+
+namespace fk {
+
+fk_norm_kind norm_kind(const std::string& name);
+
+// Rows of a task that reads rows once.
+constexpr int64_t kMomentRows = 64;
+
+// What the tasks of an operator report of their rows, and what becomes of it.
+class Moments {
+ public:
+  Moments(int64_t images, int64_t tasks_per_image)
+      : images_(images), tasks_per_image_(tasks_per_image), sums_(static_cast<size_t>(3 * images * tasks_per_image)) {}
+  double* data() { return sums_.data(); }
+  // Mean and biased variance of each image, which has this many rows.
+  std::vector<double> finish(int64_t rows, int64_t columns) const;
+  Tensor tensor(int64_t rows, int64_t columns) const;
+
+ private:
+  int64_t images_, tasks_per_image_;
+  std::vector<double> sums_;
+};
+
+// Sets the norm's statistics of each image: given as [images, 2] (mean, variance), or those of x [images, skipped +
+// rows, columns] without the skipped rows. `memory` holds them.
+void set_group_statistics(fk_norm* norm, const std::optional<Tensor>& given, const fk_array& x, int64_t images,
+                          int64_t skipped, int64_t rows, int64_t columns, std::vector<float>* memory);
+
+Tensor no_statistics();
+
+}  // namespace fk
