@@ -84,8 +84,8 @@ def local_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head attention inside windows of g x g pixels, with norm and projection in front, projection and residual.
 
-    Equivalent plain PyTorch, where `windows` cuts `[B, H*W, C]` tokens into contiguous windows `[B * n, g*g, C]` without
-    overlap, and `unwindows` puts them back::
+    Equivalent plain PyTorch, where `windows` cuts `[B, H*W, C]` tokens into contiguous windows `[B * n, g*g, C]`
+    without overlap, and `unwindows` puts them back::
 
         rows = windows(F.layer_norm(x, (C_in,), norm_weight, norm_bias, norm_eps))
         q, k, v = F.linear(rows, qkv_weight, qkv_bias).chunk(3, -1)
