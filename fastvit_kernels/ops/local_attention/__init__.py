@@ -150,9 +150,9 @@ def local_attention(
             'pad="mask" or pad="zero" take any'
         )
     channels, value_channels = _check_inputs(x, k, v, qkv_weight, qkv_bias)
-    kind, norm_eps = check_norm_kind(norm, norm_weight, norm_bias, norm_eps, norm_statistics, x)
-    if kind != "none" and qkv_weight is None:
+    if norm is not None and qkv_weight is None:
         raise ValueError(f"norm: expected None without a qkv_weight behind it, got {norm!r}")
+    kind, norm_eps = check_norm_kind(norm, norm_weight, norm_bias, norm_eps, norm_statistics, x)
     check_integer("num_heads", num_heads, 1)
     if channels % num_heads or value_channels % num_heads:
         raise ValueError(f"num_heads: {num_heads} does not divide {channels} and {value_channels} channels")
