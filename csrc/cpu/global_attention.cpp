@@ -29,36 +29,6 @@ struct Attention {
   uint64_t mark;
 };
 
-// Adds the bias table: transposed to [heads][keys][padded queries], in units of log2.
-class AttentionPacker : public Packer {
- public:
-  using Packer::Packer;
-
-  const float* bias(const Attention& a, int64_t stride) {
-    float* to = reinterpret_cast<float*>(take(a.heads * a.keys * stride * 4));
-    if (base_) job_ = {a.bias, a.heads, a.queries, a.keys, stride, to};
-    return to;
-  }
-
-  void fill() const {
-    Packer::fill();
-    if (!job_.to) return;
-    for (int64_t h = 0; h < job_.heads; ++h)
-      for (int64_t k = 0; k < job_.keys; ++k)
-        for (int64_t q = 0; q < job_.stride; ++q)
-          job_.to[(h * job_.keys + k) * job_.stride + q] =
-              q < job_.queries ? element(job_.source, (h * job_.queries + q) * job_.keys + k) * 1.44269504f : 0.0f;
-  }
-
- private:
-  struct Job {
-    fk_array source;
-    int64_t heads, queries, keys, stride;
-    float* to;
-  };
-  Job job_ = {};
-};
-
 Attention check(TensorList& t, const std::optional<Tensor>& packed, int64_t heads, const std::string& norm,
                 double norm_eps, bool add_query_input, ScalarType dtype) {
   check_count(t, kCount);
@@ -108,11 +78,11 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, int64_t head
 Tensor prepare(const Attention& a, const std::optional<Tensor>& packed, fk_global_attention* to) {
   // A panel of queries may start anywhere and reads a whole panel of biases.
   to->bias_stride = a.queries + kernels().panel;
-  return pack<AttentionPacker>(packed, a.mark, [&](AttentionPacker& p) {
+  return pack(packed, a.mark, [&](Packer& p) {
     to->norm = norm_of(p, a.norm, a.norm_weight, a.norm_bias, a.norm_eps, a.q_channels);
     if (a.query.data) to->query = p.linear(a.query, a.query_bias, a.channels, a.q_channels, a.low_precision);
     if (a.proj.data) to->projection = p.linear(a.proj, a.proj_bias, a.out, a.value_channels, a.low_precision);
-    if (a.bias.data) to->bias = p.bias(a, to->bias_stride);
+    if (a.bias.data) to->bias = p.table(a.bias, a.heads, a.queries, a.keys, to->bias_stride);
   });
 }
 

@@ -97,6 +97,56 @@ struct fk_patch_embedding {
   int64_t rows_per_task;
 };
 
+struct fk_local_attention {
+  struct fk_array x, k, v;  // [B, H * W, ...]; x holds q beside k and v, else what `qkv` takes, else q, k and v
+  struct fk_array residual;
+  void* out;
+  fk_dtype out_dtype;
+  struct fk_norm norm;
+  struct fk_linear qkv, projection;  // panels null: none
+  const float* bias;                 // [heads][g * g][bias_stride], in units of log2; null: none
+  int64_t bias_stride;
+  int64_t batch, height, width, in_channels, channels, value_channels, heads, window;
+  int64_t windows_per_task, tasks_per_image;
+  float scale;
+  int32_t masked, low_precision;
+  double* moments;  // per task [3], of the result; null: not wanted
+};
+
+enum fk_inner_residual { FK_NO_INNER = 0, FK_BEFORE_ACTIVATION = 1, FK_AFTER_ACTIVATION = 2 };
+
+struct fk_depthwise_mlp {
+  struct fk_array x, residual;  // [B, P + H * W, C]
+  void* out;                    // [B, P + H * W, N]
+  fk_dtype out_dtype;
+  struct fk_norm norm;
+  struct fk_linear expand, project;  // batch normalisation next to a linear folded in
+  const float* scale;                // of the activated hidden map [hidden, padded]; null: none
+  const float* shift;
+  const float* filter;       // [taps][hidden, padded]
+  const float* filter_bias;  // [hidden, padded]
+  enum fk_activation hidden_activation, activation;
+  enum fk_inner_residual inner_residual;
+  int64_t batch, height, width, channels, prefix, kernel;
+  int64_t rows_per_task, tasks_per_image;  // rows of the map
+  int64_t chunk;                           // hidden channels at a time, a multiple of the panel
+  float* raw;                              // [B, H * W, N]: the branch before its own GroupNorm; null: there is none
+  double* moments;                         // per task [3], of the result (of raw where there is one); null: not wanted
+  float* means;                            // per task [N], sums of the branch over pixels; null: not wanted
+};
+
+// out = GroupNorm(raw) + residual for rows of images.
+struct fk_group_norm_rows {
+  const float* raw;  // [B, rows, N]
+  struct fk_array residual;
+  void* out;  // [B, skipped + rows, N], like the residual
+  fk_dtype out_dtype;
+  struct fk_norm norm;
+  int64_t rows, skipped, columns;
+  int64_t rows_per_task, tasks_per_image;
+  double* moments;  // per task [3], of the result; null: not wanted
+};
+
 // A weight matrix [n, k] to be packed; columns of the source may be permuted by `channels` (see pack.h).
 struct fk_pack_linear {
   struct fk_array weight, bias;
@@ -121,6 +171,11 @@ struct fk_table {
   void (*pointwise_mlp)(const struct fk_pointwise_mlp*, int64_t task, void* scratch);
   int64_t (*scratch_patch_embedding)(const struct fk_patch_embedding*);
   void (*patch_embedding)(const struct fk_patch_embedding*, int64_t task, void* scratch);
+  int64_t (*scratch_local_attention)(const struct fk_local_attention*);
+  void (*local_attention)(const struct fk_local_attention*, int64_t task, void* scratch);
+  int64_t (*scratch_depthwise_mlp)(const struct fk_depthwise_mlp*);
+  void (*depthwise_mlp)(const struct fk_depthwise_mlp*, int64_t task, void* scratch);
+  void (*group_norm_rows)(const struct fk_group_norm_rows*, int64_t task);
   void (*moments)(const struct fk_moments*, int64_t task);
   void (*pack_panel)(const struct fk_pack_linear*, int64_t panel);
   double (*peak)(int32_t low_precision, int64_t iterations);  // floating-point operations done

@@ -34,7 +34,6 @@ Tensor Moments::tensor(int64_t rows, int64_t columns) const {
 void set_group_statistics(fk_norm* norm, const std::optional<Tensor>& given, const fk_array& x, int64_t images,
                           int64_t skipped, int64_t rows, int64_t columns, std::vector<float>* memory) {
   if (norm->kind != FK_GROUP_NORM) return;
-  memory->resize(static_cast<size_t>(2 * images));
   std::vector<double> statistics;
   if (given.has_value()) {
     const fk_array array = view(given, "norm_statistics", {images, 2});
@@ -48,9 +47,14 @@ void set_group_statistics(fk_norm* norm, const std::optional<Tensor>& given, con
     run_tasks(images * tasks_per_image, 0, [&](int64_t task, void*) { kernels().moments(&p, task); });
     statistics = moments.finish(rows, columns);
   }
-  for (int64_t image = 0; image < images; ++image) {
-    (*memory)[2 * image] = static_cast<float>(statistics[2 * image]);
-    (*memory)[2 * image + 1] = static_cast<float>(1.0 / std::sqrt(statistics[2 * image + 1] + norm->eps));
+  set_group_statistics(norm, statistics, memory);
+}
+
+void set_group_statistics(fk_norm* norm, const std::vector<double>& statistics, std::vector<float>* memory) {
+  memory->resize(statistics.size());
+  for (size_t i = 0; i < statistics.size(); i += 2) {
+    (*memory)[i] = static_cast<float>(statistics[i]);
+    (*memory)[i + 1] = static_cast<float>(1.0 / std::sqrt(statistics[i + 1] + norm->eps));
   }
   norm->groups = memory->data();
 }

@@ -30,6 +30,9 @@ class Moments {
 void set_group_statistics(fk_norm* norm, const std::optional<Tensor>& given, const fk_array& x, int64_t images,
                           int64_t skipped, int64_t rows, int64_t columns, std::vector<float>* memory);
 
+// The same from statistics at hand.
+void set_group_statistics(fk_norm* norm, const std::vector<double>& statistics, std::vector<float>* memory);
+
 Tensor no_statistics();
 
 }  // namespace fk

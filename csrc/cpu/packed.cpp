@@ -74,7 +74,20 @@ const float* Packer::vector(const fk_array& source, int64_t n, int64_t padded, f
   return to;
 }
 
+const float* Packer::table(const fk_array& source, int64_t heads, int64_t queries, int64_t keys, int64_t stride) {
+  float* to = reinterpret_cast<float*>(take(heads * keys * stride * 4));
+  if (base_) tables_.push_back({source, heads, queries, keys, stride, to});
+  return to;
+}
+
 void Packer::fill() const {
+  constexpr float kLog2E = 1.44269504f;
+  for (const Table& t : tables_)
+    for (int64_t h = 0; h < t.heads; ++h)
+      for (int64_t k = 0; k < t.keys; ++k)
+        for (int64_t q = 0; q < t.stride; ++q)
+          t.to[(h * t.keys + k) * t.stride + q] =
+              q < t.queries ? element(t.source, (h * t.queries + q) * t.keys + k) * kLog2E : 0.0f;
   for (const Vector& v : vectors_)
     for (int64_t i = 0; i < v.padded; ++i) v.to[i] = i < v.n && v.source.data ? element(v.source, i) : v.fill;
   for (const fk_pack_linear& linear : linears_) {

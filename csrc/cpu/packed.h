@@ -19,6 +19,10 @@ class Packer {
   // `n` values converted to fp32; `fill` where the source is absent, and up to `padded`.
   const float* vector(const fk_array& source, int64_t n, int64_t padded, float fill);
 
+  // A bias table [heads, queries, keys] transposed to [heads][keys][stride], in units of log2, zeros behind the
+  // queries.
+  const float* table(const fk_array& source, int64_t heads, int64_t queries, int64_t keys, int64_t stride);
+
   int64_t bytes() const { return used_; }
   void fill() const;
 
@@ -34,6 +38,12 @@ class Packer {
     float fill;
     float* to;
   };
+  struct Table {
+    fk_array source;
+    int64_t heads, queries, keys, stride;
+    float* to;
+  };
+  std::vector<Table> tables_;
   std::vector<fk_pack_linear> linears_;
   std::vector<Vector> vectors_;
 };

@@ -1,266 +1,10 @@
-// Attention of a block of queries against all keys of one image, all heads, then the output projection.
-//
-// Scores are computed transposed, keys down and queries across: S^T = K Q^T takes the key rows as they lie in the
-// tensor, the softmax runs down the lanes without a horizontal step, and S^T is already the left operand of P V.
+// Attention of a block of queries against all keys of one image, all heads; norm and projection of the queries in
+// front, output projection and residual behind.
 #pragma once
 
-#include "moments.h"
+#include "attention.h"
 
 namespace {
-
-// Keys whose scores stay in L1 at a time; longer key sets carry maximum and sum from chunk to chunk.
-constexpr int64_t kKeyChunk = 256;
-
-// What attention of one head needs to know of its caller.
-struct AttentionShape {
-  int64_t keys, d, dv;
-  float scale;
-  int64_t bias_stride;
-};
-
-template <class A>
-struct AttentionScratch {
-  A* query_rows;  // [kPanel][ldk], like `keys`
-  A* queries;     // one panel of one head: [d][kPanel] (bf16: pairs of d)
-  float* scores;  // [chunk][kPanel]
-  A* weights;     // bf16 only: [chunk / 2][kPanel][2]
-  A* keys;        // [keys][ldk], only when the tensor's own rows cannot be read directly
-  A* values;      // panels [value panels][keys][kPanel] (bf16: pairs of keys)
-  float* head;    // [kPanel][ldv] one head's output of one panel
-  int64_t ldk, ldv, depth, chunk;
-
-  FK_INLINE AttentionScratch layout(const AttentionShape& p, char** base) {
-    AttentionScratch s;
-    const int64_t pair = kStep<A>, size = (int64_t)sizeof(A);
-    s.depth = round_up(p.d, pair);
-    s.ldk = s.depth + kRowPad;
-    s.ldv = round_up(p.dv, kPanel);
-    s.chunk = min64(kKeyChunk, round_up(p.keys, 2));
-    char* at = *base;
-    s.query_rows = (A*)at;
-    at += round_up(kPanel * s.ldk * size, 64);
-    s.queries = (A*)at;
-    at += round_up(s.depth * kPanel * size, 64);
-    s.scores = (float*)at;
-    at += s.chunk * kPanel * 4;
-    s.weights = (A*)at;
-    at += size == 2 ? s.chunk * kPanel * size : 0;
-    s.keys = (A*)at;
-    at += round_up(p.keys * s.ldk * size, 64);
-    s.values = (A*)at;
-    at += round_up(round_up(p.keys, 2) * s.ldv * size, 64);
-    s.head = (float*)at;
-    at += kPanel * s.ldv * 4;
-    *base = at;
-    return s;
-  }
-};
-
-FK_INLINE const float* as_float(const struct fk_array& x) { return (const float*)x.data; }
-FK_INLINE const bf16* as_bf16(const struct fk_array& x) { return (const bf16*)x.data; }
-
-// One head's slice [rows][d] of a row-major tensor, converted; zeros behind d.
-template <class A>
-FK_INLINE void stage(const struct fk_array& x, int64_t offset, int64_t stride, int64_t rows, int64_t d, int64_t padded,
-                     A* out, int64_t ldo) {
-  for (int64_t i = 0; i < rows; ++i)
-    if (x.dtype == FK_F32)
-      copy_row(as_float(x) + offset + i * stride, d, padded, out + i * ldo);
-    else
-      copy_row(as_bf16(x) + offset + i * stride, d, padded, out + i * ldo);
-}
-
-// A head's rows inside the tensor where the product can read them as they are, else null.
-FK_INLINE const float* direct_rows(const struct fk_array& x, int64_t offset, int64_t, int64_t, const float*) {
-  return x.dtype == FK_F32 ? as_float(x) + offset : nullptr;
-}
-FK_INLINE const bf16* direct_rows(const struct fk_array& x, int64_t offset, int64_t stride, int64_t d, const bf16*) {
-  return x.dtype == FK_BF16 && d % 2 == 0 && stride % 2 == 0 ? as_bf16(x) + offset : nullptr;
-}
-
-// A head's rows as an operand, staged in `buffer` when they cannot be read directly; `stride` says how far apart they
-// are.
-template <class A>
-FK_INLINE const A* operand_rows(const struct fk_array& x, int64_t offset, int64_t channels, int64_t rows, int64_t d,
-                                const AttentionScratch<A>& s, A* buffer, int64_t* stride) {
-  const A* direct = direct_rows(x, offset, channels, d, buffer);
-  if (direct) {
-    *stride = channels;
-    return direct;
-  }
-  stage(x, offset, channels, rows, d, s.depth, buffer, s.ldk);
-  *stride = s.ldk;
-  return buffer;
-}
-
-// Queries across: [d][kPanel]; bf16 pairs of d move as one word. Lanes past the last query are zero.
-template <class A>
-FK_INLINE void pack_queries(const struct fk_array& q, int64_t offset, int64_t row_stride, int64_t queries, int64_t d,
-                            const AttentionScratch<A>& s) {
-  int64_t stride;
-  const A* rows = operand_rows(q, offset, row_stride, queries, d, s, s.query_rows, &stride);
-  transpose((const uint32_t*)rows, stride / kStep<A>, queries, s.depth / kStep<A>, (uint32_t*)s.queries, kPanel,
-            kPanel);
-}
-
-FK_INLINE void pack_values(const struct fk_array& v, int64_t offset, int64_t stride, int64_t keys, int64_t dv,
-                           float* out) {
-  for (int64_t n = 0; n < dv; n += kPanel)
-    stage(v, offset + n, stride, keys, min64(kPanel, dv - n), kPanel, out + n * keys, kPanel);
-}
-FK_INLINE void pack_values(const struct fk_array& v, int64_t offset, int64_t stride, int64_t keys, int64_t dv,
-                           bf16* out) {
-  const int64_t depth = round_up(keys, 2);
-  for (int64_t n = 0; n < dv; n += kPanel) {
-    const int64_t width = min64(kPanel, dv - n);
-    for (int64_t k = 0; k < depth; k += 2) {
-      bf16 pair[2][kPanel] = {};
-      for (int64_t i = 0; i < 2 && k + i < keys; ++i)
-        stage(v, offset + (k + i) * stride + n, stride, 1, width, kPanel, pair[i], kPanel);
-      vu* to = (vu*)(out + n * depth + k * kPanel);
-      for (int j = 0; j < FK_NV; ++j)
-        to[j] = __builtin_convertvector(*(const vh*)(pair[0] + j * FK_VL), vu) |
-                __builtin_convertvector(*(const vh*)(pair[1] + j * FK_VL), vu) << 16;
-    }
-  }
-}
-
-FK_INLINE vf column_maximum(const float* scores, int64_t keys, vf scale) {
-  vf m[4];
-  for (int j = 0; j < 4; ++j) m[j] = load(scores) * scale;
-  int64_t i = 0;
-  for (; i + 4 <= keys; i += 4)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) m[j] = vmax(load(scores + (i + j) * kPanel) * scale, m[j]);
-  for (; i < keys; ++i) m[0] = vmax(load(scores + i * kPanel) * scale, m[0]);
-  return vmax(vmax(m[0], m[1]), vmax(m[2], m[3]));
-}
-
-// exp2(scale * score - maximum) down one column of lanes, as the left operand of the product with the values; returns
-// the sums per lane. fp32 weights replace the scores.
-FK_INLINE vf exponentiate(float* scores, int64_t keys, vf scale, vf maximum, float*) {
-  constexpr int kSums = 4;
-  vf sums[kSums];
-  for (int j = 0; j < kSums; ++j) sums[j] = splat(0.0f);
-  int64_t i = 0;
-  for (; i + kSums <= keys; i += kSums)
-#pragma GCC unroll 4
-    for (int j = 0; j < kSums; ++j) {
-      float* at = scores + (i + j) * kPanel;
-      const vf e = exp2v<false>(load(at) * scale - maximum);
-      store(at, e);
-      sums[j] += e;
-    }
-  for (; i < keys; ++i) {
-    float* at = scores + i * kPanel;
-    const vf e = exp2v<false>(load(at) * scale - maximum);
-    store(at, e);
-    sums[0] += e;
-  }
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-#if FK_NATIVE_BF16
-FK_INLINE vf exponentiate(float* scores, int64_t keys, vf scale, vf maximum, bf16* weights) {
-  vf s0 = splat(0.0f), s1 = splat(0.0f);
-  int64_t i = 0;
-#pragma GCC unroll 4
-  for (; i + 2 <= keys; i += 2) {
-    const vf a = exp2v<true>(load(scores + i * kPanel) * scale - maximum);
-    const vf b = exp2v<true>(load(scores + (i + 1) * kPanel) * scale - maximum);
-    *(vu*)(weights + i * kPanel) = pair_bf16(a, b);
-    s0 += a;
-    s1 += b;
-  }
-  if (i < keys) {
-    const vf a = exp2v<true>(load(scores + i * kPanel) * scale - maximum);
-    *(vu*)(weights + i * kPanel) = pair_bf16(a, splat(0.0f));
-    s0 += a;
-  }
-  return s0 + s1;
-}
-#endif
-
-// Where the weights of lanes [lane, kPanel) stand.
-FK_INLINE float* weights_of(const AttentionScratch<float>& s, int64_t lane) { return s.scores + lane; }
-FK_INLINE bf16* weights_of(const AttentionScratch<bf16>& s, int64_t lane) { return s.weights + 2 * lane; }
-
-// Scores in units of log2 with a bias added, [keys][stride] like the scores themselves.
-FK_INLINE void add_bias(float* scores, int64_t keys, vf scale, const float* bias, int64_t stride) {
-  for (int64_t i = 0; i < keys; ++i)
-    for (int j = 0; j < kPanel; j += FK_VL)
-      store(scores + i * kPanel + j, load(scores + i * kPanel + j) * scale + load(bias + i * stride + j));
-}
-
-// One head for one panel of queries: s.head[query][0, dv). `bias`: of this head and panel, or null.
-template <class A>
-static __attribute__((noinline)) void attend(const AttentionShape& p, const A* keys, int64_t key_stride,
-                                             int64_t queries, int64_t dv, const float* bias,
-                                             const AttentionScratch<A>& s) {
-  vf scale = splat(p.scale * 1.44269504f);
-  float maximum[kPanel] __attribute__((aligned(64))), total[kPanel] __attribute__((aligned(64)));
-  const RowTiles query_tiles = row_tiles(queries);
-  for (int64_t first = 0; first < p.keys; first += kKeyChunk) {
-    const int64_t n = min64(kKeyChunk, p.keys - first);
-    const RowTiles key_tiles = row_tiles(n);
-    for (int64_t t = 0; t < key_tiles.count; ++t) {
-      const int64_t row = tile_start(key_tiles, t);
-      tile(tile_height(key_tiles, t), keys + (first + row) * key_stride, key_stride, s.queries, s.depth,
-           s.scores + row * kPanel, kPanel, false, fetch_nothing(s.queries));
-    }
-    if (bias) {
-      add_bias(s.scores, n, splat(p.scale * 1.44269504f), bias + first * p.bias_stride, p.bias_stride);
-      scale = splat(1.0f);
-    }
-    for (int j = 0; j < FK_NV; ++j) {
-      float* column = s.scores + j * FK_VL;
-      vf m = column_maximum(column, n, scale);
-      if (first > 0) {
-        const vf before = load(maximum + j * FK_VL);
-        m = vmax(m, before);
-        const vf shrink = exp2v<false>(before - m);
-        store(total + j * FK_VL, load(total + j * FK_VL) * shrink);
-        float factor[FK_VL];
-        store(factor, shrink);
-        for (int64_t q = 0; q < FK_VL; ++q)
-          for (int64_t c = 0; c < s.ldv; c += FK_VL) {
-            float* at = s.head + (j * FK_VL + q) * s.ldv + c;
-            store(at, load(at) * splat(factor[q]));
-          }
-      }
-      store(maximum + j * FK_VL, m);
-      const vf sums = exponentiate(column, n, scale, m, weights_of(s, j * FK_VL));
-      store(total + j * FK_VL, first > 0 ? load(total + j * FK_VL) + sums : sums);
-    }
-    const int64_t depth = round_up(p.keys, kStep<A>), k = round_up(n, kStep<A>);
-    for (int64_t c = 0; c < dv; c += kPanel)
-      for (int64_t t = 0; t < query_tiles.count; ++t) {
-        const int64_t row = tile_start(query_tiles, t);
-        tile<true>(tile_height(query_tiles, t), weights_of(s, row), kPanel * kStep<A>,
-                   s.values + c * depth + first * kPanel, k, s.head + row * s.ldv + c, s.ldv, first > 0,
-                   fetch_nothing(s.values));
-      }
-  }
-  for (int64_t q = 0; q < queries; ++q) {
-    const vf inverse = splat(1.0f / total[q]);
-    for (int64_t c = 0; c < s.ldv; c += FK_VL) store(s.head + q * s.ldv + c, load(s.head + q * s.ldv + c) * inverse);
-  }
-}
-
-// Without an output projection the heads' rows are the result.
-template <class A>
-FK_INLINE void write_rows(const A* rows, int64_t lda, int64_t first, int64_t n, int64_t width,
-                          const struct fk_array& residual, void* out, fk_dtype out_dtype) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t c = 0; c < width; ++c) {
-      const int64_t at = (first + i) * width + c;
-      float y = to_float(rows[i * lda + c]);
-      if (residual.data) y += residual.dtype == FK_F32 ? as_float(residual)[at] : to_float(as_bf16(residual)[at]);
-      if (out_dtype == FK_F32)
-        ((float*)out)[at] = y;
-      else
-        from_float((bf16*)out + at, y);
-    }
-}
 
 // The rows of a task around the attention proper.
 template <class A>
@@ -289,7 +33,7 @@ struct GlobalAttentionScratch {
   }
 
   FK_INLINE AttentionShape attention_shape(const struct fk_global_attention& p) {
-    AttentionShape shape = {p.keys, p.channels / p.heads, p.value_channels / p.heads, p.scale, p.bias_stride};
+    AttentionShape shape = {p.keys, p.channels / p.heads, p.value_channels / p.heads, p.scale, p.bias_stride, nullptr};
     return shape;
   }
   // Whether the rows of q are anything else than the queries.
@@ -297,9 +41,6 @@ struct GlobalAttentionScratch {
     return p.norm.kind != FK_NO_NORM || p.query.panels || p.add_query_input;
   }
 };
-
-FK_INLINE fk_dtype dtype_of(const float*) { return FK_F32; }
-FK_INLINE fk_dtype dtype_of(const bf16*) { return FK_BF16; }
 
 template <class A>
 FK_INLINE void attention_task(const struct fk_global_attention& p, int64_t task, void* scratch) {
@@ -361,7 +102,8 @@ FK_INLINE void attention_task(const struct fk_global_attention& p, int64_t task,
               write_tile(sums, kPanel, height, start + row, column, p.projection, p.out, p.out_dtype, p.residual);
             });
   } else {
-    write_rows(s.rows, s.lda, start, rows, p.value_channels, p.residual, p.out, p.out_dtype);
+    for (int64_t i = 0; i < rows; ++i)
+      write_row(s.rows + i * s.lda, p.value_channels, start + i, p.residual, p.out, p.out_dtype);
   }
   if (p.moments) {
     const int64_t width = p.projection.panels ? p.projection.n : p.value_channels;

@@ -38,7 +38,7 @@ FK_INLINE void activate_tile(const float* tile, int64_t rows, const float* bias,
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < kPanel; j += FK_VL) {
       vf x = load(tile + i * kPanel + j) + load(bias + j);
-      store(out + i * ldo + j, Activation == FK_GELU ? gelu<kLow>(x) : quick_gelu<kLow>(x));
+      store(out + i * ldo + j, activate<kLow, Activation>(x));
     }
 }
 
@@ -82,10 +82,7 @@ template <class A>
 FK_INLINE void mlp_task(const struct fk_pointwise_mlp& p, int64_t task, void* scratch) {
   MlpScratch<A> s = MlpScratch<A>::layout(p, scratch);
   const int64_t first = task * p.rows_per_task, rows = min64(p.rows_per_task, p.rows - first);
-  if (p.activation == FK_GELU)
-    mlp_block<A, FK_GELU>(p, first, rows, s);
-  else
-    mlp_block<A, FK_QUICK_GELU>(p, first, rows, s);
+  with_activation(p.activation, [&](auto activation) { mlp_block<A, activation.value>(p, first, rows, s); });
 }
 
 int64_t scratch_pointwise_mlp(const struct fk_pointwise_mlp* p) { return MlpScratch<float>::layout(*p, nullptr).bytes; }

@@ -2,7 +2,9 @@
 #pragma once
 
 #include "conv_projection.h"
+#include "depthwise_mlp.h"
 #include "global_attention.h"
+#include "local_attention.h"
 #include "pack.h"
 #include "patch_embedding.h"
 #include "peak.h"
@@ -23,6 +25,11 @@
       pointwise_mlp,                                  \
       scratch_patch_embedding,                        \
       patch_embedding,                                \
+      scratch_local_attention,                        \
+      local_attention,                                \
+      scratch_depthwise_mlp,                          \
+      depthwise_mlp,                                  \
+      group_norm_rows,                                \
       moments,                                        \
       pack_panel,                                     \
       peak,                                           \

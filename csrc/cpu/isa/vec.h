@@ -149,6 +149,12 @@ FK_INLINE vf quick_gelu(vf x) {
   return x * reciprocal<Low>(splat(1.0f) + exp2v<Low>(vmin(e, splat(126.0f))));
 }
 
+template <bool Low>
+FK_INLINE vf silu(vf x) {
+  const vf e = x * splat(-1.44269504f);
+  return x * reciprocal<Low>(splat(1.0f) + exp2v<Low>(vmin(e, splat(126.0f))));
+}
+
 // x times the normal distribution function: log2 of erfc(t / sqrt(2)) is a smooth function of t = |x|, fitted by a
 // polynomial that weighs the error by t erfc(t / sqrt(2)); absolute error of the result 4e-8 (low: 6e-7).
 template <bool Low>
@@ -174,6 +180,43 @@ FK_INLINE vf gelu(vf x) {
   }
   const vf tail = exp2v<Low>(p * t - splat(1.0f));  // half of erfc
   return x * (x < splat(0.0f) ? tail : splat(1.0f) - tail);
+}
+
+template <bool Low, fk_activation Activation>
+FK_INLINE vf activate(vf x) {
+  switch (Activation) {
+    case FK_GELU:
+      return gelu<Low>(x);
+    case FK_QUICK_GELU:
+      return quick_gelu<Low>(x);
+    case FK_SILU:
+      return silu<Low>(x);
+    case FK_RELU:
+      return x < splat(0.0f) ? splat(0.0f) : x;  // a NaN stays a NaN
+    default:
+      return x;
+  }
+}
+
+// Calls `body` with a compile-time activation in place of the one known at run time.
+template <fk_activation Activation>
+struct activation_constant {
+  static constexpr fk_activation value = Activation;
+};
+template <class Body>
+FK_INLINE void with_activation(fk_activation activation, Body body) {
+  switch (activation) {
+    case FK_GELU:
+      return body(activation_constant<FK_GELU>());
+    case FK_QUICK_GELU:
+      return body(activation_constant<FK_QUICK_GELU>());
+    case FK_SILU:
+      return body(activation_constant<FK_SILU>());
+    case FK_RELU:
+      return body(activation_constant<FK_RELU>());
+    default:
+      return body(activation_constant<FK_NO_ACTIVATION>());
+  }
 }
 
 }  // namespace

@@ -1,0 +1,386 @@
+#include <cmath>
+#include <tuple>
+
+#include "norms.h"
+#include "packed.h"
+
+namespace fk {
+namespace {
+
+enum Index {
+  kX = 0,
+  kNormWeight = 1,
+  kNormBias = 2,
+  kStatistics = 3,
+  kExpand = 4,
+  kExpandBias = 5,
+  kBn1 = 6,
+  kFilter = 10,
+  kFilterBias = 11,
+  kBn2 = 12,
+  kProject = 16,
+  kProjectBias = 17,
+  kBn3 = 18,
+  kOutNormWeight = 22,
+  kOutNormBias = 23,
+  kResidual = 24,
+  kCount = 25
+};
+
+// Batch normalisation by running statistics: y = scale x + shift per channel.
+struct BatchNorm {
+  fk_array weight, bias, mean, var;
+  double eps;
+
+  bool present() const { return mean.data != nullptr; }
+  double scale(int64_t c) const { return (weight.data ? element(weight, c) : 1.0) / std::sqrt(element(var, c) + eps); }
+  double shift(int64_t c) const { return (bias.data ? element(bias, c) : 0.0) - element(mean, c) * scale(c); }
+};
+
+struct Mlp {
+  fk_array norm_weight, norm_bias, expand, expand_bias, filter, filter_bias, project, project_bias;
+  fk_array out_norm_weight, out_norm_bias;
+  BatchNorm bn[3];
+  fk_norm_kind norm;
+  double norm_eps;
+  bool bn_after_activation, low_precision;
+  std::optional<double> out_norm_eps;
+  int64_t batch, tokens, channels, hidden, out, kernel;
+  uint64_t mark;
+
+  const BatchNorm* before_hidden_activation() const { return bn_after_activation ? nullptr : &bn[0]; }
+  const BatchNorm* after_hidden_activation() const { return bn_after_activation ? &bn[0] : nullptr; }
+  const BatchNorm* before_activation() const { return bn_after_activation ? nullptr : &bn[1]; }
+  const BatchNorm* after_activation() const { return bn_after_activation ? &bn[1] : nullptr; }
+};
+
+// Adds depthwise filters, and linear layers with batch norms folded into them. Folding is exact in exact arithmetic: no
+// zero padding lies between a norm and what it is folded into.
+class MlpPacker : public Packer {
+ public:
+  using Packer::Packer;
+
+  // `in`: on the inputs of the linear layer, `out`: on its results; absent norms or null for none.
+  fk_linear folded(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
+                   const BatchNorm* in, const BatchNorm* out) {
+    const bool folds = (in && in->present()) || (out && out->present());
+    if (!folds || !base_) return linear(weight, bias, n, k, low_precision);
+    folds_.push_back({weight, bias, n, k, in && in->present() ? in : nullptr, out && out->present() ? out : nullptr,
+                      std::vector<float>(static_cast<size_t>(n * k)), std::vector<float>(static_cast<size_t>(n))});
+    Fold& f = folds_.back();
+    return linear({f.values.data(), FK_F32, n * k}, {f.shifts.data(), FK_F32, n}, n, k, low_precision);
+  }
+
+  // [taps][padded] and [padded], with the norm behind the convolution.
+  void depthwise(const Mlp& m, int64_t padded, fk_depthwise_mlp* to) {
+    const int64_t taps = m.kernel * m.kernel;
+    float* filter = reinterpret_cast<float*>(take(taps * padded * 4));
+    float* bias = reinterpret_cast<float*>(take(padded * 4));
+    to->filter = filter;
+    to->filter_bias = bias;
+    if (base_) filters_.push_back({&m, taps, padded, filter, bias});
+  }
+
+  // Scale and shift of a norm that nothing can take in.
+  void affine(const BatchNorm* norm, int64_t n, int64_t padded, fk_depthwise_mlp* to) {
+    to->scale = to->shift = nullptr;
+    if (!norm || !norm->present()) return;
+    float* scale = reinterpret_cast<float*>(take(padded * 4));
+    float* shift = reinterpret_cast<float*>(take(padded * 4));
+    to->scale = scale;
+    to->shift = shift;
+    if (base_) affines_.push_back({norm, n, padded, scale, shift});
+  }
+
+  void fill() {
+    for (Fold& f : folds_) fold(&f);
+    Packer::fill();
+    for (const Filter& f : filters_) fill_filter(f);
+    for (const Affine& a : affines_)
+      for (int64_t c = 0; c < a.padded; ++c) {
+        a.scale[c] = c < a.n ? static_cast<float>(a.norm->scale(c)) : 0.0f;
+        a.shift[c] = c < a.n ? static_cast<float>(a.norm->shift(c)) : 0.0f;
+      }
+  }
+
+ private:
+  struct Fold {
+    fk_array weight, bias;
+    int64_t n, k;
+    const BatchNorm *in, *out;
+    std::vector<float> values, shifts;
+  };
+  struct Filter {
+    const Mlp* mlp;
+    int64_t taps, padded;
+    float *filter, *bias;
+  };
+  struct Affine {
+    const BatchNorm* norm;
+    int64_t n, padded;
+    float *scale, *shift;
+  };
+
+  static void fold(Fold* f) {
+    std::vector<double> scale(static_cast<size_t>(f->k), 1.0), shift(static_cast<size_t>(f->k), 0.0);
+    for (int64_t k = 0; f->in && k < f->k; ++k) {
+      scale[k] = f->in->scale(k);
+      shift[k] = f->in->shift(k);
+    }
+    for (int64_t n = 0; n < f->n; ++n) {
+      const double by = f->out ? f->out->scale(n) : 1.0;
+      double constant = f->bias.data ? element(f->bias, n) : 0.0;
+      for (int64_t k = 0; k < f->k; ++k) {
+        const double weight = element(f->weight, n * f->k + k);
+        constant += weight * shift[k];
+        f->values[n * f->k + k] = static_cast<float>(by * weight * scale[k]);
+      }
+      f->shifts[n] = static_cast<float>(by * constant + (f->out ? f->out->shift(n) : 0.0));
+    }
+  }
+
+  static void fill_filter(const Filter& f) {
+    const Mlp& m = *f.mlp;
+    const BatchNorm* norm = m.before_activation();
+    for (int64_t c = 0; c < f.padded; ++c) {
+      const bool real = c < m.hidden;
+      const double scale = real && norm && norm->present() ? norm->scale(c) : 1.0;
+      const double shift = real && norm && norm->present() ? norm->shift(c) : 0.0;
+      const double bias = real && m.filter_bias.data ? element(m.filter_bias, c) : 0.0;
+      f.bias[c] = static_cast<float>(bias * scale + shift);
+      for (int64_t t = 0; t < f.taps; ++t)
+        f.filter[t * f.padded + c] = real ? static_cast<float>(element(m.filter, c * f.taps + t) * scale) : 0.0f;
+    }
+  }
+
+  std::vector<Fold> folds_;
+  std::vector<Filter> filters_;
+  std::vector<Affine> affines_;
+};
+
+// What the operator was called with besides tensors.
+struct Options {
+  std::string norm;
+  double norm_eps;
+  std::string hidden_activation, activation, inner_residual;
+  bool bn_after_activation;
+  std::vector<double> bn_eps;
+  std::optional<double> out_norm_eps;
+  int64_t height, width, prefix;
+  std::string summary;
+  ScalarType dtype;
+};
+
+fk_activation activation_of(const std::string& name) {
+  const char* const names[] = {"gelu", "quick_gelu", "silu", "relu", "none"};
+  for (int i = 0; i < 5; ++i)
+    if (name == names[i]) return static_cast<fk_activation>(i);
+  STD_TORCH_CHECK(false, "activation: unknown name");
+}
+
+fk_inner_residual inner_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "none" || name == "before_activation" || name == "after_activation",
+                  "inner_residual: unknown name");
+  return name == "none" ? FK_NO_INNER : name == "before_activation" ? FK_BEFORE_ACTIVATION : FK_AFTER_ACTIVATION;
+}
+
+BatchNorm batch_norm(const TensorList& t, size_t first, int64_t channels, double eps) {
+  BatchNorm b = {weight_view(t[first], "bn weight", {channels}), weight_view(t[first + 1], "bn bias", {channels}),
+                 weight_view(t[first + 2], "bn mean", {channels}), weight_view(t[first + 3], "bn var", {channels}),
+                 eps};
+  STD_TORCH_CHECK(!b.mean.data == !b.var.data, "bn mean, bn var: expected both or none");
+  STD_TORCH_CHECK(b.mean.data || (!b.weight.data && !b.bias.data), "bn: expected statistics beside weight and bias");
+  return b;
+}
+
+Mlp check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) {
+  check_count(t, kCount);
+  const Tensor &x = required(t, kX, "x"), &expand = required(t, kExpand, "fc1_weight"),
+               &filter = required(t, kFilter, "dw_weight"), &project = required(t, kProject, "fc2_weight");
+  STD_TORCH_CHECK(x.dim() == 3 && expand.dim() == 2 && filter.dim() == 4 && project.dim() == 2,
+                  "x, fc1_weight, dw_weight, fc2_weight: unexpected rank");
+  STD_TORCH_CHECK(o.bn_eps.size() == 3, "bn_eps: expected one for each batch norm");
+  Mlp m;
+  m.batch = x.size(0);
+  m.tokens = x.size(1);
+  m.channels = x.size(2);
+  m.hidden = expand.size(0);
+  m.out = project.size(0);
+  m.kernel = filter.size(3);
+  STD_TORCH_CHECK(o.height > 0 && o.width > 0 && o.prefix >= 0 && o.height <= m.tokens && o.width <= m.tokens &&
+                      o.prefix + o.height * o.width == m.tokens,
+                  "grid: does not make the tokens of x");
+  STD_TORCH_CHECK(m.kernel % 2 == 1, "dw_weight: expected an odd kernel");
+  STD_TORCH_CHECK(m.channels > 0 && m.hidden > 0 && m.out > 0, "weights: expected at least one channel");
+  STD_TORCH_CHECK(o.summary == "none" || o.summary == "statistics" || o.summary == "mean", "summary: unknown name");
+  m.norm = norm_kind(o.norm);
+  m.norm_eps = o.norm_eps;
+  m.bn_after_activation = o.bn_after_activation;
+  m.out_norm_eps = o.out_norm_eps;
+  m.low_precision = kernel_dtype(o.dtype) == FK_BF16 && kernels().low_precision;
+  int64_t eps_bits[3] = {};
+  for (int i = 0; i < 3; ++i) __builtin_memcpy(&eps_bits[i], &o.bn_eps[i], 8);
+  // Statistics are no weights: they change from call to call.
+  const std::optional<Tensor> statistics = std::move(t[kStatistics]);
+  t[kStatistics].reset();
+  m.mark = identify({m.channels, m.hidden, m.out, m.kernel, m.low_precision, o.bn_after_activation, m.norm, eps_bits[0],
+                     eps_bits[1], eps_bits[2]},
+                    t, kNormWeight, kResidual, packed);
+  t[kStatistics] = statistics;
+  m.norm_weight = weight_view(t[kNormWeight], "norm_weight", {m.channels});
+  m.norm_bias = weight_view(t[kNormBias], "norm_bias", {m.channels});
+  m.expand = weight_view(t[kExpand], "fc1_weight", {m.hidden, m.channels});
+  m.expand_bias = weight_view(t[kExpandBias], "fc1_bias", {m.hidden});
+  m.filter = weight_view(t[kFilter], "dw_weight", {m.hidden, 1, m.kernel, m.kernel});
+  m.filter_bias = weight_view(t[kFilterBias], "dw_bias", {m.hidden});
+  m.project = weight_view(t[kProject], "fc2_weight", {m.out, m.hidden});
+  m.project_bias = weight_view(t[kProjectBias], "fc2_bias", {m.out});
+  m.out_norm_weight = weight_view(t[kOutNormWeight], "out_norm_weight", {m.out});
+  m.out_norm_bias = weight_view(t[kOutNormBias], "out_norm_bias", {m.out});
+  m.bn[0] = batch_norm(t, kBn1, m.hidden, o.bn_eps[0]);
+  m.bn[1] = batch_norm(t, kBn2, m.hidden, o.bn_eps[1]);
+  m.bn[2] = batch_norm(t, kBn3, m.out, o.bn_eps[2]);
+  const fk_inner_residual inner = inner_of(o.inner_residual);
+  STD_TORCH_CHECK(
+      !m.bn[1].present() || inner == FK_NO_INNER || (inner == FK_BEFORE_ACTIVATION) == m.bn_after_activation,
+      "inner_residual: the second batch norm stands between it and the activation");
+  return m;
+}
+
+// What is laid out: the kernel's weights, and the norm of the branch.
+Tensor prepare(const Mlp& m, const std::optional<Tensor>& packed, fk_depthwise_mlp* to, fk_norm* out_norm) {
+  return pack<MlpPacker>(packed, m.mark, [&](MlpPacker& p) {
+    const int64_t panel = kernels().panel, padded = (m.hidden + panel - 1) / panel * panel;
+    to->norm = norm_of(p, m.norm, m.norm_weight, m.norm_bias, m.norm_eps, m.channels);
+    to->expand =
+        p.folded(m.expand, m.expand_bias, m.hidden, m.channels, m.low_precision, nullptr, m.before_hidden_activation());
+    p.affine(m.after_hidden_activation(), m.hidden, padded, to);
+    p.depthwise(m, padded, to);
+    to->project = p.folded(m.project, m.project_bias, m.out, m.hidden, m.low_precision, m.after_activation(), &m.bn[2]);
+    *out_norm = norm_of(p, m.out_norm_eps.has_value() ? FK_GROUP_NORM : FK_NO_NORM, m.out_norm_weight, m.out_norm_bias,
+                        m.out_norm_eps.value_or(0.0), m.out);
+  });
+}
+
+// How many rows of the map make a task and how many hidden channels a chunk. A task's rows are expanded with their
+// halo, so low bands compute much twice; high ones overflow the cache.
+void choose_tiles(fk_depthwise_mlp* p) {
+  const int64_t reach = p->kernel / 2, panel = kernels().panel, size = p->expand.low_precision ? 2 : 4;
+  const int64_t hidden = (p->expand.n + panel - 1) / panel * panel;
+  p->chunk = std::min<int64_t>(hidden, std::max<int64_t>(panel, 64));
+  auto bytes = [&](int64_t rows) {
+    const int64_t in = std::min(p->height, rows + 2 * reach) * p->width * p->channels * size;
+    const int64_t map = (rows + 2 * reach) * (p->width + 2 * reach) * p->chunk * 4;
+    return in + map + rows * p->width * (p->chunk * size + p->project.n * 4);
+  };
+  constexpr int64_t kMost = 640 * 1024;
+  int64_t rows = p->height;
+  while (rows > 1 && bytes(rows) > kMost) --rows;
+  p->rows_per_task = rows_per_image_task(p->batch, p->height, rows);
+  p->tasks_per_image = blocks(p->height, p->rows_per_task);
+}
+
+// Mean over the pixels of the branch, behind its norm if it has one, from the sums of the tasks.
+Tensor mean_of_branch(const Mlp& m, const fk_depthwise_mlp& p, int64_t pixels, const fk_norm& norm) {
+  Tensor out = empty({m.batch, m.out}, ScalarType::Float);
+  float* to = static_cast<float*>(out.mutable_data_ptr());
+  for (int64_t image = 0; image < m.batch; ++image)
+    for (int64_t n = 0; n < m.out; ++n) {
+      double mean = 0.0;
+      for (int64_t task = 0; task < p.tasks_per_image; ++task)
+        mean += p.means[(image * p.tasks_per_image + task) * m.out + n];
+      mean /= static_cast<double>(pixels);
+      if (norm.kind == FK_GROUP_NORM)
+        mean = (mean - norm.groups[2 * image]) * norm.groups[2 * image + 1] * norm.weight[n] + norm.bias[n];
+      to[image * m.out + n] = static_cast<float>(mean);
+    }
+  return out;
+}
+
+std::tuple<Tensor, Tensor> run_checked(TensorList& t, const std::optional<Tensor>& packed, const Options& o) {
+  const Mlp m = check(t, packed, o);
+  fk_depthwise_mlp p = {};
+  fk_norm out_norm;
+  const Tensor block = prepare(m, packed, &p, &out_norm);
+  const ScalarType out_dtype = promoted(o.dtype, t[kResidual]);
+  Tensor out = empty({m.batch, m.tokens, m.out}, out_dtype);
+  p.x = view(*t[kX], "x");
+  p.residual = view(t[kResidual], "residual", {m.batch, m.tokens, m.out});
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = kernel_dtype(out_dtype);
+  p.hidden_activation = activation_of(o.hidden_activation);
+  p.activation = activation_of(o.activation);
+  p.inner_residual = inner_of(o.inner_residual);
+  p.batch = m.batch;
+  p.height = o.height;
+  p.width = o.width;
+  p.channels = m.channels;
+  p.prefix = o.prefix;
+  p.kernel = m.kernel;
+  const int64_t pixels = o.height * o.width;
+  std::vector<float> groups, out_groups;
+  set_group_statistics(&p.norm, t[kStatistics], p.x, m.batch, o.prefix, pixels, m.channels, &groups);
+  choose_tiles(&p);
+  const bool normed = out_norm.kind == FK_GROUP_NORM;
+  const bool wants_statistics = o.summary == "statistics", wants_mean = o.summary == "mean";
+  Moments moments(wants_statistics || normed ? m.batch : 0, p.tasks_per_image);
+  p.moments = wants_statistics || normed ? moments.data() : nullptr;
+  std::vector<float> means(wants_mean ? static_cast<size_t>(m.batch * p.tasks_per_image * m.out) : 0);
+  p.means = wants_mean ? means.data() : nullptr;
+  Tensor raw = normed ? empty({m.batch, pixels, m.out}, ScalarType::Float) : no_statistics();
+  p.raw = normed ? static_cast<float*>(raw.mutable_data_ptr()) : nullptr;
+  const fk_table& k = kernels();
+  run_tasks(m.batch * p.tasks_per_image, k.scratch_depthwise_mlp(&p),
+            [&](int64_t task, void* memory) { k.depthwise_mlp(&p, task, memory); });
+  Tensor summary = wants_statistics && !normed ? moments.tensor(pixels, m.out) : no_statistics();
+  if (normed) set_group_statistics(&out_norm, moments.finish(pixels, m.out), &out_groups);
+  if (wants_mean) summary = mean_of_branch(m, p, pixels, out_norm);
+  if (!normed) return {out, summary};
+
+  const int64_t tasks_per_image = blocks(pixels, kMomentRows);
+  Moments result(wants_statistics ? m.batch : 0, tasks_per_image);
+  const fk_group_norm_rows g = {p.raw,
+                                p.residual,
+                                p.out,
+                                p.out_dtype,
+                                out_norm,
+                                pixels,
+                                o.prefix,
+                                m.out,
+                                kMomentRows,
+                                tasks_per_image,
+                                wants_statistics ? result.data() : nullptr};
+  run_tasks(m.batch * tasks_per_image, 0, [&](int64_t task, void*) { k.group_norm_rows(&g, task); });
+  if (wants_statistics) summary = result.tensor(pixels, m.out);
+  return {out, summary};
+}
+
+std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::string norm, double norm_eps,
+                               std::string hidden_activation, std::string activation, std::string inner_residual,
+                               bool bn_after_activation, std::vector<double> bn_eps, bool,
+                               std::optional<double> out_norm_eps, int64_t height, int64_t width, int64_t prefix,
+                               std::string summary, ScalarType dtype) {
+  return run_checked(t, packed,
+                     {norm, norm_eps, hidden_activation, activation, inner_residual, bn_after_activation, bn_eps,
+                      out_norm_eps, height, width, prefix, summary, dtype});
+}
+
+Tensor pack_only(TensorList t, std::string norm, double norm_eps, std::string hidden_activation, std::string activation,
+                 std::string inner_residual, bool bn_after_activation, std::vector<double> bn_eps, bool,
+                 std::optional<double> out_norm_eps, int64_t height, int64_t width, int64_t prefix, std::string summary,
+                 ScalarType dtype) {
+  fk_depthwise_mlp p = {};
+  fk_norm out_norm;
+  return prepare(check(t, std::nullopt,
+                       {norm, norm_eps, hidden_activation, activation, inner_residual, bn_after_activation, bn_eps,
+                        out_norm_eps, height, width, prefix, summary, dtype}),
+                 std::nullopt, &p, &out_norm);
+}
+
+}  // namespace
+}  // namespace fk
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
+  m.impl("depthwise_mlp", TORCH_BOX(&fk::run));
+  m.impl("depthwise_mlp_pack", TORCH_BOX(&fk::pack_only));
+}

@@ -1,0 +1,322 @@
+// An MLP with a depthwise convolution in its middle, for a band of rows of one image. The hidden map is walked in
+// chunks of channels: expanded (with the halo that the filter needs), convolved, activated and summed into the
+// projection, so that no more than a chunk of it exists, in the cache.
+#pragma once
+
+#include "moments.h"
+
+namespace {
+
+// The band of output rows of a task, and the input rows it needs: those of the map within the filter's reach.
+struct MlpBand {
+  int64_t image, first, rows;
+  int64_t top, in_rows;  // first input row, and how many
+  int64_t reach;
+};
+FK_INLINE MlpBand mlp_band(const struct fk_depthwise_mlp& p, int64_t task) {
+  MlpBand b;
+  b.reach = p.kernel / 2;
+  b.image = task / p.tasks_per_image;
+  b.first = task % p.tasks_per_image * p.rows_per_task;
+  b.rows = min64(p.rows_per_task, p.height - b.first);
+  b.top = max64(0, b.first - b.reach);
+  b.in_rows = min64(p.height, b.first + b.rows + b.reach) - b.top;
+  return b;
+}
+
+template <class A>
+struct DepthwiseScratch {
+  A* normed;      // [in_rows * width][lda]
+  float* hidden;  // [rows + 2 reach][width + 2 reach][chunk], zero outside the map
+  A* activated;   // [rows * width][ldh]
+  float* sums;    // [rows * width][lds]
+  int64_t lda, ldh, lds, columns, bytes;
+
+  FK_INLINE DepthwiseScratch layout(const struct fk_depthwise_mlp& p, void* base) {
+    DepthwiseScratch s;
+    const int64_t reach = p.kernel / 2, pixels = min64(p.rows_per_task, p.height) * p.width;
+    const int64_t in_pixels = min64(p.rows_per_task + 2 * reach, p.height) * p.width;
+    s.columns = p.width + 2 * reach;
+    s.lda = round_up(p.channels, 2) + kRowPad;
+    s.ldh = p.chunk + kRowPad;
+    s.lds = round_up(p.project.n, kPanel) + kRowPad;
+    char* at = (char*)base;
+    s.normed = (A*)at;
+    at += round_up(in_pixels * s.lda * (int64_t)sizeof(A), 64);
+    s.hidden = (float*)at;
+    at += (min64(p.rows_per_task, p.height) + 2 * reach) * s.columns * p.chunk * 4;
+    s.activated = (A*)at;
+    at += round_up(pixels * s.ldh * (int64_t)sizeof(A), 64);
+    s.sums = (float*)at;
+    at += pixels * s.lds * 4;
+    s.bytes = at - (char*)base;
+    return s;
+  }
+};
+
+// Zeros around the part of the map that a task expands; the expansion never writes there.
+template <class A>
+FK_INLINE void clear_border(const struct fk_depthwise_mlp& p, const MlpBand& b, const DepthwiseScratch<A>& s) {
+  const int64_t line = s.columns * p.chunk, side = b.reach * p.chunk;
+  for (int64_t r = 0; r < b.rows + 2 * b.reach; ++r) {
+    float* row = s.hidden + r * line;
+    const int64_t y = b.first - b.reach + r;
+    if (y < 0 || y >= p.height) {
+      for (int64_t i = 0; i < line; ++i) row[i] = 0.0f;
+      continue;
+    }
+    for (int64_t i = 0; i < side; ++i) row[i] = 0.0f;
+    for (int64_t i = line - side; i < line; ++i) row[i] = 0.0f;
+  }
+}
+
+// A finished tile of the expansion: bias, activation, affine, into the hidden map. `pixel` counts from the band's top.
+template <class A, fk_activation Activation>
+FK_INLINE void place_hidden(const struct fk_depthwise_mlp& p, const MlpBand& b, const DepthwiseScratch<A>& s,
+                            const float* tile, int64_t pixel, int64_t height, int64_t column, int64_t chunk_column) {
+  constexpr bool kLow = sizeof(A) == 2;
+  int64_t y = pixel / p.width, x = pixel % p.width;
+  const int64_t lead = b.top - (b.first - b.reach);  // rows of the halo that lie outside the map
+  vf bias[FK_NV], scale[FK_NV], shift[FK_NV];
+  for (int j = 0; j < FK_NV; ++j) {
+    bias[j] = load(p.expand.bias + column + j * FK_VL);
+    scale[j] = p.scale ? load(p.scale + column + j * FK_VL) : splat(1.0f);
+    shift[j] = p.scale ? load(p.shift + column + j * FK_VL) : splat(0.0f);
+  }
+  for (int64_t i = 0; i < height; ++i) {
+    float* to = s.hidden + ((y + lead) * s.columns + x + b.reach) * p.chunk + chunk_column;
+    for (int j = 0; j < FK_NV; ++j) {
+      vf h = activate<kLow, Activation>(load(tile + i * kPanel + j * FK_VL) + bias[j]);
+      if (p.scale) h = h * scale[j] + shift[j];
+      store(to + j * FK_VL, h);
+    }
+    if (++x == p.width) {
+      x = 0;
+      ++y;
+    }
+  }
+}
+
+// `Pixels` neighbouring outputs of one vector of channels: depthwise filter, inner residual, activation.
+template <int Pixels, int Kernel, fk_activation Activation, fk_inner_residual Inner, class A>
+FK_INLINE void filter_pixels(const float* hidden, int64_t line, int64_t step, const float* filter, int64_t taps_step,
+                             vf bias, int64_t kernel, A* out, int64_t ldo) {
+  constexpr bool kLow = sizeof(A) == 2;
+  const int64_t k = Kernel ? Kernel : kernel;
+  vf sums[Pixels];
+  for (int i = 0; i < Pixels; ++i) sums[i] = bias;
+  for (int64_t ky = 0; ky < k; ++ky) {
+    const float* row = hidden + ky * line;
+    const float* weights = filter + ky * k * taps_step;
+    if (Kernel == 3) {
+      const vf w0 = load(weights), w1 = load(weights + taps_step), w2 = load(weights + 2 * taps_step);
+      vf a = load(row), b = load(row + step);
+#pragma GCC unroll 8
+      for (int i = 0; i < Pixels; ++i) {
+        const vf c = load(row + (i + 2) * step);
+        sums[i] += a * w0;
+        sums[i] += b * w1;
+        sums[i] += c * w2;
+        a = b;
+        b = c;
+      }
+    } else {
+      for (int64_t kx = 0; kx < k; ++kx) {
+        const vf w = load(weights + kx * taps_step);
+#pragma GCC unroll 8
+        for (int i = 0; i < Pixels; ++i) sums[i] += w * load(row + (kx + i) * step);
+      }
+    }
+  }
+  const float* centre = hidden + k / 2 * (line + step);
+#pragma GCC unroll 8
+  for (int i = 0; i < Pixels; ++i) {
+    vf u = sums[i];
+    if (Inner == FK_BEFORE_ACTIVATION) u += load(centre + i * step);
+    u = activate<kLow, Activation>(u);
+    if (Inner == FK_AFTER_ACTIVATION) u += load(centre + i * step);
+    store(out + i * ldo, u);
+  }
+}
+
+template <int Kernel, fk_activation Activation, fk_inner_residual Inner, class A>
+static __attribute__((noinline)) void filter_band(const struct fk_depthwise_mlp& p, const MlpBand& b,
+                                                  const DepthwiseScratch<A>& s, int64_t column, int64_t channels) {
+  const int64_t line = s.columns * p.chunk, taps_step = round_up(p.expand.n, kPanel), step = p.chunk;
+  for (int64_t y = 0; y < b.rows; ++y)
+    for (int64_t c = 0; c < channels; c += FK_VL) {
+      const float* hidden = s.hidden + y * line + c;
+      const float* filter = p.filter + column + c;
+      const vf bias = load(p.filter_bias + column + c);
+      A* out = s.activated + y * p.width * s.ldh + c;
+      int64_t x = 0;
+      for (; x + 7 <= p.width; x += 7)
+        filter_pixels<7, Kernel, Activation, Inner>(hidden + x * step, line, step, filter, taps_step, bias, p.kernel,
+                                                    out + x * s.ldh, s.ldh);
+      for (; x + 2 <= p.width; x += 2)
+        filter_pixels<2, Kernel, Activation, Inner>(hidden + x * step, line, step, filter, taps_step, bias, p.kernel,
+                                                    out + x * s.ldh, s.ldh);
+      for (; x < p.width; ++x)
+        filter_pixels<1, Kernel, Activation, Inner>(hidden + x * step, line, step, filter, taps_step, bias, p.kernel,
+                                                    out + x * s.ldh, s.ldh);
+    }
+}
+
+template <fk_activation Activation, fk_inner_residual Inner, class A>
+FK_INLINE void filter_band(const struct fk_depthwise_mlp& p, const MlpBand& b, const DepthwiseScratch<A>& s,
+                           int64_t column, int64_t channels) {
+  if (p.kernel == 3)
+    filter_band<3, Activation, Inner>(p, b, s, column, channels);
+  else
+    filter_band<0, Activation, Inner>(p, b, s, column, channels);
+}
+
+template <fk_activation Activation, class A>
+FK_INLINE void filter_band(const struct fk_depthwise_mlp& p, const MlpBand& b, const DepthwiseScratch<A>& s,
+                           int64_t column, int64_t channels) {
+  switch (p.inner_residual) {
+    case FK_BEFORE_ACTIVATION:
+      return filter_band<Activation, FK_BEFORE_ACTIVATION>(p, b, s, column, channels);
+    case FK_AFTER_ACTIVATION:
+      return filter_band<Activation, FK_AFTER_ACTIVATION>(p, b, s, column, channels);
+    default:
+      return filter_band<Activation, FK_NO_INNER>(p, b, s, column, channels);
+  }
+}
+
+// Sums of the branch over a band's pixels, per output channel.
+template <class A>
+FK_INLINE void sum_branch(const struct fk_depthwise_mlp& p, const DepthwiseScratch<A>& s, int64_t pixels, float* to) {
+  for (int64_t n = 0; n < p.project.n; ++n) {
+    double total = 0.0;
+    for (int64_t i = 0; i < pixels; ++i) total += s.sums[i * s.lds + n];
+    to[n] = (float)(total + (double)pixels * p.project.bias[n]);
+  }
+}
+
+// Prefix rows skip the branch: what is left is the residual.
+FK_INLINE void write_prefix(const struct fk_depthwise_mlp& p, int64_t image) {
+  const int64_t n = p.project.n, tokens = p.prefix + p.height * p.width;
+  for (int64_t i = 0; i < p.prefix * n; ++i) {
+    const int64_t at = image * tokens * n + i;
+    const float y = !p.residual.data             ? 0.0f
+                    : p.residual.dtype == FK_F32 ? ((const float*)p.residual.data)[at]
+                                                 : to_float(((const bf16*)p.residual.data)[at]);
+    if (p.out_dtype == FK_F32)
+      ((float*)p.out)[at] = y;
+    else
+      from_float((bf16*)p.out + at, y);
+  }
+}
+
+template <class A>
+FK_INLINE void depthwise_task(const struct fk_depthwise_mlp& p, int64_t task, void* scratch) {
+  const DepthwiseScratch<A> s = DepthwiseScratch<A>::layout(p, scratch);
+  const MlpBand b = mlp_band(p, task);
+  const int64_t tokens = p.prefix + p.height * p.width, start = b.image * tokens + p.prefix;
+  if (b.first == 0) write_prefix(p, b.image);
+  const int64_t in_pixels = b.in_rows * p.width, pixels = b.rows * p.width;
+  for (int64_t i = 0; i < in_pixels; ++i)
+    any_norm_row(p.x, (start + b.top * p.width + i) * p.channels, p.channels, round_up(p.channels, 2), p.norm, b.image,
+                 s.normed + i * s.lda);
+  clear_border(p, b, s);
+  const int64_t depth = round_up(p.expand.k, kStep<A>), hidden_depth = round_up(p.project.k, kStep<A>);
+  const int64_t hidden_panels = ceil_div(p.expand.n, kPanel), out_panels = ceil_div(p.project.n, kPanel);
+  const int64_t chunk = p.chunk / kPanel;
+  const A* expand = (const A*)p.expand.panels;
+  const RowTiles tiles = row_tiles(pixels);
+  for (int64_t h = 0; h < hidden_panels; h += chunk) {
+    const int64_t h_end = min64(h + chunk, hidden_panels), column = h * kPanel;
+    const A* project = (const A*)p.project.panels + column * kPanel;
+    with_activation(p.hidden_activation, [&](auto activation) {
+      product(s.normed, s.lda, in_pixels, expand, depth, h, h_end, project,
+              [&](int64_t row, int64_t height, int64_t n, const float* tile) {
+                place_hidden<A, activation.value>(p, b, s, tile, row, height, n, n - column);
+              });
+    });
+    with_activation(p.activation,
+                    [&](auto activation) { filter_band<activation.value>(p, b, s, column, (h_end - h) * kPanel); });
+    // Hidden channels past the end meet no weights: the depth stops at the last real one.
+    const int64_t k = min64(h_end * kPanel, hidden_depth) - column;
+    for (int64_t n = 0; n < out_panels; ++n) {
+      const A* panel = project + n * hidden_depth * kPanel;
+      const A* next =
+          n + 1 < out_panels ? panel + hidden_depth * kPanel : expand + h_end % hidden_panels * depth * kPanel;
+      for (int64_t t = 0; t < tiles.count; ++t) {
+        const int64_t row = tile_start(tiles, t);
+        tile(tile_height(tiles, t), s.activated + row * s.ldh, s.ldh, panel, k, s.sums + row * s.lds + n * kPanel,
+             s.lds, h > 0, fetch_ahead(next, k, tiles, t));
+      }
+    }
+  }
+  if (p.means) sum_branch(p, s, pixels, p.means + task * p.project.n);
+  const struct fk_array none = {nullptr, FK_F32, 0};
+  const int64_t raw_start = (b.image * p.height + b.first) * p.width, out_start = start + b.first * p.width;
+  for (int64_t n = 0; n < out_panels; ++n)
+    if (p.raw)
+      write_tile(s.sums + n * kPanel, s.lds, pixels, raw_start, n * kPanel, p.project, p.raw, FK_F32, none);
+    else
+      write_tile(s.sums + n * kPanel, s.lds, pixels, out_start, n * kPanel, p.project, p.out, p.out_dtype, p.residual);
+  if (p.moments) {
+    double* sums = p.moments + 3 * task;
+    sums[0] = sums[1] = sums[2] = 0.0;
+    const int64_t n = p.project.n;
+    if (p.raw)
+      add_rows(p.raw, FK_F32, raw_start * n, pixels, n, sums);
+    else
+      add_rows(p.out, p.out_dtype, out_start * n, pixels, n, sums);
+  }
+}
+
+int64_t scratch_depthwise_mlp(const struct fk_depthwise_mlp* p) {
+  return DepthwiseScratch<float>::layout(*p, nullptr).bytes;
+}
+
+void depthwise_mlp(const struct fk_depthwise_mlp* p, int64_t task, void* scratch) {
+#if FK_NATIVE_BF16
+  if (p->expand.low_precision) return depthwise_task<bf16>(*p, task, scratch);
+#endif
+  depthwise_task<float>(*p, task, scratch);
+}
+
+template <class Out, class Residual>
+FK_INLINE void group_norm_row(const float* raw, int64_t n, const struct fk_norm& norm, int64_t image,
+                              const Residual* residual, Out* out) {
+  const float mean = norm.groups[2 * image], rstd = norm.groups[2 * image + 1];
+  const vf m = splat(mean), r = splat(rstd);
+  int64_t i = 0;
+  for (; i + FK_VL <= n; i += FK_VL) {
+    vf y = (load(raw + i) - m) * r * load(norm.weight + i) + load(norm.bias + i);
+    if (residual) y += load(residual + i);
+    store(out + i, y);
+  }
+  for (; i < n; ++i) {
+    float y = (raw[i] - mean) * rstd * norm.weight[i] + norm.bias[i];
+    if (residual) y += to_float(residual[i]);
+    from_float(out + i, y);
+  }
+}
+
+void group_norm_rows(const struct fk_group_norm_rows* p, int64_t task) {
+  const int64_t image = task / p->tasks_per_image, first = task % p->tasks_per_image * p->rows_per_task;
+  const int64_t rows = min64(p->rows_per_task, p->rows - first), n = p->columns;
+  const int64_t start = (image * (p->skipped + p->rows) + p->skipped + first) * n;
+  const float* raw = p->raw + (image * p->rows + first) * n;
+  const float* residual32 = p->residual.dtype == FK_F32 ? (const float*)p->residual.data : nullptr;
+  const bf16* residual16 = p->residual.dtype == FK_BF16 ? (const bf16*)p->residual.data : nullptr;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = start + i * n;
+    if (p->out_dtype == FK_F32 && residual16)
+      group_norm_row(raw + i * n, n, p->norm, image, residual16 + at, (float*)p->out + at);
+    else if (p->out_dtype == FK_F32)
+      group_norm_row(raw + i * n, n, p->norm, image, residual32 ? residual32 + at : nullptr, (float*)p->out + at);
+    else
+      group_norm_row(raw + i * n, n, p->norm, image, residual16 ? residual16 + at : nullptr, (bf16*)p->out + at);
+  }
+  if (!p->moments) return;
+  double* sums = p->moments + 3 * task;
+  sums[0] = sums[1] = sums[2] = 0.0;
+  add_rows(p->out, p->out_dtype, start, rows, n, sums);
+}
+
+}  // namespace

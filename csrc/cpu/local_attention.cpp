@@ -1,0 +1,155 @@
+#include <tuple>
+
+#include "norms.h"
+#include "packed.h"
+
+namespace fk {
+namespace {
+
+enum Index {
+  kX,
+  kK,
+  kV,
+  kNormWeight,
+  kNormBias,
+  kStatistics,
+  kQkv,
+  kQkvBias,
+  kBias,
+  kProj,
+  kProjBias,
+  kResidual,
+  kCount
+};
+
+struct Attention {
+  fk_array norm_weight, norm_bias, qkv, qkv_bias, bias, proj, proj_bias;
+  int64_t batch, tokens, in_channels, channels, value_channels, out, heads, area;
+  fk_norm_kind norm;
+  double norm_eps;
+  bool low_precision;
+  uint64_t mark;
+};
+
+Attention check(TensorList& t, const std::optional<Tensor>& packed, const std::string& norm, double norm_eps,
+                int64_t height, int64_t width, int64_t window, int64_t heads, ScalarType dtype) {
+  check_count(t, kCount);
+  const Tensor& x = required(t, kX, "x");
+  STD_TORCH_CHECK(x.dim() == 3, "x: expected 3 dimensions");
+  Attention a;
+  a.batch = x.size(0);
+  a.tokens = x.size(1);
+  a.in_channels = x.size(2);
+  a.heads = heads;
+  STD_TORCH_CHECK(height > 0 && width > 0 && height <= a.tokens && width <= a.tokens && height * width == a.tokens,
+                  "grid: does not make the tokens of x");
+  // Larger windows than the map would be padding only; their square must not overflow.
+  STD_TORCH_CHECK(window > 0 && window <= 4096, "window_size: expected 1 to 4096");
+  a.area = window * window;
+  STD_TORCH_CHECK(t[kK].has_value() == t[kV].has_value(), "k, v: expected both or none");
+  STD_TORCH_CHECK(!t[kK].has_value() || !t[kQkv].has_value(), "qkv_weight: expected none beside k and v");
+  if (t[kQkv].has_value()) {
+    STD_TORCH_CHECK(t[kQkv]->dim() == 2 && t[kQkv]->size(0) % 3 == 0, "qkv_weight: expected [3 C, C_in]");
+    a.channels = a.value_channels = t[kQkv]->size(0) / 3;
+  } else if (t[kK].has_value()) {
+    STD_TORCH_CHECK(t[kK]->dim() == 3 && t[kV]->dim() == 3, "k, v: expected 3 dimensions");
+    a.channels = a.in_channels;
+    a.value_channels = t[kV]->size(2);
+  } else {
+    STD_TORCH_CHECK(a.in_channels % 3 == 0, "x: expected [B, H * W, 3 C]");
+    a.channels = a.value_channels = a.in_channels / 3;
+  }
+  STD_TORCH_CHECK(
+      heads > 0 && a.channels > 0 && a.value_channels > 0 && a.channels % heads == 0 && a.value_channels % heads == 0,
+      "num_heads: does not divide the channels");
+  a.out = a.value_channels;
+  if (t[kProj].has_value()) {
+    STD_TORCH_CHECK(t[kProj]->dim() == 2, "proj_weight: expected 2 dimensions");
+    a.out = t[kProj]->size(0);
+  }
+  a.norm = norm_kind(norm);
+  STD_TORCH_CHECK(a.norm == FK_NO_NORM || t[kQkv].has_value(), "norm: expected a qkv_weight behind it");
+  a.norm_eps = norm_eps;
+  a.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
+  // Statistics are no weights: they change from call to call.
+  const std::optional<Tensor> statistics = t[kStatistics];
+  t[kStatistics].reset();
+  a.mark = identify({a.in_channels, a.channels, a.value_channels, a.out, a.low_precision, heads, a.norm, a.area}, t,
+                    kNormWeight, kResidual, packed);
+  t[kStatistics] = statistics;
+  a.norm_weight = weight_view(t[kNormWeight], "norm_weight", {a.in_channels});
+  a.norm_bias = weight_view(t[kNormBias], "norm_bias", {a.in_channels});
+  a.qkv = weight_view(t[kQkv], "qkv_weight", {3 * a.channels, a.in_channels});
+  a.qkv_bias = weight_view(t[kQkvBias], "qkv_bias", {3 * a.channels});
+  a.bias = weight_view(t[kBias], "attn_bias", {heads, a.area, a.area});
+  a.proj = weight_view(t[kProj], "proj_weight", {a.out, a.value_channels});
+  a.proj_bias = weight_view(t[kProjBias], "proj_bias", {a.out});
+  return a;
+}
+
+Tensor prepare(const Attention& a, const std::optional<Tensor>& packed, fk_local_attention* to) {
+  to->bias_stride = a.area + kernels().panel;
+  return pack(packed, a.mark, [&](Packer& p) {
+    to->norm = norm_of(p, a.norm, a.norm_weight, a.norm_bias, a.norm_eps, a.in_channels);
+    if (a.qkv.data) to->qkv = p.linear(a.qkv, a.qkv_bias, 3 * a.channels, a.in_channels, a.low_precision);
+    if (a.proj.data) to->projection = p.linear(a.proj, a.proj_bias, a.out, a.value_channels, a.low_precision);
+    if (a.bias.data) to->bias = p.table(a.bias, a.heads, a.area, a.area, to->bias_stride);
+  });
+}
+
+std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::string norm, double norm_eps,
+                               int64_t height, int64_t width, int64_t window, int64_t heads, double scale,
+                               std::string pad, bool return_statistics, ScalarType dtype) {
+  const Attention a = check(t, packed, norm, norm_eps, height, width, window, heads, dtype);
+  STD_TORCH_CHECK(pad == "none" || pad == "mask" || pad == "zero", "pad: unknown name");
+  STD_TORCH_CHECK(pad != "none" || (height % window == 0 && width % window == 0),
+                  "grid: expected multiples of the window");
+  fk_local_attention p = {};
+  const Tensor block = prepare(a, packed, &p);
+  const ScalarType out_dtype = promoted(dtype, t[kResidual]);
+  Tensor out = empty({a.batch, a.tokens, a.out}, out_dtype);
+  p.x = view(*t[kX], "x");
+  p.k = view(t[kK], "k", {a.batch, a.tokens, a.channels});
+  p.v = view(t[kV], "v", {a.batch, a.tokens, a.value_channels});
+  p.residual = view(t[kResidual], "residual", {a.batch, a.tokens, a.out});
+  p.out = out.mutable_data_ptr();
+  p.out_dtype = kernel_dtype(out_dtype);
+  p.batch = a.batch;
+  p.height = height;
+  p.width = width;
+  p.in_channels = a.in_channels;
+  p.channels = a.channels;
+  p.value_channels = a.value_channels;
+  p.heads = heads;
+  p.window = window;
+  p.scale = static_cast<float>(scale);
+  p.masked = pad == "mask";
+  p.low_precision = a.low_precision;
+  std::vector<float> groups;
+  set_group_statistics(&p.norm, t[kStatistics], p.x, a.batch, 0, a.tokens, a.in_channels, &groups);
+  const int64_t windows = blocks(height, window) * blocks(width, window);
+  const int64_t widest = a.in_channels + 3 * a.channels + a.value_channels;
+  const int64_t rows = std::min<int64_t>(224, 2 * kCacheBytes / (4 * widest));
+  p.windows_per_task = rows_per_image_task(a.batch, windows, std::max<int64_t>(1, rows / a.area));
+  p.tasks_per_image = blocks(windows, p.windows_per_task);
+  Moments moments(return_statistics ? a.batch : 0, p.tasks_per_image);
+  p.moments = return_statistics ? moments.data() : nullptr;
+  const fk_table& k = kernels();
+  run_tasks(a.batch * p.tasks_per_image, k.scratch_local_attention(&p),
+            [&](int64_t task, void* memory) { k.local_attention(&p, task, memory); });
+  return {out, return_statistics ? moments.tensor(a.tokens, a.out) : no_statistics()};
+}
+
+Tensor pack_only(TensorList t, std::string norm, double norm_eps, int64_t height, int64_t width, int64_t window,
+                 int64_t heads, double, std::string, bool, ScalarType dtype) {
+  fk_local_attention p = {};
+  return prepare(check(t, std::nullopt, norm, norm_eps, height, width, window, heads, dtype), std::nullopt, &p);
+}
+
+}  // namespace
+}  // namespace fk
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
+  m.impl("local_attention", TORCH_BOX(&fk::run));
+  m.impl("local_attention_pack", TORCH_BOX(&fk::pack_only));
+}
