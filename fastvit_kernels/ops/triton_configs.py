@@ -74,4 +74,32 @@ CONFIGS: dict[str, dict[tuple[str, str], tuple[tuple[int, Config], ...]]] = {
         ),
         ("interpreter", "any"): _INTERPRETER,
     },
+    "window_attention": {
+        ("default", "half"): (
+            (64, Config(64, 64, 0, 4, 2)),
+            (128, Config(32, 32, 0, 4, 2)),
+            (ANY, Config(32, 16, 0, 4, 2)),
+        ),
+        ("default", "tf32"): (
+            (64, Config(64, 32, 0, 4, 2)),
+            (128, Config(64, 32, 0, 8, 2)),
+            (ANY, Config(32, 16, 0, 8, 2)),
+        ),
+        ("default", "ieee"): (
+            (64, Config(64, 32, 0, 8, 2)),
+            (128, Config(32, 16, 0, 4, 2)),
+            (ANY, Config(32, 16, 0, 8, 2)),
+        ),
+        ("default", "unaligned"): (
+            (64, Config(32, 16, 0, 4, 2)),
+            (ANY, Config(16, 16, 0, 8, 2)),
+        ),
+        ("interpreter", "any"): _INTERPRETER,
+    },
+    "moments": {
+        ("default", "ieee"): ((ANY, Config(1, 2048, 1, 4, 2)),),
+        ("default", "tf32"): ((ANY, Config(1, 2048, 1, 4, 2)),),
+        ("default", "unaligned"): ((ANY, Config(1, 1024, 1, 4, 2)),),
+        ("interpreter", "any"): _INTERPRETER,
+    },
 }

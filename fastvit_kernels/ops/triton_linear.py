@@ -1,4 +1,4 @@
-"""The linear layer over rows in Triton: a LayerNorm before it, an activation and a residual behind it, all optional."""
+"""The linear layer over rows in Triton: a norm before it, an activation and a residual behind it, all optional."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from fastvit_kernels.ops import triton_support
 from fastvit_kernels.ops.primitives import activate, dot, normalize, row_statistics, vector
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "rows_of_sample"])
 def linear_kernel(
     x_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
+    statistics_ptr,
     weight_ptr,
     bias_ptr,
     residual_ptr,
@@ -24,6 +25,7 @@ def linear_kernel(
     in_channels,
     out_channels,
     norm_eps,
+    rows_of_sample,
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
     ARITHMETIC: tl.constexpr,
@@ -34,7 +36,7 @@ def linear_kernel(
     """A tile of BLOCK_M rows and BLOCK_N output channels.
 
     The LayerNorm's statistics are taken here, by a pass over the rows that the product then finds in the cache, rather
-    than by a launch of their own.
+    than by a launch of their own. Those of a GroupNorm come in `statistics_ptr`.
     """
     # Programs that share rows of x are neighbours: x is large, while all of the weight stays in the L2 cache.
     column_tiles = tl.cdiv(out_channels, BLOCK_N)
@@ -42,7 +44,11 @@ def linear_kernel(
     columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < num_rows
     column_mask = columns < out_channels
-    if norm_eps is not None:
+    if statistics_ptr is not None:
+        samples = rows // rows_of_sample
+        mean = tl.load(statistics_ptr + 2 * samples, mask=row_mask, other=0.0)
+        rstd = tl.rsqrt(tl.load(statistics_ptr + 2 * samples + 1, mask=row_mask, other=0.0) + norm_eps)
+    elif norm_eps is not None:
         mean, rstd = row_statistics(x_ptr, rows, row_mask, in_channels, norm_eps, BLOCK_M, BLOCK_K)
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * in_channels
     weight_columns = weight_ptr + columns.to(tl.int64)[None, :] * in_channels
@@ -76,12 +82,14 @@ def linear(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float | None = None,
+    norm_statistics: Tensor | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`residual + activation(F.linear(layer_norm(x), weight, bias))` of dense tensors, with products in `dtype`.
+    """`residual + activation(F.linear(norm(x), weight, bias))` of dense tensors, with products in `dtype`.
 
-    No LayerNorm when `norm_eps` is None. The result has `dtype`, promoted with the residual's.
+    The norm is a GroupNorm where `norm_statistics` holds mean and variance `[B, 2]` of the samples that x consists of;
+    otherwise a LayerNorm; none when `norm_eps` is None. The result has `dtype`, promoted with the residual's.
     """
     out_channels, in_channels = weight.shape
     out_dtype = dtype if residual is None else torch.promote_types(residual.dtype, dtype)
@@ -99,6 +107,7 @@ def linear(
         x,
         norm_weight,
         norm_bias,
+        norm_statistics,
         weight,
         bias,
         residual,
@@ -107,6 +116,7 @@ def linear(
         in_channels,
         out_channels,
         norm_eps,
+        num_rows if norm_statistics is None else num_rows // len(norm_statistics),
         ACTIVATION=activation,
         EVEN_K=in_channels % config.block_k == 0,
         ARITHMETIC=arithmetic.constexpr(),

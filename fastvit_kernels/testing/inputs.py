@@ -286,7 +286,7 @@ def _local_attention(
     maker: Maker,
     *,
     batch: int = 2,
-    grid: tuple[int, int] = (6, 8),
+    grid: tuple[int, int] = (4, 6),
     window: int = 2,
     heads: int = 2,
     width: int = 8,

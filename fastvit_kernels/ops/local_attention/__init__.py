@@ -21,6 +21,7 @@ from fastvit_kernels.ops.arguments import (
     compute_dtype,
     short,
 )
+from fastvit_kernels.ops.local_attention import native, triton
 from fastvit_kernels.ops.local_attention.reference import STATIC_SCHEMA, Static, reference
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
 from fastvit_kernels.ops.packing import PackedWeights
@@ -53,8 +54,9 @@ OPERATOR = Operator(
     returns=2,
     reference=reference,
     fake=_fake,
+    backends=[native.Cpu(), triton.Triton()],
 )
-library.register(OPERATOR)
+library.register(OPERATOR, triton.launch)
 
 
 def local_attention(
