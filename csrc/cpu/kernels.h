@@ -92,6 +92,7 @@ struct fk_patch_embedding {
   void* out;
   fk_dtype out_dtype;
   struct fk_linear linear;  // K is kernel * kernel * channels, in this order
+  struct fk_norm in_norm;   // of each pixel of x
   struct fk_norm norm;
   int64_t batch, height, width, channels, kernel, stride, padding, out_h, out_w;
   int64_t rows_per_task;

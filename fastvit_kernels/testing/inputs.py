@@ -492,6 +492,7 @@ def _patch_embedding(
     bias: bool = True,
     norm: bool = True,
     norm_affine: bool = True,
+    in_norm: bool = False,
     layout: torch.memory_format = torch.channels_last,
 ) -> Call:
     arguments: dict[str, Any] = {
@@ -505,6 +506,10 @@ def _patch_embedding(
         arguments["norm_eps"] = 1e-5
         if norm_affine:
             arguments |= {"norm_weight": maker.positive(out), "norm_bias": maker.vector(out)}
+    if in_norm:
+        arguments["in_norm_eps"] = 1e-3
+        if norm_affine:
+            arguments |= {"in_norm_weight": maker.positive(channels), "in_norm_bias": maker.vector(channels)}
     return Call(ops.patch_embedding, arguments)
 
 
@@ -534,6 +539,9 @@ PATCH_EMBEDDING = [
     patch_embedding_case("no_norm", norm=False),
     patch_embedding_case("norm_without_affine", norm_affine=False),
     patch_embedding_case("bare", norm=False, bias=False),
+    patch_embedding_case("both_norms", "smallest", in_norm=True, kernel=2, stride=2, padding=0),
+    patch_embedding_case("padded_norm", in_norm=True, norm=False, padding=2),
+    patch_embedding_case("in_norm_without_affine", in_norm=True, norm_affine=False, channels=17),
     patch_embedding_case(
         "cvt_13_stage_1", "published", batch=1, size=(224, 224), channels=3, out=64, kernel=7, stride=4, padding=2
     ),

@@ -11,7 +11,22 @@ from fastvit_kernels.testing import inputs
 from fastvit_kernels.testing.contract import Contract, Rejection
 
 
-def plain_pytorch(x, weight, bias, stride, padding, norm_weight=None, norm_bias=None, norm_eps=None):
+def plain_pytorch(
+    x,
+    weight,
+    bias,
+    stride,
+    padding,
+    norm_weight=None,
+    norm_bias=None,
+    norm_eps=None,
+    in_norm_weight=None,
+    in_norm_bias=None,
+    in_norm_eps=None,
+):
+    if in_norm_eps is not None:
+        rows = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), in_norm_weight, in_norm_bias, in_norm_eps)
+        x = rows.permute(0, 3, 1, 2)
     maps = F.conv2d(x, weight, bias, stride, padding)
     if norm_eps is None:
         return maps

@@ -40,7 +40,14 @@ FK_INLINE void gather_neighbourhood(const struct fk_patch_embedding& p, int64_t 
     }
     const int64_t skipped = (from_x - left) * p.channels, present = (to_x - from_x) * p.channels;
     copy_row(x, 0, skipped, to);
-    copy_row(x + (y * p.width + from_x) * p.channels, present, line - skipped, to + skipped);
+    const T* from = x + (y * p.width + from_x) * p.channels;
+    if (p.in_norm.kind == FK_NO_NORM) {
+      copy_row(from, present, line - skipped, to + skipped);
+      continue;
+    }
+    for (int64_t at = 0; at < present; at += p.channels)
+      normalize_row(from + at, p.channels, p.channels, p.in_norm, to + skipped + at);
+    copy_row(x, 0, line - skipped - present, to + skipped + present);
   }
   copy_row(x, 0, padded - p.linear.k, to);
 }

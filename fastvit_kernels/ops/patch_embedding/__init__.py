@@ -1,4 +1,4 @@
-"""The strided convolution in front of a stage, and its LayerNorm."""
+"""A dense strided convolution between two LayerNorms: in front of a stage, or of reduced keys and values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OPERATOR = Operator(
     name="patch_embedding",
     static=Static,
     static_schema=STATIC_SCHEMA,
-    parameters=(1, 2, 3, 4),
+    parameters=tuple(range(1, 7)),
     returns=1,
     reference=reference,
     fake=_fake,
@@ -52,13 +52,17 @@ def patch_embedding(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float | None = None,
+    in_norm_weight: Tensor | None = None,
+    in_norm_bias: Tensor | None = None,
+    in_norm_eps: float | None = None,
     packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """A dense strided convolution, then LayerNorm over the channels.
+    """LayerNorm over the channels, a dense strided convolution, LayerNorm over the channels.
 
     Equivalent plain PyTorch::
 
+        x = F.layer_norm(x.permute(0, 2, 3, 1), (C,), in_norm_weight, in_norm_bias, in_norm_eps).permute(0, 3, 1, 2)
         maps = F.conv2d(x, weight, bias, stride, padding).permute(0, 2, 3, 1)
         out = F.layer_norm(maps, (C_out,), norm_weight, norm_bias, norm_eps).permute(0, 3, 1, 2)
 
@@ -68,7 +72,9 @@ def patch_embedding(
         bias: `[C_out]` or None.
         stride, padding: of the convolution, the same for both axes; padding is with zeros.
         norm_weight, norm_bias: `[C_out]` or None.
-        norm_eps: epsilon of the LayerNorm (computed in fp32); None for no normalisation.
+        norm_eps: epsilon of the LayerNorm (computed in fp32) behind the convolution; None for no normalisation.
+        in_norm_weight, in_norm_bias: `[C]` or None.
+        in_norm_eps: epsilon of the LayerNorm in front, which leaves the zero padding alone; None for no normalisation.
         packed: keeps the weights in the layout of the CPU kernels from call to call and repacks them when they change.
         backend: runs this call on one backend; see `use_backend`. There are no GPU kernels of this operator.
 
@@ -80,7 +86,8 @@ def patch_embedding(
         TypeError, ValueError: naming the argument, what came and what was expected.
         BackendError: the chosen backend cannot run the call.
 
-    Source: Wu et al., "CvT: Introducing Convolutions to Vision Transformers", section 3.1.
+    Source: Wu et al., "CvT: Introducing Convolutions to Vision Transformers", section 3.1; with both norms the keys and
+    values of Wang et al., "Pyramid Vision Transformer", section 3.3.
     """
     channels = check_activation_tensor("x", x, 4).shape[1]
     out, _, _, kernel = check_tensor("weight", weight, "[C_out, C, K, K]").shape
@@ -92,6 +99,12 @@ def patch_embedding(
         raise ValueError("norm_eps: expected the LayerNorm's epsilon beside norm_weight or norm_bias, got None")
     check_parameter("norm_weight", norm_weight, (out,), x, optional=True)
     check_parameter("norm_bias", norm_bias, (out,), x, optional=True)
+    if in_norm_eps is not None:
+        check_eps("in_norm_eps", in_norm_eps)
+    elif in_norm_weight is not None or in_norm_bias is not None:
+        raise ValueError("in_norm_eps: expected the epsilon beside in_norm_weight or in_norm_bias, got None")
+    check_parameter("in_norm_weight", in_norm_weight, (channels,), x, optional=True)
+    check_parameter("in_norm_bias", in_norm_bias, (channels,), x, optional=True)
     check_integer("stride", stride, 1)
     check_integer("padding", padding, 0)
     if min(x.shape[2:]) + 2 * padding < kernel:
@@ -100,6 +113,6 @@ def patch_embedding(
     out_dtype = dtype
     if norm_eps is not None and dtype is not x.dtype:
         out_dtype = torch.promote_types(dtype, torch.float32)
-    static = Static(norm_eps, stride, padding, dtype, out_dtype)
-    tensors = [x.permute(0, 2, 3, 1), weight, bias, norm_weight, norm_bias]
+    static = Static(norm_eps, in_norm_eps, stride, padding, dtype, out_dtype)
+    tensors = [x.permute(0, 2, 3, 1), weight, bias, norm_weight, norm_bias, in_norm_weight, in_norm_bias]
     return library.call(OPERATOR, tensors, static, packed=packed, backend=backend)[0].permute(0, 3, 1, 2)

@@ -15,13 +15,14 @@ class Static(NamedTuple):
     """The operator's static arguments."""
 
     norm_eps: float | None
+    in_norm_eps: float | None
     stride: int
     padding: int
     dtype: torch.dtype
     out_dtype: torch.dtype
 
 
-STATIC_SCHEMA = "float? norm_eps, int stride, int padding, ScalarType dtype, ScalarType out_dtype"
+STATIC_SCHEMA = "float? norm_eps, float? in_norm_eps, int stride, int padding, ScalarType dtype, ScalarType out_dtype"
 
 
 def output_size(size: int, kernel: int, static: Static) -> int:
@@ -30,10 +31,11 @@ def output_size(size: int, kernel: int, static: Static) -> int:
 
 
 def reference(tensors: Tensors, static: Static) -> Outputs:
-    """Of `[x, weight, bias, norm_weight, norm_bias]`, x and the result as `[B, H, W, C]`."""
-    x, weight, bias, norm_weight, norm_bias = tensors
+    """Of `[x, weight, bias, norm_weight, norm_bias, in_norm_weight, in_norm_bias]`, maps as `[B, H, W, C]`."""
+    x, weight, bias, norm_weight, norm_bias, in_norm_weight, in_norm_bias = tensors
     assert x is not None and weight is not None
-    maps = x.permute(0, 3, 1, 2).to(static.dtype)
+    x = normalize(x, in_norm_weight, in_norm_bias, static.in_norm_eps, static.dtype)
+    maps = x.permute(0, 3, 1, 2)
     maps = convolution(maps, weight, bias, static.stride, static.padding)
     rows = maps.permute(0, 2, 3, 1).contiguous()
     return (normalize(rows, norm_weight, norm_bias, static.norm_eps, static.out_dtype),)
