@@ -3,8 +3,17 @@
 from fastvit_kernels.nn.activations import QuickGELU
 from fastvit_kernels.nn.conv_projection_attention import ConvProjectionAttention
 from fastvit_kernels.nn.drop_path import DropPath
+from fastvit_kernels.nn.hierarchical_attention import HierarchicalAttention
 from fastvit_kernels.nn.layer_norm import LayerNorm
 from fastvit_kernels.nn.patch_embedding import PatchEmbedding
 from fastvit_kernels.nn.pointwise_mlp import PointwiseMLP
 
-__all__ = ["ConvProjectionAttention", "DropPath", "LayerNorm", "PatchEmbedding", "PointwiseMLP", "QuickGELU"]
+__all__ = [
+    "ConvProjectionAttention",
+    "DropPath",
+    "HierarchicalAttention",
+    "LayerNorm",
+    "PatchEmbedding",
+    "PointwiseMLP",
+    "QuickGELU",
+]

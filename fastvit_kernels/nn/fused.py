@@ -30,6 +30,15 @@ class Branch(NamedTuple):
     linear: nn.Linear
 
 
+class GroupNormArguments(TypedDict):
+    """The operators' keyword arguments for the GroupNorm of one group in front of them."""
+
+    norm: str
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    norm_eps: float
+
+
 class LayerNormArguments(TypedDict, total=False):
     """The operators' keyword arguments for the LayerNorm in front of them."""
 
@@ -52,13 +61,13 @@ def has_hooks(module: nn.Module) -> bool:
 def drops_nothing(module: nn.Module) -> bool:
     """Whether calling this dropout or drop path now would return its input (and nobody expects the call).
 
-    Knows `nn.Identity`, `nn.Dropout` and any module with timm's `drop_prob` attribute.
+    Knows `nn.Identity`, `nn.Dropout`, `nn.Dropout2d` and any module with timm's `drop_prob` attribute.
     """
     if has_hooks(module):
         return False
     if type(module) is nn.Identity:
         return True
-    rate = module.p if type(module) is nn.Dropout else getattr(module, "drop_prob", None)
+    rate = getattr(module, "p" if type(module) in (nn.Dropout, nn.Dropout2d) else "drop_prob", None)
     return rate is not None and (rate == 0.0 or not module.training)
 
 
@@ -154,6 +163,24 @@ def patch_embedding_obstacles(conv: nn.Conv2d, norm: nn.LayerNorm) -> list[str]:
     return reasons
 
 
+def group_norm_obstacles(norm: nn.GroupNorm) -> list[str]:
+    """Why the operators' `norm="group"` would not compute what calling this GroupNorm computes."""
+    reasons = _obstacles(norm, nn.GroupNorm)
+    if not reasons and norm.num_groups != 1:
+        reasons.append(f"has {norm.num_groups} groups, expected 1")
+    return reasons
+
+
+def pointwise_conv_obstacles(conv: nn.Conv2d) -> list[str]:
+    """Why a linear over the channels of each pixel would not compute what calling this convolution computes."""
+    reasons = _obstacles(conv, nn.Conv2d)
+    if not reasons and not (
+        conv.kernel_size == conv.stride == (1, 1) and conv.padding in ("valid", "same", (0, 0)) and conv.groups == 1
+    ):
+        reasons.append("does more than mix the channels of a pixel")
+    return reasons
+
+
 def conv_projection_attention(
     x: Tensor,
     grid: tuple[int, int],
@@ -232,7 +259,7 @@ def global_attention(
 ) -> Tensor:
     """The second half of `conv_projection_attention`: attention, output projection and residual."""
     weight, bias = _weight_and_bias(proj)
-    return ops.global_attention(
+    out = ops.global_attention(
         q,
         k,
         v,
@@ -244,6 +271,8 @@ def global_attention(
         packed=None if packed is None else packed["global_attention"],
         backend=backend,
     )
+    assert isinstance(out, Tensor)
+    return out
 
 
 def pointwise_mlp(
@@ -313,6 +342,19 @@ def layer_norm_arguments(norm: nn.LayerNorm | None) -> LayerNormArguments:
         return {}
     weight, bias = _weight_and_bias(norm)
     return {"norm_weight": weight, "norm_bias": bias, "norm_eps": norm.eps}
+
+
+def group_norm_arguments(norm: nn.GroupNorm) -> GroupNormArguments:
+    """The operators' `norm*` arguments for a GroupNorm of one group."""
+    weight, bias = _weight_and_bias(norm)
+    return {"norm": "group", "norm_weight": weight, "norm_bias": bias, "norm_eps": norm.eps}
+
+
+def linear_of(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """Weight `[C_out, C]` and bias of the linear that a 1 x 1 convolution is."""
+    weight, bias = _weight_and_bias(conv)
+    assert weight is not None
+    return weight.flatten(1), bias
 
 
 def projection_of(conv: nn.Conv2d, bn: nn.BatchNorm2d, linear: nn.Linear) -> ops.Projection:

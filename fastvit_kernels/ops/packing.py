@@ -58,7 +58,7 @@ class PackedWeights:
             entry is None
             or entry.state != state
             or entry.dtype is not static.dtype
-            or not all(map(is_, entry.weights, weights))
+            or not (all(map(is_, entry.weights, weights)) or all(map(_alike, entry.weights, weights)))
         ):
             pack = getattr(torch.ops.fastvit, f"{operator.name}_pack").default
             with torch.no_grad():
@@ -83,6 +83,13 @@ class PackedWeights:
 
     def __reduce__(self) -> tuple[type[PackedWeights], tuple[()]]:
         return PackedWeights, ()
+
+
+def _alike(old: Tensor | None, new: Tensor | None) -> bool:
+    """Whether two tensors of the same address are the same view: the one that is held keeps the memory its own."""
+    if old is None or new is None:
+        return old is new
+    return old.shape == new.shape and old.stride() == new.stride() and old.dtype is new.dtype
 
 
 def _state(weights: Sequence[Tensor]) -> list[int]:

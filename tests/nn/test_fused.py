@@ -204,7 +204,9 @@ def test_a_weight_outside_the_parameters_is_noticed(mlp):
         (DropPath(0.5), True, False),
         (DropPath(0.5), False, True),
         (nn.ReLU(), False, False),
-        (nn.Dropout2d(0.5), False, False),
+        (nn.Dropout2d(0.5), True, False),
+        (nn.Dropout2d(0.5), False, True),
+        (nn.AlphaDropout(0.5), False, False),
     ],
 )
 def test_drops_nothing(module, training, expected):

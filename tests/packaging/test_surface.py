@@ -30,6 +30,7 @@ SURFACE = {
     "fastvit_kernels.nn": [
         "ConvProjectionAttention",
         "DropPath",
+        "HierarchicalAttention",
         "LayerNorm",
         "PatchEmbedding",
         "PointwiseMLP",
