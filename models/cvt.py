@@ -7,26 +7,20 @@ the official code, so its weights load with `strict=True`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastvit_kernels.models.checkpoints import Conversion
 from fastvit_kernels.models.cvt_keys import from_transformers, is_transformers
+from fastvit_kernels.models.features import FeatureInfo, check_image
 from fastvit_kernels.models.registry import register
 from fastvit_kernels.nn import ConvProjectionAttention, DropPath, LayerNorm, PatchEmbedding, PointwiseMLP, QuickGELU
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 from fastvit_kernels.nn.repetition import remember
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
-
-
-class FeatureInfo(NamedTuple):
-    """One feature map of a model with `features_only=True`: its channels, and the image's size over the map's."""
-
-    channels: int
-    reduction: int
 
 
 class Block(nn.Module):
@@ -274,7 +268,7 @@ class ConvolutionalVisionTransformer(nn.Module):
         """The normalised class token `[B, C]` in front of the classifier."""
         if self.norm is None:
             raise ValueError("features_only: this model was built for feature maps, it has no final norm")
-        self._check(x)
+        check_image(x, self.in_chans, self.min_size)
         cls = None
         for index in range(self.num_stages):
             x, cls = getattr(self, f"stage{index}")(x)
@@ -283,7 +277,7 @@ class ConvolutionalVisionTransformer(nn.Module):
 
     def forward_maps(self, x: Tensor) -> list[Tensor]:
         """Every stage's map `[B, C, H, W]` in channels-last memory, not normalised, without the class token."""
-        self._check(x)
+        check_image(x, self.in_chans, self.min_size)
         maps = []
         for index in range(self.num_stages):
             x, _ = getattr(self, f"stage{index}")(x)
@@ -308,12 +302,6 @@ class ConvolutionalVisionTransformer(nn.Module):
                 "with activation='gelu' it returns what transformers returns"
             )
         return Conversion("transformers", from_transformers(state_dict), notes)
-
-    def _check(self, x: Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"x: expected an image batch [B, {self.in_chans}, H, W], got shape {tuple(x.shape)}")
-        if min(x.shape[2:]) < self.min_size:
-            raise ValueError(f"x: expected at least {self.min_size} x {self.min_size} pixels, got {tuple(x.shape[2:])}")
 
 
 def _classifier(channels: int, num_classes: int) -> nn.Module:
