@@ -331,8 +331,8 @@ class HierarchicalAttention(nn.Module):
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """A map `[B, C, H, W]` as rows `[B, H*W, C]`: a view of channels-last memory."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+    """A map `[B, C, H, W]` as dense rows `[B, H*W, C]`: a view of channels-last memory, a copy of any other."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
 
 
 def _map(rows: Tensor, grid: tuple[int, int]) -> Tensor:
