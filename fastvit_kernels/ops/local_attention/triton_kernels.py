@@ -12,7 +12,7 @@ from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.local_attention.reference import Static
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.precision import wide
-from fastvit_kernels.ops.primitives import dot, vector
+from fastvit_kernels.ops.primitives import dot
 from fastvit_kernels.ops.triton_linear import linear
 from fastvit_kernels.ops.triton_moments import group_statistics
 
@@ -28,18 +28,25 @@ def pixels(index, top, left, height, width, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def block_rows(start, pointer, zero_ptr, top, left, height, width, stride, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where BLOCK_N keys or values of a window begin, and which of them are there to be read."""
+    n = start + tl.arange(0, BLOCK_N)
+    rows, inside = pixels(n, top, left, height, width, WINDOW)
+    pointers = pointer + rows.to(tl.int64) * stride
+    if zero_ptr is not None:
+        pointers = tl.where(inside, pointers, zero_ptr)
+        inside = n < WINDOW * WINDOW
+    return pointers, inside
+
+
+@triton.jit
 def block_scores(
     q,
     m,
     start,
-    k_ptr,
-    zero_ptr,
+    k_ptrs,
+    inside,
     bias_ptr,
-    top,
-    left,
-    height,
-    width,
-    row_stride,
     scale,
     WINDOW: tl.constexpr,
     MASK: tl.constexpr,
@@ -52,14 +59,7 @@ def block_scores(
     """Scaled and biased scores of BLOCK_N keys, in units of log2(e); minus infinity where there is none."""
     n = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    rows, inside = pixels(n, top, left, height, width, WINDOW)
-    k = tl.load(
-        k_ptr + rows.to(tl.int64)[None, :] * row_stride + d[:, None],
-        mask=(d < WIDTH)[:, None] & inside[None, :],
-        other=0.0,
-    )
-    if zero_ptr is not None:
-        k = tl.where(inside[None, :], k.to(tl.float32), vector(zero_ptr, d, d < WIDTH, 0.0, BLOCK_D)[:, None])
+    k = tl.load(k_ptrs[None, :] + d[:, None], mask=(d < WIDTH)[:, None] & inside[None, :], other=0.0)
     scores = dot(q, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), ARITHMETIC) * scale
     keys = inside if MASK else n < WINDOW * WINDOW
     if bias_ptr is not None:
@@ -67,35 +67,6 @@ def block_scores(
         bias = tl.load(bias_ptr + m[:, None] * (WINDOW * WINDOW) + n[None, :], mask=places, other=0.0)
         scores += bias.to(tl.float32) * 1.4426950408889634
     return tl.where(keys[None, :], scores, float("-inf"))
-
-
-@triton.jit
-def block_values(
-    start,
-    v_ptr,
-    zero_ptr,
-    top,
-    left,
-    height,
-    width,
-    row_stride,
-    WINDOW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Values of BLOCK_N keys; outside the map zeros, or what the projection makes of them."""
-    n = start + tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    rows, inside = pixels(n, top, left, height, width, WINDOW)
-    v = tl.load(
-        v_ptr + rows.to(tl.int64)[:, None] * row_stride + d[None, :],
-        mask=inside[:, None] & (d < WIDTH)[None, :],
-        other=0.0,
-    )
-    if zero_ptr is not None:
-        v = tl.where(inside[:, None], v.to(tl.float32), vector(zero_ptr, d, d < WIDTH, 0.0, BLOCK_D)[None, :])
-    return v
 
 
 @triton.jit(do_not_specialize=["height", "width", "heads"])
@@ -157,6 +128,7 @@ def window_attention_kernel(
 
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
     rows, inside = pixels(m, top, left, height, width, WINDOW)
     q_mask = inside[:, None] & (d < WIDTH)[None, :]
     q = tl.load(q_ptr + rows.to(tl.int64)[:, None] * row_stride + d[None, :], mask=q_mask, other=0.0)
@@ -165,38 +137,19 @@ def window_attention_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, WINDOW * WINDOW, BLOCK_N):
+        k_ptrs, k_inside = block_rows(start, k_ptr, zero_k_ptr, top, left, height, width, row_stride, WINDOW, BLOCK_N)
         scores = block_scores(
-            q,
-            m,
-            start,
-            k_ptr,
-            zero_k_ptr,
-            bias_ptr,
-            top,
-            left,
-            height,
-            width,
-            row_stride,
-            scale,
-            WINDOW,
-            MASK,
-            WIDTH,
-            ARITHMETIC,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
+            q, m, start, k_ptrs, k_inside, bias_ptr, scale, WINDOW, MASK, WIDTH, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_D
         )
         larger = tl.maximum(largest, tl.max(scores, 1))
         rescale = tl.exp2(largest - larger)
         p = tl.exp2(scores - larger[:, None])
         total = total * rescale + tl.sum(p, 1)
-        v = block_values(
-            start, v_ptr, zero_v_ptr, top, left, height, width, value_stride, WINDOW, VALUE_WIDTH, BLOCK_N, BLOCK_V
-        )
+        v_ptrs, v_inside = block_rows(start, v_ptr, zero_v_ptr, top, left, height, width, value_stride, WINDOW, BLOCK_N)
+        v = tl.load(v_ptrs[:, None] + e[None, :], mask=v_inside[:, None] & (e < VALUE_WIDTH)[None, :], other=0.0)
         accumulator = dot(p, v, accumulator * rescale[:, None], ARITHMETIC)
         largest = larger
     y = accumulator / total[:, None]
-    e = tl.arange(0, BLOCK_V)
     offsets = (first + rows)[:, None] * value_channels + head * VALUE_WIDTH + e[None, :]
     mask = inside[:, None] & (e < VALUE_WIDTH)[None, :]
     if residual_ptr is not None:
@@ -225,6 +178,8 @@ def run(tensors: Tensors, static: Static) -> Outputs:
             norm_eps=None if static.norm == "none" else static.norm_eps,
             norm_statistics=statistics,
         )
+    # What the projection makes of an added pixel; None where that is zero.
+    zero = None if qkv_bias is None or static.pad != "zero" else qkv_bias.to(x.dtype)
     batch, tokens, channels = x.shape
     if v is None:
         channels //= 3
@@ -250,7 +205,7 @@ def run(tensors: Tensors, static: Static) -> Outputs:
             x,
             k,
             v,
-            qkv_bias if static.pad == "zero" else None,
+            zero,
             attn_bias,
             added,
             out,
