@@ -17,8 +17,8 @@ from fastvit_kernels.ops.precision import wide
 
 EPS = 1e-6
 PADS = ("none", "mask")
-# The sides of a square map that is attended to as one window; others take the operator for any number of keys.
-_ONE_WINDOW = range(2, 17)
+# Up to this side a square map is attended to as one window; others take the operator for any number of keys.
+_LARGEST_WINDOW = 16
 
 
 class HierarchicalAttention(nn.Module):
@@ -92,7 +92,8 @@ class HierarchicalAttention(nn.Module):
         self.drop = nn.Dropout2d(drop)
         if grid_size > 1:
             self.grid_norm = nn.GroupNorm(1, dim, eps=EPS)
-            self.avg_pool = nn.AvgPool2d(ds_ratio, ds_ratio, ceil_mode=pad == "mask")
+            pool = nn.AvgPool2d if pad == "none" else _PoolOfAnySize
+            self.avg_pool = pool(ds_ratio, ds_ratio)
             self.ds_norm = nn.GroupNorm(1, dim, eps=EPS)
             self.q = nn.Conv2d(dim, dim, 1)
             self.kv = nn.Conv2d(dim, 2 * dim, 1)
@@ -260,7 +261,7 @@ class HierarchicalAttention(nn.Module):
         norm = fused.group_norm_arguments(modules["norm"])
         qkv_weight, qkv_bias = fused.linear_of(modules["qkv"])
         proj_weight, proj_bias = fused.linear_of(modules["proj"])
-        if grid[0] == grid[1] and grid[0] in _ONE_WINDOW:
+        if grid[0] == grid[1] <= _LARGEST_WINDOW:
             return ops.local_attention(
                 rows,
                 grid=grid,
@@ -330,6 +331,23 @@ class HierarchicalAttention(nn.Module):
         return None if self._packed is None else self._packed[operator]
 
 
+class _PoolOfAnySize(nn.AvgPool2d):
+    """Average pooling whose squares at the right and at the bottom hold the pixels that are there.
+
+    So does `ceil_mode=True`, but torch.compile then makes a wrong gradient of it (seen in torch 2.13).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.kernel_size
+        assert isinstance(side, int)
+        right, bottom = -x.shape[3] % side, -x.shape[2] % side
+        if right == 0 and bottom == 0:
+            return super().forward(x)
+        padding = (0, right, 0, bottom)
+        shares = super().forward(F.pad(x.new_ones((1, 1, *x.shape[2:])), padding))
+        return super().forward(F.pad(x, padding)) / shares
+
+
 def _tokens(x: Tensor) -> Tensor:
     """A map `[B, C, H, W]` as dense rows `[B, H*W, C]`: a view of channels-last memory, a copy of any other."""
     return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
@@ -344,9 +362,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _pooling_obstacles(pool: nn.Module) -> list[str]:
+def _pooling_obstacles(pool: nn.AvgPool2d) -> list[str]:
     """Why the average of a normalised map would not be the normalised average."""
-    if type(pool) is not nn.AvgPool2d:
+    if type(pool) not in (nn.AvgPool2d, _PoolOfAnySize):
         return [f"is a {type(pool).__name__}, expected AvgPool2d"]
     if fused.has_hooks(pool):
         return ["has hooks"]

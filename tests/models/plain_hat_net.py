@@ -32,11 +32,11 @@ def softmax_attention(q, k, v):
 
 def split_heads(x, heads):
     """`[B, h * d, pixels...]` to `[B, h, pixels, d]`."""
-    return x.reshape(x.shape[0], heads, x.shape[1] // heads, -1).mT
+    return x.flatten(2).unflatten(1, (heads, -1)).mT
 
 
 def merge_heads(x, height, width):
-    return x.mT.reshape(x.shape[0], -1, height, width)
+    return x.mT.flatten(1, 2).unflatten(2, (height, width))
 
 
 def attend(q, k, v, heads):

@@ -324,9 +324,7 @@ def test_without_padding_the_official_sizes_and_the_official_pooling():
     plain.avg_pool.ceil_mode = False
     x = images(7, 21)
     assert ours(x).shape == x.shape and relative_l2(ours(x), plain(x)) <= 1e-14
-    with pytest.raises(
-        ValueError, match='x: expected sides that are multiples of grid_size = 7, got 7 x 20; pad="mask"'
-    ):
+    with pytest.raises(ValueError, match="x: expected sides that are multiples of grid_size = 7, got 7 x 20"):
         ours(images(7, 20))
     ours = HierarchicalAttention(DIM, HEAD, 2, 4).double()
     with pytest.raises(ValueError, match="x: expected sides of at least ds_ratio = 4, got 2 x 8"):
