@@ -168,6 +168,8 @@ def group_norm_obstacles(norm: nn.GroupNorm) -> list[str]:
     reasons = _obstacles(norm, nn.GroupNorm)
     if not reasons and norm.num_groups != 1:
         reasons.append(f"has {norm.num_groups} groups, expected 1")
+    elif not reasons and any(parameter is None for parameter in _weight_and_bias(norm)):
+        reasons.append("has no weight or no bias")
     return reasons
 
 

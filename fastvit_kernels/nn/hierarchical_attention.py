@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastvit_kernels import ops
 from fastvit_kernels.nn import fused
 from fastvit_kernels.ops.arguments import compute_dtype
-from fastvit_kernels.ops.normalization import group_normalize, group_statistics, normalize_by
+from fastvit_kernels.ops.normalization import group_statistics, normalize_by
 from fastvit_kernels.ops.packing import PackedWeights
 from fastvit_kernels.ops.precision import wide
 
@@ -241,13 +241,14 @@ class HierarchicalAttention(nn.Module):
         Averages of a normalised map are the normalised averages, so the map itself need not be normalised for them.
         """
         modules: dict[str, Any] = self._modules
-        grid_norm, ds_norm = modules["grid_norm"], modules["ds_norm"]
         pooled = _tokens(modules["avg_pool"](_map(mixed, grid)))
-        pooled = group_normalize(
-            pooled, statistics, grid_norm.weight, grid_norm.bias, grid_norm.eps, wide(pooled.dtype)
-        )
-        pooled = normalize_by("group", pooled, None, ds_norm.weight, ds_norm.bias, ds_norm.eps, dtype)
-        return _linear(pooled, *fused.linear_of(modules["kv"]))
+        pooled = pooled.to(wide(pooled.dtype))
+        mean, var = statistics[:, None, None].unbind(-1)
+        pooled = _affine(pooled - mean, modules["grid_norm"], torch.rsqrt(var + modules["grid_norm"].eps))
+        # The LayerNorm over rows and channels is the GroupNorm without its weights.
+        normalized = F.layer_norm(pooled.flatten(1), (pooled.shape[1] * pooled.shape[2],), eps=modules["ds_norm"].eps)
+        normalized = _affine(normalized.view_as(pooled), modules["ds_norm"])
+        return _linear(normalized.to(dtype), *fused.linear_of(modules["kv"]))
 
     def _fuse_one_level(
         self,
@@ -356,6 +357,12 @@ def _tokens(x: Tensor) -> Tensor:
 def _map(rows: Tensor, grid: tuple[int, int]) -> Tensor:
     """Rows as a map, the other way round: a view."""
     return rows.transpose(1, 2).unflatten(2, grid)
+
+
+def _affine(x: Tensor, norm: nn.GroupNorm, scale: Tensor | None = None) -> Tensor:
+    """`x * scale * weight + bias`, of the norm's weight and bias."""
+    weight = norm.weight.to(x.dtype)
+    return torch.addcmul(norm.bias.to(x.dtype), x, weight if scale is None else scale * weight)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

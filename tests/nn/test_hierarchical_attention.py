@@ -283,6 +283,7 @@ def test_dropout_drops_channels_before_the_residual():
     ("name", "replacement", "obstacle"),
     [
         ("norm", nn.GroupNorm(2, DIM), "norm has 2 groups, expected 1"),
+        ("ds_norm", nn.GroupNorm(1, DIM, affine=False), "ds_norm has no weight or no bias"),
         ("grid_norm", nn.BatchNorm2d(DIM), "grid_norm is a BatchNorm2d, expected GroupNorm"),
         ("qkv", nn.Conv2d(DIM, 3 * DIM, 3, padding=1), "qkv does more than mix the channels of a pixel"),
         ("kv", nn.Conv2d(DIM, 2 * DIM, 1, groups=2), "kv does more than mix the channels of a pixel"),

@@ -1,0 +1,105 @@
+"""What the attention half of a HAT-Net block reads and writes, against eager PyTorch, counted operation by operation.
+
+Fused operators count with what goes in and what comes out: what they keep in the cache meanwhile is the point of them.
+"""
+
+from __future__ import annotations
+
+import plain_hat_net
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastvit_kernels.nn import HierarchicalAttention
+from fastvit_kernels.ops import library
+
+BATCH = 64
+# Head width; then channels, window and pool, and side of the map at 224 x 224; then what eager PyTorch was found to move
+# on a CPU, in units of the map's size.
+STAGES = {
+    "tiny stage 1": (48, 48, (8, 8), 56, 50),
+    "tiny stage 2": (48, 96, (7, 4), 28, 51),
+    "tiny stage 3": (48, 240, (7, 2), 14, 53),
+    "tiny stage 4": (48, 384, (1, 1), 7, 28),
+    "small stage 1": (64, 64, (8, 8), 56, 47),
+    "small stage 2": (64, 128, (7, 4), 28, 49),
+    "small stage 3": (64, 320, (7, 2), 14, 51),
+    "small stage 4": (64, 512, (1, 1), 7, 27),
+    "large stage 4": (64, 640, (1, 1), 7, 27),
+}
+_ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up the elements that go in and out of every operation that is no view."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not (func.is_view or func.overloadpacket.__name__ in ("_unsafe_view", *_ALLOCATIONS)):
+            self.add(func.overloadpacket.__name__, (args, kwargs or {}), out)
+        return out
+
+    def add(self, name, inputs, outputs):
+        self.operations.append(name)
+        self.elements += sum(t.numel() for t in pytree.tree_leaves((inputs, outputs)) if isinstance(t, torch.Tensor))
+
+
+def count(module, x, **options):
+    with torch.no_grad(), Traffic() as traffic:
+        module(x, **options)
+    return traffic
+
+
+@pytest.fixture
+def fused_operators(monkeypatch):
+    """A fused operator counts as one operation: what goes into it and what comes out, wherever it runs."""
+
+    def call(operator, tensors, static, **options):
+        outputs = operator.fake(tensors, static)
+        counting = torch.utils._python_dispatch._get_current_dispatch_mode()
+        counting.add(operator.name, tensors, outputs)
+        return outputs
+
+    monkeypatch.setattr(library, "call", call)
+
+
+class HalfBlock(torch.nn.Module):
+    """As the official block has it."""
+
+    def __init__(self, attn):
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x):
+        return x + self.attn(x)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_at_most_a_third_of_eager(stage, fused_operators):
+    head, channels, sizes, side, published = STAGES[stage]
+    with torch.device("meta"):
+        x = torch.empty(BATCH, channels, side, side)
+        eager = count(HalfBlock(plain_hat_net.Attention(channels, head, *sizes)), x)
+        statistics = torch.empty(BATCH, 2)
+        x = x.to(memory_format=torch.channels_last)
+        ours = HierarchicalAttention(channels, head, *sizes, pad="mask")
+        found = count(ours, x, residual=x, statistics=statistics, return_statistics=True)
+    # The yardstick is no straw man.
+    assert abs(eager.elements / x.numel() - published) <= 0.02 * published
+    assert found.elements <= eager.elements / 3
+    levels = ["local_attention", "global_attention"] if sizes[0] > 1 else ["local_attention"]
+    assert [name for name in found.operations if name in library.operators] == levels
+
+
+def test_the_counter():
+    x = torch.ones(2, 3)
+    with Traffic() as traffic:
+        x.t().reshape(6).add_(x.view(6)[0])
+    # A copy, since the transpose is no view of six elements, then an addition in place.
+    assert traffic.operations == ["clone", "add_"] and traffic.elements == 2 * 6 + 6 + 1 + 6
