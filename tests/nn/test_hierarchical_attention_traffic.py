@@ -15,7 +15,7 @@ from fastvit_kernels.nn import HierarchicalAttention
 from fastvit_kernels.ops import library
 
 BATCH = 64
-# Head width; then channels, window and pool, and side of the map at 224 x 224; then what eager PyTorch was found to move
+# Head width, channels, window and pool, and side of the map at 224 x 224; then what eager PyTorch was found to move
 # on a CPU, in units of the map's size.
 STAGES = {
     "tiny stage 1": (48, 48, (8, 8), 56, 50),
