@@ -43,7 +43,7 @@ struct Mlp {
   BatchNorm bn[3];
   fk_norm_kind norm;
   double norm_eps;
-  bool bn_after_activation, low_precision;
+  bool bn_after_activation, low_precision, adds_input;
   std::optional<double> out_norm_eps;
   int64_t batch, tokens, channels, hidden, out, kernel;
   uint64_t mark;
@@ -148,8 +148,12 @@ class MlpPacker : public Packer {
       const double shift = real && norm && norm->present() ? norm->shift(c) : 0.0;
       const double bias = real && m.filter_bias.data ? element(m.filter_bias, c) : 0.0;
       f.bias[c] = static_cast<float>(bias * scale + shift);
-      for (int64_t t = 0; t < f.taps; ++t)
-        f.filter[t * f.padded + c] = real ? static_cast<float>(element(m.filter, c * f.taps + t) * scale) : 0.0f;
+      for (int64_t t = 0; t < f.taps; ++t) {
+        // The filter's input, added to its result in front of everything else, is one more weight on the centre.
+        const double centre = m.adds_input && t == f.taps / 2 ? 1.0 : 0.0;
+        const double weight = real ? (element(m.filter, c * f.taps + t) + centre) * scale : 0.0;
+        f.filter[t * f.padded + c] = static_cast<float>(weight);
+      }
     }
   }
 
@@ -176,12 +180,6 @@ fk_activation activation_of(const std::string& name) {
   for (int i = 0; i < 5; ++i)
     if (name == names[i]) return static_cast<fk_activation>(i);
   STD_TORCH_CHECK(false, "activation: unknown name");
-}
-
-fk_inner_residual inner_of(const std::string& name) {
-  STD_TORCH_CHECK(name == "none" || name == "before_activation" || name == "after_activation",
-                  "inner_residual: unknown name");
-  return name == "none" ? FK_NO_INNER : name == "before_activation" ? FK_BEFORE_ACTIVATION : FK_AFTER_ACTIVATION;
 }
 
 BatchNorm batch_norm(const TensorList& t, size_t first, int64_t channels, double eps) {
@@ -216,6 +214,7 @@ Mlp check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) 
   m.norm = norm_kind(o.norm);
   m.norm_eps = o.norm_eps;
   m.bn_after_activation = o.bn_after_activation;
+  m.adds_input = o.inner_residual == "before_activation";
   m.out_norm_eps = o.out_norm_eps;
   m.low_precision = kernel_dtype(o.dtype) == FK_BF16 && kernels().low_precision;
   int64_t eps_bits[3] = {};
@@ -223,8 +222,8 @@ Mlp check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) 
   // Statistics are no weights: they change from call to call.
   const std::optional<Tensor> statistics = std::move(t[kStatistics]);
   t[kStatistics].reset();
-  m.mark = identify({m.channels, m.hidden, m.out, m.kernel, m.low_precision, o.bn_after_activation, m.norm, eps_bits[0],
-                     eps_bits[1], eps_bits[2]},
+  m.mark = identify({m.channels, m.hidden, m.out, m.kernel, m.low_precision, o.bn_after_activation, m.adds_input,
+                     m.norm, eps_bits[0], eps_bits[1], eps_bits[2]},
                     t, kNormWeight, kResidual, packed);
   t[kStatistics] = statistics;
   m.norm_weight = weight_view(t[kNormWeight], "norm_weight", {m.channels});
@@ -240,10 +239,11 @@ Mlp check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) 
   m.bn[0] = batch_norm(t, kBn1, m.hidden, o.bn_eps[0]);
   m.bn[1] = batch_norm(t, kBn2, m.hidden, o.bn_eps[1]);
   m.bn[2] = batch_norm(t, kBn3, m.out, o.bn_eps[2]);
-  const fk_inner_residual inner = inner_of(o.inner_residual);
-  STD_TORCH_CHECK(
-      !m.bn[1].present() || inner == FK_NO_INNER || (inner == FK_BEFORE_ACTIVATION) == m.bn_after_activation,
-      "inner_residual: the second batch norm stands between it and the activation");
+  const std::string& inner = o.inner_residual;
+  STD_TORCH_CHECK(inner == "none" || inner == "before_activation" || inner == "after_activation",
+                  "inner_residual: unknown name");
+  STD_TORCH_CHECK(!m.bn[1].present() || inner != "after_activation" || !m.bn_after_activation,
+                  "inner_residual: the second batch norm stands between it and the activation");
   return m;
 }
 
@@ -310,7 +310,7 @@ std::tuple<Tensor, Tensor> run_checked(TensorList& t, const std::optional<Tensor
   p.out_dtype = kernel_dtype(out_dtype);
   p.hidden_activation = activation_of(o.hidden_activation);
   p.activation = activation_of(o.activation);
-  p.inner_residual = inner_of(o.inner_residual);
+  p.adds_hidden = o.inner_residual == "after_activation";
   p.batch = m.batch;
   p.height = o.height;
   p.width = o.width;
@@ -325,7 +325,7 @@ std::tuple<Tensor, Tensor> run_checked(TensorList& t, const std::optional<Tensor
   const bool wants_statistics = o.summary == "statistics", wants_mean = o.summary == "mean";
   Moments moments(wants_statistics || normed ? m.batch : 0, p.tasks_per_image);
   p.moments = wants_statistics || normed ? moments.data() : nullptr;
-  std::vector<float> means(wants_mean ? static_cast<size_t>(m.batch * p.tasks_per_image * m.out) : 0);
+  std::vector<double> means(wants_mean ? static_cast<size_t>(m.batch * p.tasks_per_image * m.out) : 0);
   p.means = wants_mean ? means.data() : nullptr;
   Tensor raw = normed ? empty({m.batch, pixels, m.out}, ScalarType::Float) : no_statistics();
   p.raw = normed ? static_cast<float*>(raw.mutable_data_ptr()) : nullptr;

@@ -114,8 +114,6 @@ struct fk_local_attention {
   double* moments;  // per task [3], of the result; null: not wanted
 };
 
-enum fk_inner_residual { FK_NO_INNER = 0, FK_BEFORE_ACTIVATION = 1, FK_AFTER_ACTIVATION = 2 };
-
 struct fk_depthwise_mlp {
   struct fk_array x, residual;  // [B, P + H * W, C]
   void* out;                    // [B, P + H * W, N]
@@ -127,13 +125,13 @@ struct fk_depthwise_mlp {
   const float* filter;       // [taps][hidden, padded]
   const float* filter_bias;  // [hidden, padded]
   enum fk_activation hidden_activation, activation;
-  enum fk_inner_residual inner_residual;
+  int32_t adds_hidden;  // the filter's input is added to the activated result
   int64_t batch, height, width, channels, prefix, kernel;
   int64_t rows_per_task, tasks_per_image;  // rows of the map
   int64_t chunk;                           // hidden channels at a time, a multiple of the panel
   float* raw;                              // [B, H * W, N]: the branch before its own GroupNorm; null: there is none
   double* moments;                         // per task [3], of the result (of raw where there is one); null: not wanted
-  float* means;                            // per task [N], sums of the branch over pixels; null: not wanted
+  double* means;                           // per task [N], sums of the branch over pixels; null: not wanted
 };
 
 // out = GroupNorm(raw) + residual for rows of images.

@@ -1,6 +1,8 @@
 """The fused operators."""
 
-from fastvit_kernels.ops.conv_projection import BatchNorm, Projection, conv_projection
+from fastvit_kernels.ops.batch_norm import BatchNorm
+from fastvit_kernels.ops.conv_projection import Projection, conv_projection
+from fastvit_kernels.ops.depthwise_mlp import depthwise_mlp
 from fastvit_kernels.ops.global_attention import global_attention
 from fastvit_kernels.ops.local_attention import local_attention
 from fastvit_kernels.ops.patch_embedding import patch_embedding
@@ -10,6 +12,7 @@ __all__ = [
     "BatchNorm",
     "Projection",
     "conv_projection",
+    "depthwise_mlp",
     "global_attention",
     "local_attention",
     "patch_embedding",

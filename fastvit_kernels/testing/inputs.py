@@ -479,6 +479,148 @@ POINTWISE_MLP = [
 ]
 
 
+def _depthwise_mlp(
+    maker: Maker,
+    *,
+    batch: int = 2,
+    grid: tuple[int, int] = (5, 7),
+    channels: int = 16,
+    hidden: int = 40,
+    out: int | None = None,
+    kernel: int = 3,
+    prefix: int = 0,
+    activation: str = "gelu",
+    hidden_activation: str | None = None,
+    inner_residual: str | None = None,
+    norm: str | None = "layer",
+    norm_affine: bool = True,
+    statistics: bool = False,
+    bn: str = "",
+    bn_after_activation: bool = False,
+    bn_training: bool = False,
+    bn_track: bool = True,
+    bn_affine: bool = True,
+    bias: bool = True,
+    out_norm: bool = False,
+    residual: bool = True,
+    residual_dtype: torch.dtype | None = None,
+    return_statistics: bool = False,
+    return_mean: bool = False,
+) -> Call:
+    """`bn` names the batch norms that are there by their digits."""
+    out = out or channels
+    tokens = prefix + grid[0] * grid[1]
+    arguments: dict[str, Any] = {
+        "x": maker.activation(batch, tokens, channels, scale=1.5, shift=0.5),
+        "fc1_weight": maker.weight(hidden, channels, scale=1.5),
+        "fc1_bias": maker.vector(hidden) if bias else None,
+        "dw_weight": maker.weight(hidden, 1, kernel, kernel),
+        "dw_bias": maker.vector(hidden) if bias else None,
+        "fc2_weight": maker.weight(out, hidden),
+        "fc2_bias": maker.vector(out) if bias else None,
+        "grid": grid,
+        "activation": activation,
+        "hidden_activation": hidden_activation,
+        "inner_residual": inner_residual,
+        "num_prefix_tokens": prefix,
+        "bn_after_activation": bn_after_activation,
+        "return_statistics": return_statistics,
+        "return_mean": return_mean,
+    }
+    if norm:
+        arguments |= {"norm": norm, "norm_eps": 1e-3}
+        if norm_affine:
+            arguments |= {"norm_weight": maker.positive(channels), "norm_bias": maker.vector(channels)}
+    if statistics:
+        arguments["norm_statistics"] = maker.statistics(batch)
+    for digit in bn:
+        width = out if digit == "3" else hidden
+        arguments[f"bn{digit}"] = BatchNorm(
+            maker.positive(width) if bn_affine else None,
+            maker.vector(width) if bn_affine else None,
+            maker.vector(width) if bn_track else None,
+            maker.positive(width) if bn_track else None,
+            training=bn_training,
+        )
+    if out_norm:
+        arguments |= {"out_norm_weight": maker.positive(out), "out_norm_bias": maker.vector(out), "out_norm_eps": 1e-3}
+    if residual:
+        arguments["residual"] = maker.residual(batch, tokens, out, dtype=residual_dtype)
+    return Call(ops.depthwise_mlp, arguments)
+
+
+def depthwise_mlp_case(name: str, *tags: str, vanishing: Sequence[str] = (), **options: Any) -> Case:
+    """A call of `depthwise_mlp` with these options of `_depthwise_mlp`."""
+    return Case(name, lambda maker: _depthwise_mlp(maker, **options), frozenset(tags), frozenset(vanishing))
+
+
+_IRFFN: dict[str, Any] = {
+    "hidden_activation": "gelu",
+    "inner_residual": "before_activation",
+    "bn": "123",
+    "bn_after_activation": True,
+}
+_DAFF: dict[str, Any] = {
+    "hidden_activation": "gelu",
+    "inner_residual": "after_activation",
+    "bn": "123",
+    "prefix": 1,
+    "return_mean": True,
+}
+_HAT: dict[str, Any] = {
+    "activation": "silu",
+    "hidden_activation": "silu",
+    "norm": "group",
+    "bias": False,
+    "out_norm": True,
+}
+
+DEPTHWISE_MLP = [
+    depthwise_mlp_case("mix_ffn", "smallest", "inductor"),
+    depthwise_mlp_case("mix_ffn_relu", hidden_activation="relu"),
+    depthwise_mlp_case("irffn", "smallest", **_IRFFN),
+    depthwise_mlp_case("daff", **_DAFF),
+    depthwise_mlp_case("hat", return_statistics=True, **_HAT),
+    depthwise_mlp_case("hat_given_statistics", statistics=True, kernel=5, **_HAT),
+    depthwise_mlp_case("mbconv", norm=None, hidden_activation="gelu", bn="123"),
+    depthwise_mlp_case("empty_batch", "empty", batch=0),
+    depthwise_mlp_case("one_image", batch=1),
+    depthwise_mlp_case("one_pixel", batch=1, grid=(1, 1)),
+    depthwise_mlp_case("one_row", grid=(1, 9)),
+    depthwise_mlp_case("one_column", grid=(9, 1)),
+    depthwise_mlp_case("odd_hidden", hidden=165, channels=23, **_IRFFN),
+    depthwise_mlp_case("odder_hidden", hidden=331, grid=(3, 3)),
+    depthwise_mlp_case("wide_filter", kernel=5, grid=(6, 4)),
+    depthwise_mlp_case("wider_filter", kernel=7, grid=(5, 5), hidden_activation="quick_gelu"),
+    depthwise_mlp_case("pointwise_filter", kernel=1, activation="relu"),
+    depthwise_mlp_case("prefix", prefix=2, return_statistics=True, norm="group"),
+    depthwise_mlp_case("prefix_without_residual", prefix=1, residual=False),
+    depthwise_mlp_case("other_out_width", out=9, residual=False, return_mean=True),
+    depthwise_mlp_case("bare", norm=None, bias=False, residual=False, activation="quick_gelu"),
+    depthwise_mlp_case("norm_without_affine", norm_affine=False),
+    depthwise_mlp_case("bn_without_affine", bn="12", bn_affine=False),
+    depthwise_mlp_case("bn_between", bn="2", inner_residual="before_activation"),
+    depthwise_mlp_case("mean_behind_norm", out_norm=True, return_mean=True),
+    depthwise_mlp_case("fp32_residual", residual_dtype=torch.float32),
+    depthwise_mlp_case("pvt_v2_b2_stage_3", "published", batch=1, grid=(14, 14), channels=320, hidden=1280),
+]
+
+
+# A bias right in front of batch statistics has no effect.
+DEPTHWISE_MLP_TRAINING = [
+    depthwise_mlp_case(
+        "irffn_training", "smallest", "inductor", vanishing=["fc2_bias", "bn2.bias"], bn_training=True, **_IRFFN
+    ),
+    depthwise_mlp_case(
+        "daff_training",
+        vanishing=["norm_bias", "fc1_bias", "dw_bias", "fc2_bias"],
+        bn_training=True,
+        bn_track=False,
+        **_DAFF,
+    ),
+]
+
+
 def _patch_embedding(
     maker: Maker,
     *,
@@ -550,7 +692,9 @@ PATCH_EMBEDDING = [
 
 CASES = {
     "conv_projection": CONV_PROJECTION,
+    "depthwise_mlp": DEPTHWISE_MLP,
     "global_attention": GLOBAL_ATTENTION,
+    "local_attention": LOCAL_ATTENTION,
     "patch_embedding": PATCH_EMBEDDING,
     "pointwise_mlp": POINTWISE_MLP,
 }

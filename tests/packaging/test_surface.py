@@ -40,6 +40,7 @@ SURFACE = {
         "BatchNorm",
         "Projection",
         "conv_projection",
+        "depthwise_mlp",
         "global_attention",
         "local_attention",
         "patch_embedding",

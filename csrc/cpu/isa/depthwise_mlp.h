@@ -98,7 +98,7 @@ FK_INLINE void place_hidden(const struct fk_depthwise_mlp& p, const MlpBand& b, 
 }
 
 // `Pixels` neighbouring outputs of one vector of channels: depthwise filter, inner residual, activation.
-template <int Pixels, int Kernel, fk_activation Activation, fk_inner_residual Inner, class A>
+template <int Pixels, int Kernel, fk_activation Activation, bool AddsHidden, class A>
 FK_INLINE void filter_pixels(const float* hidden, int64_t line, int64_t step, const float* filter, int64_t taps_step,
                              vf bias, int64_t kernel, A* out, int64_t ldo) {
   constexpr bool kLow = sizeof(A) == 2;
@@ -132,14 +132,13 @@ FK_INLINE void filter_pixels(const float* hidden, int64_t line, int64_t step, co
 #pragma GCC unroll 8
   for (int i = 0; i < Pixels; ++i) {
     vf u = sums[i];
-    if (Inner == FK_BEFORE_ACTIVATION) u += load(centre + i * step);
     u = activate<kLow, Activation>(u);
-    if (Inner == FK_AFTER_ACTIVATION) u += load(centre + i * step);
+    if (AddsHidden) u += load(centre + i * step);
     store(out + i * ldo, u);
   }
 }
 
-template <int Kernel, fk_activation Activation, fk_inner_residual Inner, class A>
+template <int Kernel, fk_activation Activation, bool AddsHidden, class A>
 static __attribute__((noinline)) void filter_band(const struct fk_depthwise_mlp& p, const MlpBand& b,
                                                   const DepthwiseScratch<A>& s, int64_t column, int64_t channels) {
   const int64_t line = s.columns * p.chunk, taps_step = round_up(p.expand.n, kPanel), step = p.chunk;
@@ -151,46 +150,42 @@ static __attribute__((noinline)) void filter_band(const struct fk_depthwise_mlp&
       A* out = s.activated + y * p.width * s.ldh + c;
       int64_t x = 0;
       for (; x + 7 <= p.width; x += 7)
-        filter_pixels<7, Kernel, Activation, Inner>(hidden + x * step, line, step, filter, taps_step, bias, p.kernel,
-                                                    out + x * s.ldh, s.ldh);
+        filter_pixels<7, Kernel, Activation, AddsHidden>(hidden + x * step, line, step, filter, taps_step, bias,
+                                                         p.kernel, out + x * s.ldh, s.ldh);
       for (; x + 2 <= p.width; x += 2)
-        filter_pixels<2, Kernel, Activation, Inner>(hidden + x * step, line, step, filter, taps_step, bias, p.kernel,
-                                                    out + x * s.ldh, s.ldh);
+        filter_pixels<2, Kernel, Activation, AddsHidden>(hidden + x * step, line, step, filter, taps_step, bias,
+                                                         p.kernel, out + x * s.ldh, s.ldh);
       for (; x < p.width; ++x)
-        filter_pixels<1, Kernel, Activation, Inner>(hidden + x * step, line, step, filter, taps_step, bias, p.kernel,
-                                                    out + x * s.ldh, s.ldh);
+        filter_pixels<1, Kernel, Activation, AddsHidden>(hidden + x * step, line, step, filter, taps_step, bias,
+                                                         p.kernel, out + x * s.ldh, s.ldh);
     }
 }
 
-template <fk_activation Activation, fk_inner_residual Inner, class A>
+template <fk_activation Activation, bool AddsHidden, class A>
 FK_INLINE void filter_band(const struct fk_depthwise_mlp& p, const MlpBand& b, const DepthwiseScratch<A>& s,
                            int64_t column, int64_t channels) {
   if (p.kernel == 3)
-    filter_band<3, Activation, Inner>(p, b, s, column, channels);
+    filter_band<3, Activation, AddsHidden>(p, b, s, column, channels);
   else
-    filter_band<0, Activation, Inner>(p, b, s, column, channels);
+    filter_band<0, Activation, AddsHidden>(p, b, s, column, channels);
 }
 
 template <fk_activation Activation, class A>
 FK_INLINE void filter_band(const struct fk_depthwise_mlp& p, const MlpBand& b, const DepthwiseScratch<A>& s,
                            int64_t column, int64_t channels) {
-  switch (p.inner_residual) {
-    case FK_BEFORE_ACTIVATION:
-      return filter_band<Activation, FK_BEFORE_ACTIVATION>(p, b, s, column, channels);
-    case FK_AFTER_ACTIVATION:
-      return filter_band<Activation, FK_AFTER_ACTIVATION>(p, b, s, column, channels);
-    default:
-      return filter_band<Activation, FK_NO_INNER>(p, b, s, column, channels);
-  }
+  if (p.adds_hidden)
+    filter_band<Activation, true>(p, b, s, column, channels);
+  else
+    filter_band<Activation, false>(p, b, s, column, channels);
 }
 
 // Sums of the branch over a band's pixels, per output channel.
 template <class A>
-FK_INLINE void sum_branch(const struct fk_depthwise_mlp& p, const DepthwiseScratch<A>& s, int64_t pixels, float* to) {
+FK_INLINE void sum_branch(const struct fk_depthwise_mlp& p, const DepthwiseScratch<A>& s, int64_t pixels, double* to) {
   for (int64_t n = 0; n < p.project.n; ++n) {
     double total = 0.0;
     for (int64_t i = 0; i < pixels; ++i) total += s.sums[i * s.lds + n];
-    to[n] = (float)(total + (double)pixels * p.project.bias[n]);
+    to[n] = total + (double)pixels * p.project.bias[n];
   }
 }
 

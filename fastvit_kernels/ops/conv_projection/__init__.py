@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +10,14 @@ from torch import Tensor
 from fastvit_kernels.ops import dispatch, library
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
-    check_eps,
     check_integer,
     check_norm,
-    check_number,
     check_parameter,
     check_tensor,
     check_vectors,
     compute_dtype,
 )
+from fastvit_kernels.ops.batch_norm import BatchNorm, check_batch_norm, update_running_statistics
 from fastvit_kernels.ops.conv_projection import native, triton
 from fastvit_kernels.ops.conv_projection.reference import (
     BRANCHES,
@@ -36,26 +34,6 @@ from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
 from fastvit_kernels.ops.packing import PackedWeights
 
 __all__ = ["BatchNorm", "Projection", "conv_projection"]
-
-
-class BatchNorm(NamedTuple):
-    """The batch normalisation behind one depthwise convolution.
-
-    Attributes:
-        weight, bias: affine parameters `[C]`, or None.
-        running_mean, running_var: `[C]`; None when only batch statistics exist (`track_running_stats=False`).
-        eps: added to the variance.
-        training: normalise by the statistics of this batch and update the running ones in place.
-        momentum: weight of this batch in the running statistics, as in `nn.BatchNorm2d`.
-    """
-
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    eps: float = 1e-5
-    training: bool = False
-    momentum: float = 0.1
 
 
 class Projection(NamedTuple):
@@ -231,23 +209,10 @@ def _branch_tensors(names: Any, item: Projection, x: Tensor, grid: tuple[int, in
         raise ValueError(f"{names.conv_weight}: a {kernel} x {kernel} filter is larger than the padded {grid} map")
     if bn is None:
         return conv_weight, None, None, None, None, weight, bias
-    _check_batch_norm(name, bn)
+    check_batch_norm(f"{name}.bn", bn)
     vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
     check_vectors(names[1:5], vectors, channels, x)
     return conv_weight, *vectors, weight, bias
-
-
-def _check_batch_norm(name: str, bn: BatchNorm) -> None:
-    if not isinstance(bn, BatchNorm):
-        raise TypeError(f"{name}.bn: expected a BatchNorm or None, got {type(bn).__name__}")
-    if not (type(bn.eps) is float and 0.0 <= bn.eps < math.inf):
-        check_eps(f"{name}.bn.eps", bn.eps)
-    if bn.training:
-        check_number(f"{name}.bn.momentum", bn.momentum, 0.0, 1.0)
-        if (bn.running_mean is None) != (bn.running_var is None):
-            raise ValueError(f"{name}.bn: expected both running statistics or none, got one of them")
-    elif bn.running_mean is None or bn.running_var is None:
-        raise ValueError(f"{name}.bn: expected running statistics outside training, got None")
 
 
 def _use_batch_statistics(
@@ -272,6 +237,4 @@ def _use_batch_statistics(
             mean, var = statistics[index]
             first = 3 + PER_BRANCH * index
             tensors[first + 3], tensors[first + 4] = mean, var
-            if bn.running_mean is not None and bn.running_var is not None:
-                bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-                bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), bn.momentum)
+            update_running_statistics(bn, mean, var, count)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit_kernels.ops.batch_norm import batch_moments, batch_normalize
 from fastvit_kernels.ops.convolution import convolution
 from fastvit_kernels.ops.normalization import normalize
 from fastvit_kernels.ops.operator import Outputs, Tensors
-from fastvit_kernels.ops.precision import wide
 
 BRANCHES = ("q", "k", "v")
 PER_BRANCH = 7
@@ -74,20 +74,9 @@ def depthwise(tokens: Tensor, weight: Tensor, static: Static, index: int) -> Ten
 def _batch_norm(maps: Tensor, b: Branch, training: bool, eps: float) -> Tensor:
     if b.bn_mean is None and not training:
         return maps
-    dtype = wide(maps.dtype)
-    x = maps.to(dtype)
-    if training:
-        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-    else:
-        assert b.bn_mean is not None and b.bn_var is not None
-        mean, var = b.bn_mean.to(dtype), b.bn_var.to(dtype)
-    scale = torch.rsqrt(var + eps)
-    if b.bn_weight is not None:
-        scale = scale * b.bn_weight.to(dtype)
-    y = (x - mean[:, None, None]) * scale[:, None, None]
-    if b.bn_bias is not None:
-        y = y + b.bn_bias.to(dtype)[:, None, None]
-    return y.to(maps.dtype)
+    mean, var = batch_moments(maps) if training else (b.bn_mean, b.bn_var)
+    assert mean is not None and var is not None
+    return batch_normalize(maps, b.bn_weight, b.bn_bias, mean, var, eps)
 
 
 def reference(tensors: Tensors, static: Static) -> Outputs:
@@ -116,6 +105,5 @@ def batch_statistics(tensors: Tensors, static: Static) -> Tensor:
     rows = []
     for index in range(len(BRANCHES)):
         maps = depthwise(tokens, branch(tensors, index).conv_weight, static, index)
-        var, mean = torch.var_mean(maps.to(wide(static.dtype)), dim=(0, 2, 3), correction=0)
-        rows.append(torch.stack([mean, var]))
+        rows.append(torch.stack(batch_moments(maps)))
     return torch.stack(rows)

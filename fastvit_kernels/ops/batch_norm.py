@@ -1,0 +1,74 @@
+"""Batch normalisation inside an operator."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels.ops.arguments import check_eps, check_number
+from fastvit_kernels.ops.precision import wide
+
+
+class BatchNorm(NamedTuple):
+    """A batch normalisation behind a convolution or a linear.
+
+    Attributes:
+        weight, bias: affine parameters `[C]`, or None.
+        running_mean, running_var: `[C]`; None when only batch statistics exist (`track_running_stats=False`).
+        eps: added to the variance.
+        training: normalise by the statistics of this batch and update the running ones in place.
+        momentum: weight of this batch in the running statistics, as in `nn.BatchNorm2d`.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    eps: float = 1e-5
+    training: bool = False
+    momentum: float = 0.1
+
+
+def check_batch_norm(name: str, bn: object) -> BatchNorm:
+    """A `BatchNorm` whose numbers and statistics make sense; its vectors are the matter of `check_vectors`."""
+    if not isinstance(bn, BatchNorm):
+        raise TypeError(f"{name}: expected a BatchNorm or None, got {type(bn).__name__}")
+    if not (type(bn.eps) is float and 0.0 <= bn.eps < math.inf):
+        check_eps(f"{name}.eps", bn.eps)
+    if bn.training:
+        check_number(f"{name}.momentum", bn.momentum, 0.0, 1.0)
+        if (bn.running_mean is None) != (bn.running_var is None):
+            raise ValueError(f"{name}: expected both running statistics or none, got one of them")
+    elif bn.running_mean is None or bn.running_var is None:
+        raise ValueError(f"{name}: expected running statistics outside training, got None")
+    return bn
+
+
+def batch_moments(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of an NCHW map, in at least fp32."""
+    var, mean = torch.var_mean(maps.to(wide(maps.dtype)), dim=(0, 2, 3), correction=0)
+    return mean, var
+
+
+def batch_normalize(
+    maps: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    """An NCHW map normalised per channel by these statistics in at least fp32, in its own dtype."""
+    dtype = wide(maps.dtype)
+    scale = torch.rsqrt(var.to(dtype) + eps)
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    y = (maps.to(dtype) - mean.to(dtype)[:, None, None]) * scale[:, None, None]
+    if bias is not None:
+        y = y + bias.to(dtype)[:, None, None]
+    return y.to(maps.dtype)
+
+
+def update_running_statistics(bn: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
+    """What `nn.BatchNorm2d` does in training to its running statistics, from `count` values per channel."""
+    if bn.running_mean is not None and bn.running_var is not None:
+        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
+        bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), bn.momentum)
