@@ -3,6 +3,7 @@
 from fastvit_kernels.nn.activations import QuickGELU
 from fastvit_kernels.nn.conv_projection_attention import ConvProjectionAttention
 from fastvit_kernels.nn.drop_path import DropPath
+from fastvit_kernels.nn.hat_mlp import HatMLP
 from fastvit_kernels.nn.hierarchical_attention import HierarchicalAttention
 from fastvit_kernels.nn.layer_norm import LayerNorm
 from fastvit_kernels.nn.patch_embedding import PatchEmbedding
@@ -11,6 +12,7 @@ from fastvit_kernels.nn.pointwise_mlp import PointwiseMLP
 __all__ = [
     "ConvProjectionAttention",
     "DropPath",
+    "HatMLP",
     "HierarchicalAttention",
     "LayerNorm",
     "PatchEmbedding",

@@ -99,15 +99,15 @@ def conv_projection_obstacles(branches: Sequence[Branch], norm: nn.LayerNorm | N
     reasons: list[str] = []
     for name, (conv, bn, linear) in zip(("q", "k", "v"), branches, strict=True):
         if found := _conv_obstacles(conv):
-            reasons += _about(f"{name}'s convolution", found)
-        if found := _batch_norm_obstacles(bn):
-            reasons += _about(f"{name}'s batch norm", found)
+            reasons += about(f"{name}'s convolution", found)
+        if found := batch_norm_obstacles(bn):
+            reasons += about(f"{name}'s batch norm", found)
         if found := _obstacles(linear, nn.Linear):
-            reasons += _about(f"{name}'s linear", found)
-    if not reasons and len({_uses_batch_statistics(branch.bn) for branch in branches}) > 1:
+            reasons += about(f"{name}'s linear", found)
+    if not reasons and len({uses_batch_statistics(branch.bn) for branch in branches}) > 1:
         reasons.append("the batch norms of q, k and v are in different modes")
-    if norm is not None and (found := _layer_norm_obstacles(norm)):
-        reasons += _about("the layer norm", found)
+    if norm is not None and (found := layer_norm_obstacles(norm)):
+        reasons += about("the layer norm", found)
     return reasons
 
 
@@ -115,9 +115,9 @@ def global_attention_obstacles(proj: nn.Linear, attn_drop: nn.Module) -> list[st
     """Why `global_attention` would not compute what calling these submodules around softmax computes."""
     reasons: list[str] = []
     if found := _obstacles(proj, nn.Linear):
-        reasons += _about("the output projection", found)
+        reasons += about("the output projection", found)
     if not drops_nothing(attn_drop):
-        reasons += _about("attention dropout", _dropout_obstacles(attn_drop))
+        reasons += about("attention dropout", _dropout_obstacles(attn_drop))
     return reasons
 
 
@@ -137,17 +137,17 @@ def pointwise_mlp_obstacles(
     """
     reasons: list[str] = []
     if found := _obstacles(fc1, nn.Linear):
-        reasons += _about("the first linear", found)
+        reasons += about("the first linear", found)
     if activation_name(act) is None:
         reasons.append(f"the activation is {act}, the fused ones are QuickGELU and exact GELU")
     elif has_hooks(act):
         reasons.append("the activation has hooks")
     if found := _obstacles(fc2, nn.Linear):
-        reasons += _about("the second linear", found)
+        reasons += about("the second linear", found)
     if hidden_drop is not None and not drops_nothing(hidden_drop):
-        reasons += _about("hidden dropout", _dropout_obstacles(hidden_drop))
-    if norm is not None and (found := _layer_norm_obstacles(norm)):
-        reasons += _about("the layer norm", found)
+        reasons += about("hidden dropout", _dropout_obstacles(hidden_drop))
+    if norm is not None and (found := layer_norm_obstacles(norm)):
+        reasons += about("the layer norm", found)
     return reasons
 
 
@@ -155,11 +155,11 @@ def patch_embedding_obstacles(conv: nn.Conv2d, norm: nn.LayerNorm) -> list[str]:
     """Why `patch_embedding` would not compute what calling these submodules computes."""
     reasons: list[str] = []
     if found := _obstacles(conv, nn.Conv2d) or _square_conv_obstacles(conv):
-        reasons += _about("the convolution", found)
+        reasons += about("the convolution", found)
     elif conv.groups != 1:
         reasons.append(f"the convolution has {conv.groups} groups, expected 1")
-    if found := _layer_norm_obstacles(norm):
-        reasons += _about("the layer norm", found)
+    if found := layer_norm_obstacles(norm):
+        reasons += about("the layer norm", found)
     return reasons
 
 
@@ -392,7 +392,8 @@ def _weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return parameters["weight"], parameters["bias"]
 
 
-def _uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
+def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
+    """Whether calling it now would normalise by the statistics of the batch."""
     return bn.training or (bn._buffers["running_mean"] is None and bn._buffers["running_var"] is None)
 
 
@@ -406,7 +407,8 @@ def _synchronises(bn: nn.SyncBatchNorm) -> bool:
     )
 
 
-def _about(name: str, predicates: list[str]) -> list[str]:
+def about(name: str, predicates: list[str]) -> list[str]:
+    """Reasons that say what they are about."""
     return [f"{name} {predicate}" for predicate in predicates]
 
 
@@ -429,21 +431,33 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value)
 
 
-def _layer_norm_obstacles(norm: nn.LayerNorm) -> list[str]:
+def layer_norm_obstacles(norm: nn.Module) -> list[str]:
+    """Why a LayerNorm over the channels would not compute what calling this module computes."""
     reasons = _obstacles(norm, LayerNorm, nn.LayerNorm)
-    if not reasons and len(norm.normalized_shape) != 1:
+    if not reasons and isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) != 1:
         return [f"is over {tuple(norm.normalized_shape)}, expected the channels only"]
     return reasons
 
 
-def _conv_obstacles(conv: nn.Conv2d) -> list[str]:
+def linear_obstacles(linear: nn.Module) -> list[str]:
+    """Why a linear over the channels would not compute what calling this module computes."""
+    return _obstacles(linear, nn.Linear)
+
+
+def filter_obstacles(conv: nn.Conv2d) -> list[str]:
+    """Why a square depthwise filter over zero padding would not compute what calling this module computes."""
     if reasons := _obstacles(conv, nn.Conv2d):
         return reasons
     if not conv.groups == conv.in_channels == conv.out_channels:
         reasons.append("is not depthwise")
-    if conv._parameters["bias"] is not None:
-        reasons.append("has a bias")
     return reasons + _square_conv_obstacles(conv)
+
+
+def _conv_obstacles(conv: nn.Conv2d) -> list[str]:
+    reasons = filter_obstacles(conv)
+    if type(conv) is nn.Conv2d and conv._parameters["bias"] is not None:
+        reasons.append("has a bias")
+    return reasons
 
 
 def _square_conv_obstacles(conv: nn.Conv2d) -> list[str]:
@@ -461,7 +475,8 @@ def _square_conv_obstacles(conv: nn.Conv2d) -> list[str]:
     return reasons
 
 
-def _batch_norm_obstacles(bn: nn.Module) -> list[str]:
+def batch_norm_obstacles(bn: nn.Module) -> list[str]:
+    """Why the operators' batch normalisation would not compute what calling this module computes."""
     reasons = _obstacles(bn, nn.BatchNorm2d, nn.SyncBatchNorm)
     if not reasons and isinstance(bn, nn.SyncBatchNorm) and _synchronises(bn):
         return ["exchanges statistics between processes"]

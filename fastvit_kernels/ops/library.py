@@ -182,8 +182,7 @@ def _make_function(operator: Operator) -> Any:
 def dense(tensors: Tensors, except_at: Sequence[int] = ()) -> list[Tensor | None]:
     """The tensors as kernels read them: row-major, after one explicit copy where they are not."""
     return [
-        t if t is None or t.is_contiguous() or index in except_at else t.contiguous()
-        for index, t in enumerate(tensors)
+        t if t is None or t.is_contiguous() or index in except_at else t.contiguous() for index, t in enumerate(tensors)
     ]
 
 

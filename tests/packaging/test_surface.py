@@ -30,6 +30,7 @@ SURFACE = {
     "fastvit_kernels.nn": [
         "ConvProjectionAttention",
         "DropPath",
+        "HatMLP",
         "HierarchicalAttention",
         "LayerNorm",
         "PatchEmbedding",
