@@ -84,7 +84,9 @@ def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None
         model: any module; compiled, `DataParallel` and `DistributedDataParallel` wrappers are searched like others. A
             compiled model compiles again at its next call.
         inference: also keep the weights of each operator packed for the CPU kernels (about their memory again). Weights
-            that change later are noticed, but for a write through `.data` to a few elements; training is not affected.
+            that change later are noticed, except by a write behind PyTorch's back (through `.data` or NumPy) that
+            misses the few elements of each weight that are looked at. Training is not affected. Compiled and exported
+            graphs do not use packed weights.
         backend: run the known modules on this backend; None for the usual choice. See `use_backend`.
 
     Returns:

@@ -11,6 +11,7 @@ import torch
 
 from fastvit_kernels import BackendError
 from fastvit_kernels.demo.errors import Disagreement, UserError
+from fastvit_kernels.ops.dispatch import requested_backend
 
 OK, DISAGREES, USAGE = 0, 1, 2
 
@@ -33,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _guarded(options: argparse.Namespace) -> int:
+    try:
+        requested_backend()
+    except ValueError as error:
+        return _fail(str(error), USAGE)
     try:
         return int(options.run(options) or OK)
     except (UserError, BackendError) as error:

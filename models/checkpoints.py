@@ -138,7 +138,13 @@ def _read(path: Path) -> Any:
         raise
     except Exception as error:
         # Broken files fail in many ways inside the readers; to the caller they all mean the same.
-        raise CheckpointError(f"{path} is no checkpoint, or cut off or damaged: {error or 'it ends early'}") from error
+        raise CheckpointError(f"{path} is no checkpoint, or cut off or damaged ({_first_sentence(error)})") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """What went wrong, without the reader's advice: torch's is to load the file in a way that may run code in it."""
+    text = " ".join(str(error).split())
+    return text.partition(". ")[0].partition(" Re-running")[0] or "it ends early"
 
 
 def _is_safetensors(path: Path) -> bool:

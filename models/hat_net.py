@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvit_kernels.models.features import FeatureInfo, check_image
 from fastvit_kernels.models.registry import register
-from fastvit_kernels.nn import DropPath, HatMLP, HierarchicalAttention
+from fastvit_kernels.nn import DenseConv2d, DropPath, HatMLP, HierarchicalAttention
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 
 EPS = 1e-6
@@ -76,7 +76,7 @@ class Downsample(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int = 3) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_dim, out_dim, kernel_size, stride=2, padding=1)
+        self.conv = DenseConv2d(in_dim, out_dim, kernel_size, stride=2, padding=1)
         self.norm = nn.GroupNorm(1, out_dim, eps=EPS)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class HATNet(nn.Module):
             nn.Conv2d(in_chans, STEM_CHANNELS, 3, stride=2, padding=1),
             nn.GroupNorm(1, STEM_CHANNELS, eps=EPS),
             act_layer(),
-            nn.Conv2d(STEM_CHANNELS, dims[0], 3, stride=2, padding=1),
+            DenseConv2d(STEM_CHANNELS, dims[0], 3, stride=2, padding=1),
         )
         drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.blocks = nn.ModuleList(
@@ -185,7 +185,7 @@ class HATNet(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            if isinstance(module, (HatMLP, HierarchicalAttention)):
+            if isinstance(module, (DenseConv2d, HatMLP, HierarchicalAttention)):
                 module.backend = backend
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:

@@ -7,6 +7,7 @@ namespace fk {
 namespace {
 
 constexpr int kBranches = 3, kPerBranch = 7, kFirstBranch = 3;
+constexpr int64_t kMostPadding = 64;
 const char* const kFields[kPerBranch] = {"conv_weight", "bn_weight", "bn_bias", "bn_mean", "bn_var", "weight", "bias"};
 
 struct Branch {
@@ -95,33 +96,34 @@ Projection check(TensorList& t, const std::optional<Tensor>& packed, std::option
   p.batch = x.size(0);
   p.tokens = x.size(1);
   p.channels = x.size(2);
-  STD_TORCH_CHECK(height > 0 && width > 0 && prefix >= 0 && prefix + height * width == p.tokens,
-                  "grid: does not make the tokens of x");
+  check_grid(p.tokens, prefix, height, width);
   p.norm_eps = norm_eps;
   p.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
   int64_t eps_bits[4] = {};
   for (int i = 0; i < kBranches; ++i) __builtin_memcpy(&eps_bits[i], &bn_eps[i], 8);
-  p.mark = identify({p.channels, p.low_precision, eps_bits[0], eps_bits[1], eps_bits[2]}, t, 1, t.size(), packed);
-  p.norm_weight = weight_view(t[1], "norm_weight", {p.channels});
-  p.norm_bias = weight_view(t[2], "norm_bias", {p.channels});
-  for (int i = 0; i < kBranches; ++i) {
-    const size_t first = kFirstBranch + i * kPerBranch;
-    Branch& b = p.branch[i];
-    const Tensor &conv = required(t, first, kFields[0]), &weight = required(t, first + 5, kFields[5]);
-    STD_TORCH_CHECK(conv.dim() == 4 && weight.dim() == 2, "conv_weight, weight: unexpected rank");
-    b.kernel = conv.size(3);
-    b.taps = b.kernel * b.kernel;
-    b.out = weight.size(0);
-    b.eps = bn_eps[i];
-    b.field[0] = weight_view(t[first], kFields[0], {p.channels, 1, b.kernel, b.kernel});
-    for (int f = 1; f < 5; ++f) b.field[f] = weight_view(t[first + f], kFields[f], {p.channels});
-    STD_TORCH_CHECK(!b.field[3].data == !b.field[4].data, "bn_mean, bn_var: expected both or none");
-    b.field[5] = weight_view(t[first + 5], kFields[5], {b.out, p.channels});
-    b.field[6] = weight_view(t[first + 6], kFields[6], {b.out});
-    STD_TORCH_CHECK(stride[i] > 0 && padding[i] >= 0 && b.kernel > 0 && b.kernel <= height + 2 * padding[i] &&
-                        b.kernel <= width + 2 * padding[i],
-                    "stride, padding: do not go with the map");
-  }
+  auto look = [&] {
+    p.norm_weight = weight_view(t[1], "norm_weight", {p.channels});
+    p.norm_bias = weight_view(t[2], "norm_bias", {p.channels});
+    for (int i = 0; i < kBranches; ++i) {
+      const size_t first = kFirstBranch + i * kPerBranch;
+      Branch& b = p.branch[i];
+      const Tensor &conv = required(t, first, kFields[0]), &weight = required(t, first + 5, kFields[5]);
+      STD_TORCH_CHECK(conv.dim() == 4 && weight.dim() == 2, "conv_weight, weight: unexpected rank");
+      b.kernel = conv.size(3);
+      b.taps = b.kernel * b.kernel;
+      b.out = weight.size(0);
+      b.eps = bn_eps[i];
+      b.field[0] = weight_view(t[first], kFields[0], {p.channels, 1, b.kernel, b.kernel});
+      for (int f = 1; f < 5; ++f) b.field[f] = weight_view(t[first + f], kFields[f], {p.channels});
+      STD_TORCH_CHECK(!b.field[3].data == !b.field[4].data, "bn_mean, bn_var: expected both or none");
+      b.field[5] = weight_view(t[first + 5], kFields[5], {b.out, p.channels});
+      b.field[6] = weight_view(t[first + 6], kFields[6], {b.out});
+      // The patch in scratch grows with the padding.
+      check_window(b.kernel, stride[i], padding[i], height, width, kMostPadding);
+    }
+  };
+  p.mark = identify({p.channels, p.low_precision, norm_eps.has_value(), eps_bits[0], eps_bits[1], eps_bits[2]}, t, 1,
+                    t.size(), packed, look);
   return p;
 }
 

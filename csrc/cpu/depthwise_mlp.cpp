@@ -205,9 +205,7 @@ Mlp check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) 
   m.hidden = expand.size(0);
   m.out = project.size(0);
   m.kernel = filter.size(3);
-  STD_TORCH_CHECK(o.height > 0 && o.width > 0 && o.prefix >= 0 && o.height <= m.tokens && o.width <= m.tokens &&
-                      o.prefix + o.height * o.width == m.tokens,
-                  "grid: does not make the tokens of x");
+  check_grid(m.tokens, o.prefix, o.height, o.width);
   STD_TORCH_CHECK(m.kernel % 2 == 1, "dw_weight: expected an odd kernel");
   STD_TORCH_CHECK(m.channels > 0 && m.hidden > 0 && m.out > 0, "weights: expected at least one channel");
   STD_TORCH_CHECK(o.summary == "none" || o.summary == "statistics" || o.summary == "mean", "summary: unknown name");
@@ -222,23 +220,25 @@ Mlp check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) 
   // Statistics are no weights: they change from call to call.
   const std::optional<Tensor> statistics = std::move(t[kStatistics]);
   t[kStatistics].reset();
+  auto look = [&] {
+    m.norm_weight = weight_view(t[kNormWeight], "norm_weight", {m.channels});
+    m.norm_bias = weight_view(t[kNormBias], "norm_bias", {m.channels});
+    m.expand = weight_view(t[kExpand], "fc1_weight", {m.hidden, m.channels});
+    m.expand_bias = weight_view(t[kExpandBias], "fc1_bias", {m.hidden});
+    m.filter = weight_view(t[kFilter], "dw_weight", {m.hidden, 1, m.kernel, m.kernel});
+    m.filter_bias = weight_view(t[kFilterBias], "dw_bias", {m.hidden});
+    m.project = weight_view(t[kProject], "fc2_weight", {m.out, m.hidden});
+    m.project_bias = weight_view(t[kProjectBias], "fc2_bias", {m.out});
+    m.out_norm_weight = weight_view(t[kOutNormWeight], "out_norm_weight", {m.out});
+    m.out_norm_bias = weight_view(t[kOutNormBias], "out_norm_bias", {m.out});
+    m.bn[0] = batch_norm(t, kBn1, m.hidden, o.bn_eps[0]);
+    m.bn[1] = batch_norm(t, kBn2, m.hidden, o.bn_eps[1]);
+    m.bn[2] = batch_norm(t, kBn3, m.out, o.bn_eps[2]);
+  };
   m.mark = identify({m.channels, m.hidden, m.out, m.kernel, m.low_precision, o.bn_after_activation, m.adds_input,
-                     m.norm, eps_bits[0], eps_bits[1], eps_bits[2]},
-                    t, kNormWeight, kResidual, packed);
+                     m.norm, o.out_norm_eps.has_value(), eps_bits[0], eps_bits[1], eps_bits[2]},
+                    t, kNormWeight, kResidual, packed, look);
   t[kStatistics] = statistics;
-  m.norm_weight = weight_view(t[kNormWeight], "norm_weight", {m.channels});
-  m.norm_bias = weight_view(t[kNormBias], "norm_bias", {m.channels});
-  m.expand = weight_view(t[kExpand], "fc1_weight", {m.hidden, m.channels});
-  m.expand_bias = weight_view(t[kExpandBias], "fc1_bias", {m.hidden});
-  m.filter = weight_view(t[kFilter], "dw_weight", {m.hidden, 1, m.kernel, m.kernel});
-  m.filter_bias = weight_view(t[kFilterBias], "dw_bias", {m.hidden});
-  m.project = weight_view(t[kProject], "fc2_weight", {m.out, m.hidden});
-  m.project_bias = weight_view(t[kProjectBias], "fc2_bias", {m.out});
-  m.out_norm_weight = weight_view(t[kOutNormWeight], "out_norm_weight", {m.out});
-  m.out_norm_bias = weight_view(t[kOutNormBias], "out_norm_bias", {m.out});
-  m.bn[0] = batch_norm(t, kBn1, m.hidden, o.bn_eps[0]);
-  m.bn[1] = batch_norm(t, kBn2, m.hidden, o.bn_eps[1]);
-  m.bn[2] = batch_norm(t, kBn3, m.out, o.bn_eps[2]);
   const std::string& inner = o.inner_residual;
   STD_TORCH_CHECK(inner == "none" || inner == "before_activation" || inner == "after_activation",
                   "inner_residual: unknown name");

@@ -63,15 +63,17 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, int64_t head
   a.norm = norm_kind(norm);
   a.norm_eps = norm_eps;
   a.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
+  auto look = [&] {
+    a.proj = weight_view(t[kProj], "proj_weight", {a.out, a.value_channels});
+    a.proj_bias = weight_view(t[kProjBias], "proj_bias", {a.out});
+    a.norm_weight = weight_view(t[kNormWeight], "norm_weight", {a.q_channels});
+    a.norm_bias = weight_view(t[kNormBias], "norm_bias", {a.q_channels});
+    a.query = weight_view(t[kQuery], "query_weight", {a.channels, a.q_channels});
+    a.query_bias = weight_view(t[kQueryBias], "query_bias", {a.channels});
+    a.bias = weight_view(t[kBias], "attn_bias", {heads, a.queries, a.keys});
+  };
   a.mark = identify({a.q_channels, a.channels, a.value_channels, a.out, a.low_precision, heads, a.norm}, t, kProj,
-                    kBias + 1, packed);
-  a.proj = weight_view(t[kProj], "proj_weight", {a.out, a.value_channels});
-  a.proj_bias = weight_view(t[kProjBias], "proj_bias", {a.out});
-  a.norm_weight = weight_view(t[kNormWeight], "norm_weight", {a.q_channels});
-  a.norm_bias = weight_view(t[kNormBias], "norm_bias", {a.q_channels});
-  a.query = weight_view(t[kQuery], "query_weight", {a.channels, a.q_channels});
-  a.query_bias = weight_view(t[kQueryBias], "query_bias", {a.channels});
-  a.bias = weight_view(t[kBias], "attn_bias", {heads, a.queries, a.keys});
+                    kBias + 1, packed, look);
   return a;
 }
 

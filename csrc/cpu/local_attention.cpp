@@ -41,8 +41,7 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, const std::s
   a.tokens = x.size(1);
   a.in_channels = x.size(2);
   a.heads = heads;
-  STD_TORCH_CHECK(height > 0 && width > 0 && height <= a.tokens && width <= a.tokens && height * width == a.tokens,
-                  "grid: does not make the tokens of x");
+  check_grid(a.tokens, 0, height, width);
   // Larger windows than the map would be padding only; their square must not overflow.
   STD_TORCH_CHECK(window > 0 && window <= 4096, "window_size: expected 1 to 4096");
   a.area = window * window;
@@ -74,16 +73,18 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, const std::s
   // Statistics are no weights: they change from call to call.
   const std::optional<Tensor> statistics = t[kStatistics];
   t[kStatistics].reset();
+  auto look = [&] {
+    a.norm_weight = weight_view(t[kNormWeight], "norm_weight", {a.in_channels});
+    a.norm_bias = weight_view(t[kNormBias], "norm_bias", {a.in_channels});
+    a.qkv = weight_view(t[kQkv], "qkv_weight", {3 * a.channels, a.in_channels});
+    a.qkv_bias = weight_view(t[kQkvBias], "qkv_bias", {3 * a.channels});
+    a.bias = weight_view(t[kBias], "attn_bias", {heads, a.area, a.area});
+    a.proj = weight_view(t[kProj], "proj_weight", {a.out, a.value_channels});
+    a.proj_bias = weight_view(t[kProjBias], "proj_bias", {a.out});
+  };
   a.mark = identify({a.in_channels, a.channels, a.value_channels, a.out, a.low_precision, heads, a.norm, a.area}, t,
-                    kNormWeight, kResidual, packed);
+                    kNormWeight, kResidual, packed, look);
   t[kStatistics] = statistics;
-  a.norm_weight = weight_view(t[kNormWeight], "norm_weight", {a.in_channels});
-  a.norm_bias = weight_view(t[kNormBias], "norm_bias", {a.in_channels});
-  a.qkv = weight_view(t[kQkv], "qkv_weight", {3 * a.channels, a.in_channels});
-  a.qkv_bias = weight_view(t[kQkvBias], "qkv_bias", {3 * a.channels});
-  a.bias = weight_view(t[kBias], "attn_bias", {heads, a.area, a.area});
-  a.proj = weight_view(t[kProj], "proj_weight", {a.out, a.value_channels});
-  a.proj_bias = weight_view(t[kProjBias], "proj_bias", {a.out});
   return a;
 }
 

@@ -111,7 +111,7 @@ fk_norm norm_of(Packer& packer, fk_norm_kind kind, const fk_array& weight, const
 
 bool carries(const std::optional<Tensor>& packed, uint64_t mark) {
   if (!packed.has_value() || !packed->is_cpu() || packed->scalar_type() != ScalarType::Byte ||
-      !packed->is_contiguous() || packed->numel() < kAlignment)
+      !packed->is_contiguous() || packed->numel() < kAlignment || !packed->const_data_ptr())
     return false;
   uint64_t stored;
   std::memcpy(&stored, packed->const_data_ptr(), sizeof stored);
@@ -119,16 +119,19 @@ bool carries(const std::optional<Tensor>& packed, uint64_t mark) {
 }
 
 uint64_t identify(std::initializer_list<int64_t> key, TensorList& tensors, size_t first, size_t last,
-                  const std::optional<Tensor>& packed) {
+                  const std::optional<Tensor>& packed, const std::function<void()>& look) {
+  look();
   uint64_t state = mix(0x66617374766974ull, kernels().panel * 2 + kernels().low_precision);
   for (int64_t value : key) state = mix(state, static_cast<uint64_t>(value));
-  for (size_t i = first; i < last; ++i) {
-    if (tensors[i].has_value()) STD_TORCH_CHECK(tensors[i]->is_cpu(), "weights: expected CPU tensors");
-    state = tensors[i].has_value() ? sample(state, *tensors[i]) : mix(state, 1);
-  }
-  if (!carries(packed, state))
-    for (size_t i = first; i < last; ++i)
-      if (tensors[i].has_value()) tensors[i] = torch::stable::contiguous(*tensors[i]);
+  for (size_t i = first; i < last; ++i) state = tensors[i].has_value() ? sample(state, *tensors[i]) : mix(state, 1);
+  if (carries(packed, state)) return state;
+  bool copied = false;
+  for (size_t i = first; i < last; ++i)
+    if (tensors[i].has_value() && !tensors[i]->is_contiguous()) {
+      tensors[i] = torch::stable::contiguous(*tensors[i]);
+      copied = true;
+    }
+  if (copied) look();
   return state;
 }
 

@@ -4,6 +4,8 @@
 // weights. A block whose fingerprint differs is not used: the weights are then packed for this call alone.
 #pragma once
 
+#include <functional>
+
 #include "support.h"
 
 namespace fk {
@@ -50,8 +52,9 @@ class Packer {
 
 // The fingerprint of the weights `tensors[first..last)`: 32 bits from each of a few elements, mixed with `key`. Unless
 // `packed` carries it, the weights are about to be read: those in other layouts are replaced by row-major copies.
+// `look` checks the weights and takes their views: before anything of them is read, and again behind such a copy.
 uint64_t identify(std::initializer_list<int64_t> key, TensorList& tensors, size_t first, size_t last,
-                  const std::optional<Tensor>& packed);
+                  const std::optional<Tensor>& packed, const std::function<void()>& look);
 
 bool carries(const std::optional<Tensor>& packed, uint64_t fingerprint);
 void prefer_large_pages(char* block, int64_t bytes);

@@ -29,19 +29,19 @@ Embedding check(TensorList& t, const std::optional<Tensor>& packed, std::optiona
   e.out = weight.size(0);
   e.kernel = weight.size(3);
   e.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
+  auto look = [&] {
+    e.weight = weight_view(t[1], "weight", {e.out, e.channels, e.kernel, e.kernel});
+    e.bias = weight_view(t[2], "bias", {e.out});
+    e.norm_weight = weight_view(t[3], "norm_weight", {e.out});
+    e.norm_bias = weight_view(t[4], "norm_bias", {e.out});
+    e.in_norm_weight = weight_view(t[5], "in_norm_weight", {e.channels});
+    e.in_norm_bias = weight_view(t[6], "in_norm_bias", {e.channels});
+  };
   e.mark = identify({e.out, e.channels, e.kernel, e.low_precision, norm_eps.has_value(), in_norm_eps.has_value()}, t, 1,
-                    7, packed);
-  e.weight = weight_view(t[1], "weight", {e.out, e.channels, e.kernel, e.kernel});
-  e.bias = weight_view(t[2], "bias", {e.out});
-  e.norm_weight = weight_view(t[3], "norm_weight", {e.out});
-  e.norm_bias = weight_view(t[4], "norm_bias", {e.out});
-  e.in_norm_weight = weight_view(t[5], "in_norm_weight", {e.channels});
-  e.in_norm_bias = weight_view(t[6], "in_norm_bias", {e.channels});
+                    7, packed, look);
   e.norm_eps = norm_eps;
   e.in_norm_eps = in_norm_eps;
-  STD_TORCH_CHECK(stride > 0 && padding >= 0 && e.kernel > 0 && e.kernel <= e.height + 2 * padding &&
-                      e.kernel <= e.width + 2 * padding,
-                  "stride, padding: do not go with the map");
+  check_window(e.kernel, stride, padding, e.height, e.width);
   return e;
 }
 

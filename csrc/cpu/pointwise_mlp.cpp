@@ -25,13 +25,15 @@ Mlp check(TensorList& t, const std::optional<Tensor>& packed, std::optional<doub
   m.hidden = w1.size(0);
   m.out = w2.size(0);
   m.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
-  m.mark = identify({m.channels, m.hidden, m.out, m.low_precision}, t, 1, 7, packed);
-  m.norm_weight = weight_view(t[1], "norm_weight", {m.channels});
-  m.norm_bias = weight_view(t[2], "norm_bias", {m.channels});
-  m.weight1 = weight_view(t[3], "weight1", {m.hidden, m.channels});
-  m.bias1 = weight_view(t[4], "bias1", {m.hidden});
-  m.weight2 = weight_view(t[5], "weight2", {m.out, m.hidden});
-  m.bias2 = weight_view(t[6], "bias2", {m.out});
+  auto look = [&] {
+    m.norm_weight = weight_view(t[1], "norm_weight", {m.channels});
+    m.norm_bias = weight_view(t[2], "norm_bias", {m.channels});
+    m.weight1 = weight_view(t[3], "weight1", {m.hidden, m.channels});
+    m.bias1 = weight_view(t[4], "bias1", {m.hidden});
+    m.weight2 = weight_view(t[5], "weight2", {m.out, m.hidden});
+    m.bias2 = weight_view(t[6], "bias2", {m.out});
+  };
+  m.mark = identify({m.channels, m.hidden, m.out, m.low_precision, norm_eps.has_value()}, t, 1, 7, packed, look);
   m.norm_eps = norm_eps;
   return m;
 }

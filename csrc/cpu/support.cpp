@@ -35,7 +35,9 @@ const fk_table& choose() {
 fk_array array(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
   const fk_dtype dtype = kernel_dtype(tensor.scalar_type());
-  return {tensor.const_data_ptr(), dtype, tensor.numel()};
+  const void* data = tensor.const_data_ptr();
+  STD_TORCH_CHECK(data || tensor.numel() == 0, name, ": its memory has been freed");
+  return {data, dtype, tensor.numel()};
 }
 
 struct Arena {
@@ -129,6 +131,20 @@ int64_t rows_per_image_task(int64_t images, int64_t rows, int64_t most) {
 }
 
 int64_t rows_per_task(int64_t rows, int64_t most) { return rows_per_image_task(1, rows, most); }
+
+void check_grid(int64_t tokens, int64_t prefix, int64_t height, int64_t width) {
+  STD_TORCH_CHECK(height > 0 && width > 0 && prefix >= 0 && prefix < tokens && (tokens - prefix) % height == 0 &&
+                      (tokens - prefix) / height == width,
+                  "grid: does not make the tokens of x");
+}
+
+void check_window(int64_t kernel, int64_t stride, int64_t padding, int64_t height, int64_t width,
+                  int64_t most_padding) {
+  STD_TORCH_CHECK(kernel > 0 && stride > 0 && stride <= kMostSize && padding >= 0 && padding <= most_padding &&
+                      height <= kMostSize && width <= kMostSize && kernel <= height + 2 * padding &&
+                      kernel <= width + 2 * padding,
+                  "stride, padding: do not go with the map");
+}
 
 ScalarType promoted(ScalarType dtype, const std::optional<Tensor>& residual) {
   return residual.has_value() && residual->scalar_type() == ScalarType::Float ? ScalarType::Float : dtype;

@@ -34,6 +34,15 @@ inline fk_array absent() { return {nullptr, FK_F32, 0}; }
 // layout is replaced by a row-major copy.
 fk_array rows_view(std::optional<Tensor>* tensor, const char* name, int64_t* stride);
 
+// Sizes, strides and paddings beyond this would overflow the kernels' arithmetic.
+constexpr int64_t kMostSize = int64_t{1} << 30;
+
+// A map of height x width behind `prefix` tokens makes all tokens.
+void check_grid(int64_t tokens, int64_t prefix, int64_t height, int64_t width);
+// A filter finds room on the padded map, and its numbers are sane.
+void check_window(int64_t kernel, int64_t stride, int64_t padding, int64_t height, int64_t width,
+                  int64_t most_padding = kMostSize);
+
 const Tensor& required(const TensorList& tensors, size_t index, const char* name);
 void check_count(const TensorList& tensors, size_t expected);
 

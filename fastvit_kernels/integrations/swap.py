@@ -18,7 +18,11 @@ def accelerate(module: nn.Module, adapter: Adapter, inference: bool, backend: st
         module.__dict__[STATE] = State(backend, None)
         module.__class__ = adapter.fused
     state = state_of(module)
-    state.backend = backend
+    if state.backend != backend:
+        state.backend = backend
+        # What was remembered of calls belongs to the backend that they ran on.
+        for site in (state.packed or {}).values():
+            site.forget()
     if not inference:
         state.packed = None
     elif state.packed is None:

@@ -151,6 +151,16 @@ def pointwise_mlp_obstacles(
     return reasons
 
 
+def dense_conv_obstacles(conv: nn.Conv2d) -> list[str]:
+    """Why `patch_embedding` without norms would not compute what this convolution (of any class) computes."""
+    reasons = _square_conv_obstacles(conv)
+    if conv.groups != 1:
+        reasons.append(f"has {conv.groups} groups, expected 1")
+    if not all(value is None or type(value) is nn.Parameter or _is_plain(value) for value in conv._parameters.values()):
+        reasons.append("holds no plain parameters")
+    return reasons
+
+
 def patch_embedding_obstacles(conv: nn.Conv2d, norm: nn.LayerNorm) -> list[str]:
     """Why `patch_embedding` would not compute what calling these submodules computes."""
     reasons: list[str] = []

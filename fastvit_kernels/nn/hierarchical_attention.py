@@ -17,6 +17,7 @@ from fastvit_kernels.ops.precision import wide
 
 EPS = 1e-6
 PADS = ("none", "mask")
+OPERATORS = ("local_attention", "global_attention", "patch_embedding")
 # Up to this side a square map is attended to as one window; others take the operator for any number of keys.
 _LARGEST_WINDOW = 16
 
@@ -149,7 +150,7 @@ class HierarchicalAttention(nn.Module):
 
     def prepare_inference(self, enabled: bool) -> None:
         """Keep the weights in the layout of the CPU kernels between calls (`enabled`), or stop doing so."""
-        self._packed = {name: PackedWeights() for name in ("local_attention", "global_attention")} if enabled else None
+        self._packed = {name: PackedWeights() for name in OPERATORS} if enabled else None
 
     @torch.no_grad()
     def pack_weights(self) -> None:
@@ -248,7 +249,15 @@ class HierarchicalAttention(nn.Module):
         # The LayerNorm over rows and channels is the GroupNorm without its weights.
         normalized = F.layer_norm(pooled.flatten(1), (pooled.shape[1] * pooled.shape[2],), eps=modules["ds_norm"].eps)
         normalized = _affine(normalized.view_as(pooled), modules["ds_norm"])
-        return _linear(normalized.to(dtype), *fused.linear_of(modules["kv"]))
+        normalized = normalized.to(dtype)
+        kv, packing = modules["kv"], self._packing("patch_embedding")
+        if packing is None:
+            return _linear(normalized, *fused.linear_of(kv))
+        # The same linear as a convolution, for the sake of its packed weights.
+        weight, bias = kv._parameters["weight"], kv._parameters["bias"]
+        pixels = normalized.transpose(1, 2).unsqueeze(2)
+        out = ops.patch_embedding(pixels, weight, bias, stride=1, packed=packing, backend=self.backend)
+        return out.squeeze(2).transpose(1, 2)
 
     def _fuse_one_level(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from operator import is_, itemgetter
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ class Watch:
         self._modules = modules
         self._types = [type(module) for module in modules]
         self._dicts = [module.__dict__ for module in modules]
-        self._lengths = [len(attributes) for attributes in self._dicts]
         self._hooks = tuple(
             hooks
             for module in modules[1:]
@@ -46,23 +45,39 @@ class Watch:
         names = ("_parameters", "_buffers", "_modules")
         self._tables: list[dict[str, Any]] = [d[name] for d in self._dicts for name in names if d[name]]
         self._values = list(chain.from_iterable(map(dict.values, self._tables)))
-        settings = ([key for key in attributes if not key.startswith("_")] for attributes in self._dicts)
-        self._getters = [itemgetter(*keys) for keys in settings]
-        self._settings = self._read_settings()
+        self._keys = [list(attributes) for attributes in self._dicts]
+        names_of = [[key for key in attributes if not key.startswith("_")] for attributes in self._dicts]
+        found = [(attributes, key) for attributes, keys in zip(self._dicts, names_of, strict=True) for key in keys]
+        self._settings = [(attributes, key) for attributes, key in found if _compares(attributes[key])]
+        self._objects = [(attributes, key) for attributes, key in found if not _compares(attributes[key])]
+        self._setting_values = [attributes[key] for attributes, key in self._settings]
+        self._object_values = [attributes[key] for attributes, key in self._objects]
 
     def unchanged(self) -> bool:
+        try:
+            return self._is_unchanged()
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            # What cannot even be compared with what it was has changed.
+            return False
+
+    def _is_unchanged(self) -> bool:
         return (
             not any(self._hooks)
             and not _has_any_global_hook()
             and list(map(type, self._modules)) == self._types
-            and list(map(len, self._dicts)) == self._lengths
+            and list(map(list, self._dicts)) == self._keys
             and sum(map(len, self._tables)) == len(self._values)
             and all(map(is_, chain.from_iterable(map(dict.values, self._tables)), self._values))
-            and self._read_settings() == self._settings
+            and [attributes[key] for attributes, key in self._settings] == self._setting_values
+            and all(map(is_, [attributes[key] for attributes, key in self._objects], self._object_values))
         )
 
-    def _read_settings(self) -> list[Any]:
-        return [get(attributes) for get, attributes in zip(self._getters, self._dicts, strict=True)]
+
+def _compares(value: object) -> bool:
+    """Whether equality says that a setting is the same; of anything else (a feature that a hook stored) identity."""
+    if isinstance(value, tuple):
+        return all(map(_compares, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 class BlockRepetition:

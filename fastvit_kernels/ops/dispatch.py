@@ -73,7 +73,8 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_environment = _checked(os.environ.get("FASTVIT_BACKEND", "auto"), "FASTVIT_BACKEND")
+# Judged at the first use: a typing error in it must not keep anybody from importing the package.
+_environment = os.environ.get("FASTVIT_BACKEND", "auto")
 
 
 @contextmanager
@@ -111,7 +112,7 @@ def requested_backend(backend: str | None = None) -> str:
     """The backend asked for by the call, the enclosing `use_backend`, or the environment, in this order."""
     if backend is not None:
         return _checked(backend, "backend")
-    return _state.backend if _state.backend is not None else _environment
+    return _state.backend if _state.backend is not None else _checked(_environment, "FASTVIT_BACKEND")
 
 
 def _transforming() -> bool:

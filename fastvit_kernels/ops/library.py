@@ -65,6 +65,7 @@ def register(operator: Operator, triton_launcher: Callable[[Tensors, Any], Outpu
     _define(f"{name}_backward(Tensor[] grads, Tensor?[] tensors, bool[] needs, {statics}) -> Tensor[]")
 
     def fake(tensors: Tensors, packed: Tensor | None, *static: Any) -> Tensor | Outputs:
+        _check_one_device(name, [*tensors, packed])
         return _unwrap(operator.fake(tensors, operator.static(*static)))
 
     def fake_pack(tensors: Tensors, *static: Any) -> Tensor:
@@ -93,6 +94,13 @@ def register(operator: Operator, triton_launcher: Callable[[Tensors, Any], Outpu
     _functions[name] = _make_function(operator)
 
 
+def _check_one_device(name: str, tensors: Tensors) -> None:
+    """A mixture with meta tensors is dispatched here; its results would be memory that nobody has written."""
+    devices = {str(t.device) for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"{name}: expected tensors on one device, got {', '.join(sorted(devices))}")
+
+
 def _register_triton(
     operator: Operator, launcher: Callable[[Tensors, Any], Outputs], arguments: str, returns: str
 ) -> None:
@@ -100,6 +108,7 @@ def _register_triton(
     _define(f"{overload}({arguments}) -> {returns}")
 
     def fake(tensors: Tensors, *static: Any) -> Tensor | Outputs:
+        _check_one_device(overload, tensors)
         return _unwrap(operator.fake(tensors, operator.static(*static)))
 
     def run(tensors: Tensors, *static: Any) -> Tensor | Outputs:

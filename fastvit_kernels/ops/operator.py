@@ -35,6 +35,7 @@ class Operator:
         returns: the number of output tensors.
         reference: plain PyTorch `(tensors, static) -> outputs`: the definition of the operator.
         fake: shapes, strides and dtypes of the outputs, `(tensors, static) -> outputs`.
+        packing: what of the static arguments decides how weights are packed, besides their dtype.
         any_layout: positions of activations that the CPU kernels take in any layout.
         backends: the alternatives to the reference, most preferred first.
     """
@@ -46,5 +47,6 @@ class Operator:
     returns: int
     reference: Callable[[Tensors, Any], Outputs]
     fake: Callable[[Tensors, Any], Outputs]
+    packing: Callable[[Any], tuple[Any, ...]] = lambda static: ()
     any_layout: tuple[int, ...] = ()
     backends: list[Backend] = field(default_factory=list)

@@ -15,7 +15,7 @@ from fastvit_kernels.ops.operator import Operator, Tensors
 class _Entry(NamedTuple):
     """Packed weights and what they were made from. Holding the weights keeps their memory from being used again."""
 
-    dtype: torch.dtype
+    packing: tuple[Any, ...]
     weights: tuple[Tensor | None, ...]
     state: list[int]
     packed: Tensor
@@ -31,6 +31,8 @@ class LastCall(NamedTuple):
 
 class PackedWeights:
     """The packed weights of one operator call site.
+
+    Compiled and exported graphs pack for themselves at each call: nothing in them could notice a changed weight.
 
     They are made at the first call and again whenever a weight has changed: another tensor, an in-place update, another
     compute dtype. What these checks cannot see (a write through `.data`, an update of a tensor made in inference mode)
@@ -48,21 +50,22 @@ class PackedWeights:
         self.repetition: Any = None
 
     def get(self, operator: Operator, tensors: Tensors, static: Any) -> Tensor | None:
-        """The packed weights for this call; while torch.compile traces, those of the last eager call."""
-        entry = self._entry
+        """The packed weights for this call; None while torch.compile traces."""
         if torch.compiler.is_compiling():
-            return None if entry is None else entry.packed
+            return None
+        entry = self._entry
+        packing = (static.dtype, *operator.packing(static))
         weights = tuple([tensors[index] for index in operator.parameters])
         state = _state([t for t in weights if t is not None])
         if (
             entry is None
             or entry.state != state
-            or entry.dtype is not static.dtype
+            or entry.packing != packing
             or not (all(map(is_, entry.weights, weights)) or all(map(_alike, entry.weights, weights)))
         ):
             pack = getattr(torch.ops.fastvit, f"{operator.name}_pack").default
             with torch.no_grad():
-                entry = _Entry(static.dtype, weights, state, pack(tensors, *static))
+                entry = _Entry(packing, weights, state, pack(tensors, *static))
             self._entry = entry
         self._last = LastCall(operator, entry.weights, static)
         return entry.packed

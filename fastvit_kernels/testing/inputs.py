@@ -677,6 +677,8 @@ PATCH_EMBEDDING = [
     patch_embedding_case("stride_1", kernel=5, stride=1, padding=2),
     patch_embedding_case("wide_padding", kernel=3, padding=2),
     patch_embedding_case("linear", kernel=1, stride=1, padding=0),
+    patch_embedding_case("padding_beyond_the_filter", kernel=1, stride=16, padding=16, channels=64, out=8),
+    patch_embedding_case("far_beyond", batch=1, size=(2, 3), kernel=3, stride=70, padding=70),
     patch_embedding_case("no_bias", bias=False),
     patch_embedding_case("no_norm", norm=False),
     patch_embedding_case("norm_without_affine", norm_affine=False),

@@ -534,3 +534,15 @@ def test_accelerating_a_compiled_model(tiny_cvt):
         assert len(fastvit_kernels.explain(compiled, x).decisions) == 21
         fastvit_kernels.restore(compiled)
         assert relative_l2(compiled(x).logits, expected) <= 1e-5
+
+
+def test_another_backend_is_noticed_by_a_layer_that_repeats_its_calls(tiny_cvt):
+    model = tiny_cvt().eval()
+    fastvit_kernels.accelerate(model, inference=True)
+    layer = next(m for m in model.modules() if type(m) is FusedCvtLayer)
+    tokens = torch.randn(1, 16, layer.layernorm_before.normalized_shape[0])
+    with torch.no_grad():
+        layer(tokens, 4, 4), layer(tokens, 4, 4)
+        fastvit_kernels.accelerate(model, inference=True, backend="cuda")
+        with pytest.raises(fastvit_kernels.BackendError, match="backend 'cuda' cannot run this call"):
+            layer(tokens, 4, 4)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastvit_kernels import accelerate, explain, restore
 from fastvit_kernels.models import create_model, hat_net, list_models, load_checkpoint
-from fastvit_kernels.nn import DropPath, HatMLP, HierarchicalAttention
+from fastvit_kernels.nn import DenseConv2d, DropPath, HatMLP, HierarchicalAttention
 from fastvit_kernels.ops import library
 from fastvit_kernels.testing import relative_l2
 
@@ -307,11 +307,11 @@ def test_torch_save():
 
 def test_accelerate_releases_packs_and_is_undone():
     model, x = small(backend="reference").eval(), image()
-    fused = [name for name, m in model.named_modules() if isinstance(m, (HierarchicalAttention, HatMLP))]
+    fused = [name for name, m in model.named_modules() if isinstance(m, (DenseConv2d, HatMLP, HierarchicalAttention))]
     with torch.no_grad():
         expected = model(x)
         report = accelerate(model, inference=True)
-        assert [row.path for row in report.replaced] == fused and len(fused) == 10 and not report.left_alone
+        assert [row.path for row in report.replaced] == fused and len(fused) == 14 and not report.left_alone
         assert relative_l2(model(x), expected) <= 1e-5
         assert restore(model)
         assert torch.equal(model(x), expected)

@@ -221,3 +221,28 @@ def test_dtype_and_autocast_are_noticed(stock, fast):
     with torch.no_grad():
         low = fast.bfloat16()(x.bfloat16())
         assert low.dtype is torch.bfloat16 and relative_l2(low, stock(x)) < 0.2
+
+
+def test_tensors_kept_as_attributes(fast):
+    """A hook that stores what it sees, as feature extraction does."""
+    x = image(2, 3, 64, 48)
+    for block in blocks(fast):
+        block.register_forward_hook(lambda module, args, out: setattr(module, "seen", out))
+    with torch.no_grad():
+        expected = fast(x)
+        for _ in range(3):
+            assert torch.equal(fast(x), expected)
+
+
+def test_an_attribute_exchanged_for_another(fast):
+    x, block = image(2, 3, 64, 48), blocks(fast)[0]
+    with torch.no_grad():
+        block.one = 1
+        expected = fast(x)
+        assert torch.equal(fast(x), expected)
+        del block.one
+        block.other = 1
+        assert torch.equal(fast(x), expected)
+        block.attn.scale = torch.full((3,), block.attn.scale)
+        with pytest.raises(TypeError, match="scale"):
+            fast(x)

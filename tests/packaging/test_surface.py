@@ -29,6 +29,7 @@ SURFACE = {
     ],
     "fastvit_kernels.nn": [
         "ConvProjectionAttention",
+        "DenseConv2d",
         "DropPath",
         "HatMLP",
         "HierarchicalAttention",

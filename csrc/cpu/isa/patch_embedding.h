@@ -29,7 +29,8 @@ template <class T, class A>
 FK_INLINE void gather_neighbourhood(const struct fk_patch_embedding& p, int64_t pixel, A* to, int64_t padded) {
   const int64_t ox = pixel % p.out_w, oy = pixel / p.out_w % p.out_h, image = pixel / p.out_w / p.out_h;
   const int64_t left = ox * p.stride - p.padding, top = oy * p.stride - p.padding;
-  const int64_t from_x = max64(left, 0), to_x = max64(from_x, min64(left + p.kernel, p.width));
+  // A neighbourhood that lies wholly beside the map has no pixels in it.
+  const int64_t from_x = min64(max64(left, 0), left + p.kernel), to_x = max64(from_x, min64(left + p.kernel, p.width));
   const int64_t line = p.kernel * p.channels;
   const T* x = (const T*)p.x.data + image * p.height * p.width * p.channels;
   for (int64_t ky = 0; ky < p.kernel; ++ky, to += line) {

@@ -81,6 +81,7 @@ OPERATOR = Operator(
     returns=len(BRANCHES),
     reference=reference,
     fake=_fake,
+    packing=lambda s: (s.norm_eps is None, *s.bn_eps),
     backends=[native.Cpu(), triton.Triton()],
 )
 library.register(OPERATOR, triton.launch)

@@ -52,6 +52,7 @@ OPERATOR = Operator(
     returns=2,
     reference=reference,
     fake=_fake,
+    packing=lambda s: (s.norm, s.bn_after_activation, s.inner_residual, *s.bn_eps, s.out_norm_eps is None),
     backends=[native.Cpu()],
 )
 library.register(OPERATOR)

@@ -48,6 +48,7 @@ OPERATOR = Operator(
     any_layout=(0, 1, 2),
     reference=reference,
     fake=_fake,
+    packing=lambda s: (s.num_heads, s.norm),
     backends=[native.Cpu(), triton.Triton()],
 )
 library.register(OPERATOR, triton.launch)

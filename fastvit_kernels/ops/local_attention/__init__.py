@@ -54,6 +54,7 @@ OPERATOR = Operator(
     returns=2,
     reference=reference,
     fake=_fake,
+    packing=lambda s: (s.num_heads, s.norm, s.window_size),
     backends=[native.Cpu(), triton.Triton()],
 )
 library.register(OPERATOR, triton.launch)

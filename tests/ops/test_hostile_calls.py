@@ -1,0 +1,71 @@
+"""Calls of the registered operators that the public functions would refuse: exceptions, never a damaged process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastvit_kernels.testing import inputs
+from fastvit_kernels.testing.raw import raw_call
+
+HUGE = (2**31, 2**61, 2**62, 2**63 - 1, -1, -(2**63))
+# The integers among the static arguments, by position; a list holds one per branch.
+INTEGERS = {
+    "conv_projection": {"height": 3, "width": 4, "prefix": 5, "stride": 6, "padding": 7},
+    "depthwise_mlp": {"height": 9, "width": 10, "prefix": 11},
+    "global_attention": {"num_heads": 0},
+    "local_attention": {"height": 2, "width": 3, "window": 4, "num_heads": 5},
+    "patch_embedding": {"stride": 2, "padding": 3},
+}
+
+
+def _operator(name):
+    return getattr(torch.ops.fastvit, name).default
+
+
+@pytest.mark.parametrize(("name", "argument"), [(name, key) for name, keys in INTEGERS.items() for key in keys])
+@pytest.mark.parametrize("value", HUGE)
+def test_integers_that_overflow(name, argument, value):
+    tensors, static = raw_call(inputs.tagged(inputs.CASES[name], "smallest")[0].call())
+    arguments = list(static)
+    at = INTEGERS[name][argument]
+    for wrong in [[value, *arguments[at][1:]]] if isinstance(arguments[at], list) else [value]:
+        with pytest.raises((RuntimeError, ValueError)):
+            _operator(name)(tensors, None, *arguments[:at], wrong, *arguments[at + 1 :])
+
+
+def test_a_grid_whose_product_wraps():
+    tensors, static = raw_call(inputs.tagged(inputs.CONV_PROJECTION, "smallest")[0].call())
+    wrong = static._replace(height=2**32, width=2**32, num_prefix_tokens=tensors[0].shape[1])
+    with pytest.raises(RuntimeError, match="grid: does not make the tokens of x"):
+        torch.ops.fastvit.conv_projection.default(tensors, None, *wrong)
+
+
+@pytest.mark.parametrize("name", inputs.CASES)
+def test_weights_of_other_dtypes_and_devices(name):
+    tensors, static = raw_call(inputs.tagged(inputs.CASES[name], "smallest")[0].call())
+    for index, tensor in enumerate(tensors):
+        if tensor is None:
+            continue
+        for wrong in (tensor.to(torch.int8), tensor.bool(), tensor.double(), tensor.to("meta"), tensor[..., :0]):
+            with pytest.raises((RuntimeError, ValueError, TypeError)):
+                _operator(name)([*tensors[:index], wrong, *tensors[index + 1 :]], None, *static)
+
+
+def test_neighbourhoods_beside_the_map_write_nothing_else():
+    """Under an allocator that checks what stands behind its blocks."""
+    program = """
+import torch
+from fastvit_kernels import ops
+for kernel, padding in ((1, 16), (1, 40), (3, 64), (3, 500), (1, 100)):
+    for channels in (3, 64):
+        x, weight = torch.randn(1, channels, 8, 8), torch.randn(8, channels, kernel, kernel)
+        for _ in range(20):
+            ops.patch_embedding(x, weight, None, stride=padding, padding=padding, backend="cpu")
+"""
+    environment = {**os.environ, "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "85"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
