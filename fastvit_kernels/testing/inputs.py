@@ -272,7 +272,7 @@ GLOBAL_ATTENTION = [
     global_attention_case("packed_keys", packed_keys=True),
     global_attention_case("layer_norm", norm="layer", query_in=19),
     global_attention_case("group_norm", norm="group", query_in=16, add_query_input=True, return_statistics=True),
-    global_attention_case("given_statistics", norm="group", statistics=True, query_in=16),
+    global_attention_case("given_statistics", "smallest", norm="group", statistics=True, query_in=16),
     global_attention_case("odd_query_input", norm="group", query_in=15, heads=1, width=15, add_query_input=True),
     global_attention_case("statistics_without_projection", proj=False, return_statistics=True),
     global_attention_case("table", queries=40, keys=9, attn_bias=True),

@@ -1,4 +1,4 @@
-"""Every Triton kernel at CvT's published sizes, compiled for GPUs that need not be there."""
+"""Every Triton kernel at published sizes, compiled for GPUs that need not be there."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from fastvit_kernels.ops.conv_projection import triton as conv_projection
 from fastvit_kernels.ops.conv_projection.reference import Static as ConvProjectionStatic
 from fastvit_kernels.ops.global_attention import triton as global_attention
 from fastvit_kernels.ops.global_attention.reference import Static as GlobalAttentionStatic
+from fastvit_kernels.ops.local_attention import triton as local_attention
+from fastvit_kernels.ops.local_attention.reference import Static as LocalAttentionStatic
 from fastvit_kernels.ops.pointwise_mlp import triton as pointwise_mlp
 from fastvit_kernels.ops.pointwise_mlp.reference import Static as PointwiseMLPStatic
 from fastvit_kernels.testing.triton_aot import REGISTERS, SHARED_MEMORY, Compiled, compile_launches, compiling_process
@@ -28,6 +30,8 @@ class Stage(NamedTuple):
     width: int = 14
     batch: int = 8
     hidden_ratio: float = 4.0
+    window: int = 7
+    pad: str = "mask"
 
 
 class Precision(NamedTuple):
@@ -45,6 +49,15 @@ CVT = [
     Stage(384, 6, 1),
     Stage(768, 12, 0, 28, 28),
     Stage(1024, 16, 1),
+]
+# Stages 1 to 3 of HAT-Net-Tiny and of the larger variants.
+HAT_NET = [
+    Stage(48, 1, 0, 56, 56, window=8),
+    Stage(64, 1, 0, 56, 56, window=8),
+    Stage(96, 2, 0, 28, 28),
+    Stage(128, 2, 0, 28, 28),
+    Stage(240, 5),
+    Stage(320, 5),
 ]
 PRECISIONS = {
     "float32": Precision(torch.float32, torch.float32, torch.float32),
@@ -83,9 +96,44 @@ def make_global_attention(stage: Stage, precision: Precision) -> Callable[[], ob
         torch.empty((stage.batch, n, channels), dtype=precision.products, device="meta") for n in (tokens, pooled)
     )
     residual = x(stage.batch, tokens, channels)
-    tensors = [queries, keys, keys, parameter(channels, channels), parameter(channels), residual]
-    static = GlobalAttentionStatic(stage.heads, channels**-0.5, precision.products)
+    tensors = [queries, keys, keys, parameter(channels, channels), parameter(channels), *[None] * 6, residual]
+    static = GlobalAttentionStatic(stage.heads, channels**-0.5, "none", 0.0, False, False, precision.products)
     return lambda: global_attention.launch(tensors, static)
+
+
+def make_query_attention(stage: Stage, precision: Precision) -> Callable[[], object]:
+    """HAT-Net's second step: a norm by given statistics, 49 keys beside their values, a bias table, statistics."""
+    x, parameter = _makers(precision)
+    channels, tokens = stage.channels, stage.height * stage.width
+    keys = torch.empty((stage.batch, 49, 2 * channels), dtype=precision.products, device="meta")
+    queries, statistics = x(stage.batch, tokens, channels), torch.empty((stage.batch, 2), device="meta")
+    linear = [parameter(channels, channels), parameter(channels)]
+    weights = [*linear, parameter(channels), parameter(channels), *linear, parameter(stage.heads, tokens, 49)]
+    tensors = [queries, keys, None, *weights, statistics, queries]
+    static = GlobalAttentionStatic(stage.heads, 0.125, "group", 1e-6, True, True, precision.products)
+    return lambda: global_attention.launch(tensors, static)
+
+
+def make_local_attention(stage: Stage, precision: Precision) -> Callable[[], object]:
+    x, parameter = _makers(precision)
+    channels, pixels = stage.channels, stage.window**2
+    tokens = x(stage.batch, stage.height * stage.width, channels)
+    qkv = [parameter(channels), parameter(channels), None, parameter(3 * channels, channels), parameter(3 * channels)]
+    bias = parameter(stage.heads, pixels, pixels)
+    tensors = [tokens, None, None, *qkv, bias, parameter(channels, channels), parameter(channels), tokens]
+    static = LocalAttentionStatic(
+        norm="group",
+        norm_eps=1e-6,
+        height=stage.height,
+        width=stage.width,
+        window_size=stage.window,
+        num_heads=stage.heads,
+        scale=0.125,
+        pad=stage.pad,
+        return_statistics=True,
+        dtype=precision.products,
+    )
+    return lambda: local_attention.launch(tensors, static)
 
 
 def make_pointwise_mlp(stage: Stage, precision: Precision) -> Callable[[], object]:
@@ -110,8 +158,14 @@ def _makers(precision: Precision) -> tuple[Callable[..., torch.Tensor], Callable
 OPERATORS = {
     "conv_projection": make_conv_projection,
     "global_attention": make_global_attention,
+    "global_attention behind a norm": make_query_attention,
+    "local_attention": make_local_attention,
     "pointwise_mlp": make_pointwise_mlp,
 }
+
+_OF_HAT_NET = ("global_attention behind a norm", "local_attention")
+STAGES = {operator: HAT_NET if operator in _OF_HAT_NET else CVT for operator in OPERATORS}
+WITHOUT_PRODUCTS = ("prepare_kernel", "moments_kernel", "merge_kernel")
 
 
 def compile_for(operator: str, stage: Stage, precision: str, architecture: str) -> list[Compiled]:
@@ -146,10 +200,10 @@ def check_fits(kernel: Compiled, architecture: str) -> None:
 def test_published_sizes_fit_the_gpu(process: Executor, operator: str, precision: str, architecture: str) -> None:
     """No register is spilled, shared memory suffices, and tensor cores multiply bf16 and fp16."""
     # What fp16 and bf16 compile to differs in the names of instructions.
-    for stage in CVT if precision != "autocast-float16" else CVT[2:3]:
+    for stage in STAGES[operator] if precision != "autocast-float16" else STAGES[operator][2:3]:
         for kernel in process.submit(compile_for, operator, stage, precision, architecture).result():
             check_fits(kernel, architecture)
-            if precision != "float32" and kernel.name != "prepare_kernel":
+            if precision != "float32" and kernel.name not in WITHOUT_PRODUCTS:
                 instruction = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async"}[architecture]
                 assert instruction in kernel.assembly, kernel.name
 
@@ -158,11 +212,21 @@ def test_published_sizes_fit_the_gpu(process: Executor, operator: str, precision
 def test_awkward_widths_fit_the_gpu(process: Executor, operator: str) -> None:
     """Channels of CMT's smallest variant, which no vector load can read, and heads wider than 64."""
     stages = [Stage(46, 1, hidden_ratio=3.6)]
-    if operator == "global_attention":
+    if operator.endswith("_attention"):
         stages += [Stage(76, 1), Stage(128, 1), Stage(256, 1)]
     for stage in stages:
         for kernel in process.submit(compile_for, operator, stage, "bfloat16", "sm_80").result():
             check_fits(kernel, "sm_80")
+
+
+@pytest.mark.parametrize("pad", ["none", "mask", "zero"])
+@pytest.mark.parametrize("window", [4, 7, 8, 14, 16])
+def test_windows_fit_the_gpu(process: Executor, window: int, pad: str) -> None:
+    for channels in (32, 46, 52, 64, 76, 96):
+        stage = Stage(channels, 1, window=window, pad=pad)
+        for precision in ("float32", "bfloat16"):
+            for kernel in process.submit(compile_for, "local_attention", stage, precision, "sm_80").result():
+                check_fits(kernel, "sm_80")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -182,9 +246,9 @@ def test_one_compilation_serves_all_sizes(process: Executor, operator: str) -> N
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_compiles_for_amd(process: Executor, operator: str) -> None:
-    for kernel in process.submit(compile_for, operator, CVT[2], "bfloat16", "gfx942").result():
+    for kernel in process.submit(compile_for, operator, STAGES[operator][2], "bfloat16", "gfx942").result():
         assert kernel.spilled == 0 and kernel.shared <= SHARED_MEMORY["gfx942"], kernel.name
-        assert "v_mfma" in kernel.assembly or kernel.name == "prepare_kernel"
+        assert "v_mfma" in kernel.assembly or kernel.name in WITHOUT_PRODUCTS
 
 
 def test_fp32_products_are_exact(process: Executor) -> None:
@@ -194,9 +258,9 @@ def test_fp32_products_are_exact(process: Executor) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_tf32_is_used_where_pytorch_may_use_it(process: Executor, operator: str) -> None:
-    for kernel in process.submit(compile_with_tf32, operator, CVT[0], "float32", "sm_80").result():
+    for kernel in process.submit(compile_with_tf32, operator, STAGES[operator][0], "float32", "sm_80").result():
         check_fits(kernel, "sm_80")
-        assert "m16n8k8.row.col.f32.tf32" in kernel.assembly or kernel.name == "prepare_kernel"
+        assert "m16n8k8.row.col.f32.tf32" in kernel.assembly or kernel.name in WITHOUT_PRODUCTS
 
 
 def test_an_interpreting_process_refuses() -> None:

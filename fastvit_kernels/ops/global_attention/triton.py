@@ -22,10 +22,6 @@ class Triton:
         k, v = tensors[1], tensors[2]
         assert k is not None
         widest = max(k.shape[-1] // (1 if v is not None else 2), 0 if v is None else v.shape[-1]) // static.num_heads
-        if static.norm != "none" or static.return_statistics or static.add_query_input:
-            found.append("norms, statistics and add_query_input: the Triton kernels do not have them yet")
-        if tensors[7] is not None or tensors[9] is not None:
-            found.append("query_weight and attn_bias: the Triton kernels do not have them yet")
         if widest > _WIDEST_HEAD:
             found.append(f"heads of {widest} channels: the Triton kernels take up to {_WIDEST_HEAD}")
         return found
