@@ -7,6 +7,7 @@ and parameters read once, outputs written once, everything in the compute dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,9 @@ class Cost:
     @property
     def flops(self) -> int:
         return 2 * self.macs
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.macs + other.macs, self.weights + other.weights, self.activations + other.activations)
 
     def nbytes(self, itemsize: int) -> int:
         return (self.weights + self.activations) * itemsize
@@ -72,20 +76,50 @@ def global_attention(batch: int, queries: int, keys: int, channels: int) -> Cost
     return Cost(macs, channels**2 + channels, batch * channels * (queries_residual_output + keys_values))
 
 
+def local_attention(
+    batch: int, grid: Grid, channels: int, window: int, *, projection: bool = False, statistics: bool = False
+) -> Cost:
+    """GroupNorm, linear of q, k and v, softmax attention in whole windows, the C x C output projection, the residual.
+
+    The residual is the input, already read. `statistics`: mean and variance of each sample are returned as well.
+    """
+    pixels = batch * tokens(grid)
+    macs = pixels * (3 * channels**2 + 2 * window**2 * channels)
+    weights = 2 * channels + 3 * (channels**2 + channels)
+    if projection:
+        macs += pixels * channels**2
+        weights += channels**2 + channels
+    return Cost(macs, weights, 2 * pixels * channels + 2 * batch * statistics)
+
+
+def query_attention(batch: int, queries: int, keys: int, channels: int) -> Cost:
+    """Global attention behind a GroupNorm and a C x C linear of the queries, which are added to its output."""
+    linear = Cost(batch * queries * channels**2, 2 * channels + channels**2 + channels, 0)
+    return global_attention(batch, queries, keys, channels) + linear
+
+
 def pointwise_mlp(rows: int, channels: int, hidden: int) -> Cost:
     """LayerNorm, linear, activation, linear; the residual is the input, already read."""
     weights = 2 * channels * hidden + hidden + channels + 2 * channels
     return Cost(2 * rows * channels * hidden, weights, 2 * rows * channels)
 
 
-def patch_embedding(
+def convolution(
     batch: int, in_channels: int, channels: int, grid: Grid, *, kernel: int, stride: int, padding: int
 ) -> Cost:
-    """A strided convolution with bias and the LayerNorm behind it."""
+    """A strided convolution with bias."""
     filters = channels * in_channels * kernel**2
     out = tokens(output_grid(grid, kernel, stride, padding))
     activations = batch * (tokens(grid) * in_channels + out * channels)
-    return Cost(batch * out * filters, filters + 3 * channels, activations)
+    return Cost(batch * out * filters, filters + channels, activations)
+
+
+def patch_embedding(
+    batch: int, in_channels: int, channels: int, grid: Grid, *, kernel: int, stride: int, padding: int
+) -> Cost:
+    """A strided convolution with bias and the norm behind it."""
+    conv = convolution(batch, in_channels, channels, grid, kernel=kernel, stride=stride, padding=padding)
+    return conv + Cost(0, 2 * channels, 0)
 
 
 def classifier(batch: int, channels: int, num_classes: int) -> Cost:
@@ -126,4 +160,54 @@ def cvt(
         channels = width
     parts.append(classifier(batch, channels, num_classes))
     activations = batch * (in_channels * image[0] * image[1] + num_classes)
+    return Cost(sum(part.macs for part in parts), sum(part.weights for part in parts), activations)
+
+
+def hierarchical_attention(batch: int, grid: Grid, channels: int, window: int, pool: int) -> Cost:
+    """Both levels of HAT-Net's attention on a map of whole windows; a window of 1 stands for one level, all pixels."""
+    if window == 1:
+        # Every pixel of a square map attends to as many as a window of its side has.
+        return local_attention(batch, grid, channels, math.isqrt(tokens(grid)), projection=True)
+    keys = tokens((grid[0] // pool, grid[1] // pool))
+    pooled = Cost(batch * keys * 2 * channels**2, 2 * channels + 2 * (channels**2 + channels), 0)
+    levels = local_attention(batch, grid, channels, window) + query_attention(batch, tokens(grid), keys, channels)
+    return levels + pooled
+
+
+def hat_mlp(batch: int, grid: Grid, channels: int, hidden: int, kernel: int) -> Cost:
+    """GroupNorm, linear, depthwise convolution, linear, all without bias, GroupNorm; the residual is the input."""
+    pixels = batch * tokens(grid)
+    weights = 2 * channels * hidden + hidden * kernel**2
+    return Cost(pixels * weights, weights + 4 * channels, 2 * pixels * channels)
+
+
+def hat_net(
+    batch: int,
+    image: Grid,
+    *,
+    dims: Sequence[int],
+    depths: Sequence[int],
+    hidden: Sequence[int],
+    windows: Sequence[int],
+    pools: Sequence[int],
+    kernels: Sequence[int],
+    in_channels: int,
+    stem_channels: int,
+    num_classes: int,
+) -> Cost:
+    """A HAT-Net classifier on a square image of whole windows; the arguments' entries are per stage.
+
+    Its activations are the image and the logits alone. The norms that its checkpoints hold in vain are not counted.
+    """
+    grid = output_grid(image, 3, 2, 1)
+    parts = [patch_embedding(batch, in_channels, stem_channels, image, kernel=3, stride=2, padding=1)]
+    channels = stem_channels
+    for stage, (width, depth) in enumerate(zip(dims, depths, strict=True)):
+        down = convolution if stage == 0 else patch_embedding
+        parts.append(down(batch, channels, width, grid, kernel=3, stride=2, padding=1))
+        grid, channels = output_grid(grid, 3, 2, 1), width
+        attention = hierarchical_attention(batch, grid, width, windows[stage], pools[stage])
+        parts += [attention, hat_mlp(batch, grid, width, hidden[stage], kernels[stage])] * depth
+    parts.append(Cost(batch * channels * num_classes, channels * num_classes + num_classes, 0))
+    activations = batch * (in_channels * tokens(image) + num_classes)
     return Cost(sum(part.macs for part in parts), sum(part.weights for part in parts), activations)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from fastvit_kernels import accelerate
 from fastvit_kernels.bench import flops
 from fastvit_kernels.bench.cases import Case
+from fastvit_kernels.bench.suites.models import IMAGE, accelerated, images
 from fastvit_kernels.bench.suites.operators import Stage
 from fastvit_kernels.models import create_model
 from fastvit_kernels.models.cvt import ConvolutionalVisionTransformer
@@ -18,7 +17,6 @@ from fastvit_kernels.models.cvt_keys import from_transformers
 from fastvit_kernels.nn import QuickGELU
 
 MODELS = ("cvt_13", "cvt_21")
-IMAGE = 224
 # CvT-21 differs from CvT-13 in depth alone.
 PUBLISHED = (("cvt_13", 224), ("cvt_13", 384), ("cvt_w24", 384))
 
@@ -36,18 +34,12 @@ def case(name: str, batch: int, size: int = IMAGE, **overrides: Any) -> Case:
         batch=batch,
         cost=cost(_shapes(name, **overrides), batch, size),
         build=lambda: create_model(name, backend="reference", **overrides),
-        make_inputs=lambda: (_images(batch, size),),
-        fuse=_accelerated,
+        make_inputs=lambda: (images(batch, size),),
+        fuse=accelerated,
         attention=True,
         end_to_end=True,
         twin=_transformers_twin,
     )
-
-
-def _images(batch: int, size: int) -> torch.Tensor:
-    """Blotches of colour: plain noise looks the same to a model whatever its seed."""
-    blotches = F.interpolate(torch.randn(batch, 3, 7, 7), size=(size, size), mode="bilinear")
-    return torch.randn(batch, 3, 1, 1) + 1.5 * blotches + 0.3 * torch.randn(batch, 3, size, size)
 
 
 def _shapes(name: str, **overrides: Any) -> ConvolutionalVisionTransformer:
@@ -101,14 +93,6 @@ def stages() -> list[Stage]:
             found.append(stage)
             grid = stage.grid
     return found
-
-
-def _accelerated(model: nn.Module) -> nn.Module:
-    report = accelerate(model, inference=True)
-    # A model that is only half accelerated must not be measured as ours.
-    if not report or report.left_alone:
-        raise RuntimeError(str(report))
-    return model
 
 
 class _Logits(nn.Module):

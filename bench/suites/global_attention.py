@@ -19,7 +19,7 @@ class GlobalAttention(OperatorModule):
         self.num_heads, self.scale = stage.num_heads, stage.channels**-0.5
         self.proj = nn.Linear(stage.channels, stage.channels)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return ops.global_attention(
             q,
             k,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,16 +133,18 @@ class HatMLP(nn.Module):
     def pack_weights(self) -> None:
         """If the module is prepared for inference, pack its weights now, not at the first call."""
         if not self.fusion_obstacles():
-            norm = self.conv1[0]
-            self.forward(norm.weight.new_zeros(1, norm.num_channels, 1, 1))
+            weight = self.conv1[1].weight
+            assert isinstance(weight, Tensor)
+            self.forward(weight.new_zeros(1, weight.shape[1], 1, 1))
+
+    def _modules_in_order(self) -> list[Any]:
+        return [*self.conv1, *self.conv2, *self.conv3]
 
     def _parts(self) -> DepthwiseMLPParts | None:
         lengths = [len(part._modules) for part in (self.conv1, self.conv2, self.conv3)]
         if lengths != [3, 2, 2] or any(map(fused.has_hooks, (self.conv1, self.conv2, self.conv3))):
             return None
-        norm, fc1, hidden_act = self.conv1
-        dw, act = self.conv2
-        fc2, out_norm = self.conv3
+        norm, fc1, hidden_act, dw, act, fc2, out_norm = self._modules_in_order()
         return DepthwiseMLPParts(fc1, dw, act, fc2, hidden_act=hidden_act, norm=norm, out_norm=out_norm)
 
 

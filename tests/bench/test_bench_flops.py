@@ -77,6 +77,12 @@ def test_model_equals_torch_counter(size: int) -> None:
     assert cvt.case("cvt_13", 1, size).cost.macs == _counted(model, torch.randn(1, 3, size, size))
 
 
+@pytest.mark.parametrize("name", ["hat_net_tiny", "hat_net_medium"])
+def test_hat_net_equals_torch_counter(name: str) -> None:
+    (case,) = SUITES[name](2)
+    assert case.cost.macs == _counted(case.build().eval(), *case.make_inputs())
+
+
 @pytest.mark.parametrize("name", ["cvt_13", "cvt_21"])
 def test_model_reads_every_weight_once(name: str) -> None:
     with torch.device("meta"):
@@ -87,10 +93,21 @@ def test_model_reads_every_weight_once(name: str) -> None:
     assert cost.activations == 2 * (3 * 224 * 224 + 1000)
 
 
-@pytest.mark.parametrize("suite", ["patch_embedding", "conv_projection", "global_attention", "pointwise_mlp"])
+# How many shapes each suite has: CvT's nine stages, or the different ones of the HAT-Nets.
+SHAPES = {
+    "patch_embedding": 9,
+    "conv_projection": 9,
+    "global_attention": 9,
+    "pointwise_mlp": 9,
+    "local_attention": 9,
+    "query_attention": 6,
+}
+
+
+@pytest.mark.parametrize("suite", SHAPES)
 def test_operator_cases_equal_torch_counter(suite: str) -> None:
     cases = SUITES[suite](2)
-    assert len(cases) == 9
+    assert len(cases) == SHAPES[suite]
     for case in cases:
         with FakeTensorMode():
             module, inputs = case.build().eval(), case.make_inputs()

@@ -29,10 +29,12 @@ SURFACE = {
     ],
     "fastvit_kernels.nn": [
         "ConvProjectionAttention",
+        "DAFF",
         "DenseConv2d",
         "DropPath",
         "HatMLP",
         "HierarchicalAttention",
+        "IRFFN",
         "LayerNorm",
         "PatchEmbedding",
         "PointwiseMLP",
