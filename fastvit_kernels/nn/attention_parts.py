@@ -1,0 +1,42 @@
+"""What the attention modules do outside the fused operators, and where they call submodules instead."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvit_kernels import ops
+from fastvit_kernels.nn import fused
+from fastvit_kernels.ops.packing import PackedWeights
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeights | None, backend: str | None) -> Tensor:
+    """A linear over the channels of `[B, N, C]` rows; with `packed` its weights stay packed between calls."""
+    if packed is None:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    # The same linear as a 1 x 1 convolution of an image that is one row high.
+    pixels, filters = x.transpose(1, 2).unsqueeze(2), weight[:, :, None, None]
+    out = ops.patch_embedding(pixels, filters, bias, stride=1, packed=packed, backend=backend)
+    return out.squeeze(2).transpose(1, 2)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_drop: nn.Module,
+    *,
+    num_heads: int,
+    scale: float,
+    attn_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention without its projection, on rows; with dropout of the probabilities it is spelt out."""
+    if fused.drops_nothing(attn_drop):
+        out = ops.global_attention(q, k, v, num_heads=num_heads, scale=scale, attn_bias=attn_bias, backend=backend)
+        assert isinstance(out, Tensor)
+        return out
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    scores = q * scale @ k.transpose(-2, -1)
+    scores = scores if attn_bias is None else scores + attn_bias.to(scores.dtype)
+    return (attn_drop(scores.softmax(-1)).to(v.dtype) @ v).transpose(1, 2).flatten(2)
