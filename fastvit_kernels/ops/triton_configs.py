@@ -76,22 +76,23 @@ CONFIGS: dict[str, dict[tuple[str, str], tuple[tuple[int, Config], ...]]] = {
     },
     "window_attention": {
         ("default", "half"): (
-            (64, Config(64, 64, 0, 4, 2)),
-            (128, Config(32, 32, 0, 4, 2)),
+            (64, Config(64, 32, 0, 4, 2)),
+            (128, Config(64, 32, 0, 8, 1)),
             (ANY, Config(32, 16, 0, 4, 2)),
         ),
         ("default", "tf32"): (
             (64, Config(64, 32, 0, 4, 2)),
-            (128, Config(64, 32, 0, 8, 2)),
+            (128, Config(32, 16, 0, 8, 1)),
             (ANY, Config(32, 16, 0, 8, 2)),
         ),
         ("default", "ieee"): (
-            (64, Config(64, 32, 0, 8, 2)),
+            (64, Config(32, 16, 0, 4, 1)),
             (128, Config(32, 16, 0, 4, 2)),
             (ANY, Config(32, 16, 0, 8, 2)),
         ),
         ("default", "unaligned"): (
-            (64, Config(32, 16, 0, 4, 2)),
+            (64, Config(32, 16, 0, 4, 1)),
+            (128, Config(32, 16, 0, 8, 1)),
             (ANY, Config(16, 16, 0, 8, 2)),
         ),
         ("interpreter", "any"): _INTERPRETER,
