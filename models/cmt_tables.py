@@ -1,7 +1,7 @@
 """CMT's tables of relative positions in checkpoints for images of another size.
 
-A table `[heads, N, M]` has an entry for every pixel of a stage's map (N) beside every pixel of the reduced one (M), so it
-fits images of one size only. Resizing takes it as what it is, a map of keys for each query and a map of queries for
+A table `[heads, N, M]` has an entry for every pixel of a stage's map (N) beside every pixel of the reduced one (M), so
+it fits images of one size only. Resizing takes it as what it is, a map of keys for each query and a map of queries for
 each key, and resizes both bicubically. The paper (section 3.3) resizes for fine-tuning, the official code never does.
 """
 
@@ -20,11 +20,9 @@ def check_tables(state_dict: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -
     """What to tell the user about tables of another size than the model's."""
     for key, table in _tables(state_dict, ours).items():
         if table.shape[1:] != ours[key].shape[1:]:
-            side, sides = 4 * math.isqrt(table.shape[1]), 4 * math.isqrt(ours[key].shape[1])
             return [
-                f"{key} has {table.shape[1]} x {table.shape[2]} entries a head, as for {side} x {side} images, and here "
-                f"{ours[key].shape[1]} x {ours[key].shape[2]}, as for {sides} x {sides}; build the model with the "
-                "checkpoint's img_size, or with resize_relative_pos=True"
+                f"{key} is for maps of {table.shape[1]} pixels, and this model's have {ours[key].shape[1]}: build it "
+                "with the checkpoint's img_size, or with resize_relative_pos=True"
             ]
     return []
 

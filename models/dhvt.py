@@ -1,8 +1,8 @@
 """DHVT: vision transformers for small data sets, with tokens for the attention's heads and depthwise MLPs.
 
 Source: Lu et al., "Bridging the Gap Between Vision Transformers and Convolutional Neural Networks on Small Datasets".
-Names, structure and initialisation follow the official code, so its weights load with `strict=True`; where that has
-`SyncBatchNorm` there are `BatchNorm2d`s of the same names here (`nn.SyncBatchNorm.convert_sync_batchnorm` makes them so).
+Names, structure and initialisation follow the official code, so its weights load with `strict=True`. Where that has
+`SyncBatchNorm` there are `BatchNorm2d`s of the same names here; `SyncBatchNorm.convert_sync_batchnorm` replaces them.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from fastvit_kernels.nn.daff import DAFF
 from fastvit_kernels.nn.dense_conv import DenseConv2d
 from fastvit_kernels.nn.drop_path import DropPath
 from fastvit_kernels.nn.hat_mlp import HatMLP
-from fastvit_kernels.nn.hierarchical_attention import HierarchicalAttention
 from fastvit_kernels.nn.hi_mhsa import HIMHSA
+from fastvit_kernels.nn.hierarchical_attention import HierarchicalAttention
 from fastvit_kernels.nn.irffn import IRFFN
 from fastvit_kernels.nn.layer_norm import LayerNorm
 from fastvit_kernels.nn.lmhsa import LMHSA
