@@ -11,6 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PINS := constraints.txt pyproject.toml
 # Directories too: adding or removing a file changes only their time.
 COMPILED := CMakeLists.txt $(shell find cmake csrc)
+HOSTS := timm torchvision
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 
 .DEFAULT_GOAL := help
@@ -28,7 +29,7 @@ help:
 demo: $(VENV)/demo.stamp
 	$(BIN)/fastvit-kernels demo $(ARGS)
 
-test: $(VENV)/test.stamp
+test: $(VENV)/test.stamp $(VENV)/hosts.stamp
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/bench.stamp
@@ -68,6 +69,13 @@ $(VENV)/torch.stamp: $(VENV)/python.stamp constraints.txt
 # One rule for every extra of pyproject.toml; an installation that only compiled sources made old takes seconds.
 $(VENV)/%.stamp: $(VENV)/torch.stamp $(PINS) $(COMPILED)
 	$(PIP) install --no-build-isolation --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+# Libraries whose models the tests compare with, in a folder that only tests/timm_host.py makes known: the torchvision of the
+# package index is built for CUDA, and where transformers finds it beside a CPU torch it cannot be imported any more.
+# Without their requirements, which would bring another torch; the extra `test` has installed the rest.
+$(VENV)/hosts.stamp: $(VENV)/torch.stamp constraints.txt
+	$(PIP) install --no-deps --constraint constraints.txt --upgrade --target $(VENV)/hosts $(HOSTS)
 	touch $@
 
 clean:

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import timm_host
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -59,10 +60,27 @@ def _with_requirements(roots):
     return {canonicalize_name(name) for name, _ in found}
 
 
-def test_everything_installed_for_the_tests_is_pinned(pins):
+def _installed_for_the_tests():
     extras = ("run time", "bench", "demo", "test")
     roots = [Requirement(line) for extra in extras for line in EXTRAS[extra]]
-    assert _with_requirements(root for root in roots if root.name != PROJECT["name"]) <= set(pins)
+    return _with_requirements(root for root in roots if root.name != PROJECT["name"])
+
+
+def test_everything_installed_for_the_tests_is_pinned(pins):
+    assert _installed_for_the_tests() <= set(pins)
+
+
+def test_what_is_installed_without_its_requirements_has_them(root, pins):
+    hosts = re.search(r"^HOSTS := (.+)", (root / "Makefile").read_text(), re.MULTILINE).group(1).split()
+    timm_host.load_timm()
+    installed = _installed_for_the_tests() | set(hosts)
+    for host in hosts:
+        assert f"=={metadata.version(host)}" == str(pins[host].specifier)
+        for requirement in map(Requirement, metadata.requires(host)):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                (pin,) = pins[canonicalize_name(requirement.name)].specifier
+                assert pin.version in requirement.specifier
+                assert canonicalize_name(requirement.name) in installed
 
 
 def test_pre_commit_uses_the_pinned_tools(root, pins):
