@@ -12,11 +12,15 @@ import triton.language as tl
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """`ops.activations.activate`; None leaves `x` alone."""
+    """`ops.activations.activate`."""
     if ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
     elif ACTIVATION == "quick_gelu":
         x = x * tl.sigmoid(1.702 * x)
+    elif ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return x
 
 
@@ -74,3 +78,51 @@ def normalize(x, mean, rstd, weight_ptr, bias_ptr, columns, mask, BLOCK_C: tl.co
     x = (x.to(tl.float32) - mean[:, None]) * rstd[:, None]
     x = x * vector(weight_ptr, columns, mask, 1.0, BLOCK_C)[None, :]
     return x + vector(bias_ptr, columns, mask, 0.0, BLOCK_C)[None, :]
+
+
+@triton.jit
+def scale_and_shift(bn, columns, mask, BLOCK: tl.constexpr):
+    """What a batch normalisation `(weight, bias, mean, variance, eps)` comes to; 1 and 0 where its mean is None."""
+    weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps = bn
+    scale = tl.full((BLOCK,), 1.0, tl.float32)
+    shift = tl.zeros((BLOCK,), tl.float32)
+    if mean_ptr is not None:
+        scale = tl.rsqrt(tl.load(variance_ptr + columns, mask=mask, other=1.0).to(tl.float32) + eps)
+        scale *= vector(weight_ptr, columns, mask, 1.0, BLOCK)
+        shift = vector(bias_ptr, columns, mask, 0.0, BLOCK) - vector(mean_ptr, columns, mask, 0.0, BLOCK) * scale
+    return scale, shift
+
+
+@triton.jit
+def batch_normalize(x, bn, columns, mask, BLOCK: tl.constexpr):
+    """A tile `[rows, columns]` normalised by `bn`, as in `scale_and_shift`: the mean is taken off first."""
+    weight_ptr, bias_ptr, mean_ptr, variance_ptr, eps = bn
+    if mean_ptr is not None:
+        scale = tl.rsqrt(tl.load(variance_ptr + columns, mask=mask, other=1.0).to(tl.float32) + eps)
+        scale *= vector(weight_ptr, columns, mask, 1.0, BLOCK)
+        x = (x - vector(mean_ptr, columns, mask, 0.0, BLOCK)[None, :]) * scale[None, :]
+        x += vector(bias_ptr, columns, mask, 0.0, BLOCK)[None, :]
+    return x
+
+
+@triton.jit
+def fold_filter(
+    block, filter, bn, folded_ptr, channels, stride, TAPS: tl.constexpr, PLUS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write `[TAPS + 1, stride]` in fp32: a depthwise filter times the scale of `bn`, and in the last row the shift.
+
+    `filter` is the filter and its bias. Channels come last, so that a tap is read without gaps; in the filter itself
+    its channels lie TAPS apart. Columns past the channels become zeros. `PLUS` is added to the tap in the middle: with
+    1 the convolution adds its input to its result.
+    """
+    weight_ptr, bias_ptr = filter
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < channels
+    scale, shift = scale_and_shift(bn, columns, mask, BLOCK)
+    for tap in range(TAPS):
+        weight = tl.load(weight_ptr + columns * TAPS + tap, mask=mask, other=0.0).to(tl.float32)
+        weight += tl.where(tap == TAPS // 2, PLUS, 0.0)
+        weight = tl.where(mask, weight * scale, 0.0)
+        tl.store(folded_ptr + tap * stride + columns, weight, mask=columns < stride)
+    shift += vector(bias_ptr, columns, mask, 0.0, BLOCK) * scale
+    tl.store(folded_ptr + TAPS * stride + columns, tl.where(mask, shift, 0.0), mask=columns < stride)

@@ -45,7 +45,21 @@ CONFIGS: dict[str, dict[tuple[str, str], tuple[tuple[int, Config], ...]]] = {
         ("default", "unaligned"): ((ANY, Config(16, 128, 64, 4, 2)),),
         ("interpreter", "any"): _INTERPRETER,
     },
+    "normalize": {
+        ("default", "half"): ((ANY, Config(16, 128, 128, 4, 2)),),
+        ("default", "tf32"): ((ANY, Config(16, 128, 128, 4, 2)),),
+        ("default", "ieee"): ((ANY, Config(16, 128, 128, 4, 2)),),
+        ("default", "unaligned"): ((ANY, Config(16, 128, 64, 4, 2)),),
+        ("interpreter", "any"): _INTERPRETER,
+    },
     "projection": {
+        ("default", "half"): ((64, Config(64, 64, 32, 8, 2)), (ANY, Config(64, 128, 64, 8, 2))),
+        ("default", "tf32"): ((64, Config(64, 64, 32, 4, 2)), (ANY, Config(64, 128, 32, 8, 2))),
+        ("default", "ieee"): ((ANY, Config(32, 64, 16, 4, 2)),),
+        ("default", "unaligned"): ((ANY, Config(32, 32, 32, 4, 2)),),
+        ("interpreter", "any"): _INTERPRETER,
+    },
+    "depthwise_projection": {
         ("default", "half"): ((64, Config(64, 64, 32, 8, 2)), (ANY, Config(64, 128, 64, 8, 2))),
         ("default", "tf32"): ((64, Config(64, 64, 32, 4, 2)), (ANY, Config(64, 128, 32, 8, 2))),
         ("default", "ieee"): ((ANY, Config(32, 64, 16, 4, 2)),),

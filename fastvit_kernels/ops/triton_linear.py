@@ -8,25 +8,27 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
-from fastvit_kernels.ops.primitives import activate, dot, normalize, row_statistics, vector
+from fastvit_kernels.ops.primitives import activate, batch_normalize, dot, normalize, row_statistics, vector
 
 
-@triton.jit(do_not_specialize=["num_rows", "rows_of_sample"])
-def linear_kernel(
+@triton.jit
+def linear_tile(
+    tile,
     x_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    statistics_ptr,
+    norm,
     weight_ptr,
     bias_ptr,
+    bn,
     residual_ptr,
     out_ptr,
     num_rows,
     in_channels,
     out_channels,
-    norm_eps,
+    out_stride,
     rows_of_sample,
+    PREFIX: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    BN_AFTER_ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -35,22 +37,27 @@ def linear_kernel(
 ):
     """A tile of BLOCK_M rows and BLOCK_N output channels.
 
-    The LayerNorm's statistics are taken here, by a pass over the rows that the product then finds in the cache, rather
-    than by a launch of their own. Those of a GroupNorm come in `statistics_ptr`.
+    The statistics of a LayerNorm are taken here, by a pass over the rows that the product then finds in the cache,
+    rather than by a launch of their own. Those of a GroupNorm come in `norm`. `PREFIX` rows in front of every sample's
+    `rows_of_sample` are passed over. Past its channels a row of the result is filled with zeros up to `out_stride`.
     """
+    norm_weight_ptr, norm_bias_ptr, statistics_ptr, norm_eps = norm
     # Programs that share rows of x are neighbours: x is large, while all of the weight stays in the L2 cache.
-    column_tiles = tl.cdiv(out_channels, BLOCK_N)
-    rows = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_tiles = tl.cdiv(out_stride, BLOCK_N)
+    rows = tile // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = rows < num_rows
     column_mask = columns < out_channels
+    sources = rows
+    if PREFIX > 0:
+        sources += (rows // rows_of_sample + 1) * PREFIX
     if statistics_ptr is not None:
         samples = rows // rows_of_sample
         mean = tl.load(statistics_ptr + 2 * samples, mask=row_mask, other=0.0)
         rstd = tl.rsqrt(tl.load(statistics_ptr + 2 * samples + 1, mask=row_mask, other=0.0) + norm_eps)
     elif norm_eps is not None:
-        mean, rstd = row_statistics(x_ptr, rows, row_mask, in_channels, norm_eps, BLOCK_M, BLOCK_K)
-    x_rows = x_ptr + rows.to(tl.int64)[:, None] * in_channels
+        mean, rstd = row_statistics(x_ptr, sources, row_mask, in_channels, norm_eps, BLOCK_M, BLOCK_K)
+    x_rows = x_ptr + sources.to(tl.int64)[:, None] * in_channels
     weight_columns = weight_ptr + columns.to(tl.int64)[None, :] * in_channels
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, in_channels, BLOCK_K):
@@ -65,12 +72,44 @@ def linear_kernel(
         if norm_eps is not None:
             x = normalize(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, k, k_mask, BLOCK_K)
         accumulator = dot(x, weight, accumulator, ARITHMETIC)
-    y = activate(accumulator + vector(bias_ptr, columns, column_mask, 0.0, BLOCK_N)[None, :], ACTIVATION)
-    offsets = rows.to(tl.int64)[:, None] * out_channels + columns[None, :]
-    mask = row_mask[:, None] & column_mask[None, :]
+    y = accumulator + vector(bias_ptr, columns, column_mask, 0.0, BLOCK_N)[None, :]
+    if not BN_AFTER_ACTIVATION:
+        y = batch_normalize(y, bn, columns, column_mask, BLOCK_N)
+    y = activate(y, ACTIVATION)
+    if BN_AFTER_ACTIVATION:
+        y = batch_normalize(y, bn, columns, column_mask, BLOCK_N)
+    offsets = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    mask = row_mask[:, None] & (columns < out_stride)[None, :]
     if residual_ptr is not None:
         y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows_of_sample"])
+def linear_kernel(
+    x_ptr,
+    norm,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    num_rows,
+    in_channels,
+    out_channels,
+    rows_of_sample,
+    ACTIVATION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`linear_tile` of every tile."""
+    linear_tile(
+        *(tl.program_id(0), x_ptr, norm, weight_ptr, bias_ptr, (None, None, None, None, None), residual_ptr, out_ptr),
+        *(num_rows, in_channels, out_channels, out_channels, rows_of_sample),
+        *(0, ACTIVATION, False, EVEN_K, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_K),
+    )
 
 
 def linear(
@@ -105,9 +144,7 @@ def linear(
         x.device,
         config,
         x,
-        norm_weight,
-        norm_bias,
-        norm_statistics,
+        (norm_weight, norm_bias, norm_statistics, norm_eps),
         weight,
         bias,
         residual,
@@ -115,7 +152,6 @@ def linear(
         num_rows,
         in_channels,
         out_channels,
-        norm_eps,
         num_rows if norm_statistics is None else num_rows // len(norm_statistics),
         ACTIVATION=activation,
         EVEN_K=in_channels % config.block_k == 0,

@@ -88,7 +88,6 @@ def plain_pytorch(
 class TestDepthwiseMlp(Contract, Rejection):
     cases = inputs.DEPTHWISE_MLP
     fused = ("depthwise_mlp",)
-    precisions = {"cpu": Contract.precisions["cpu"]}
     equivalent = staticmethod(plain_pytorch)
     resizable = frozenset()
     reshaped = (
@@ -104,7 +103,6 @@ class TestDepthwiseMlp(Contract, Rejection):
 class TestTraining(Contract):
     cases = inputs.DEPTHWISE_MLP_TRAINING
     fused = ("depthwise_mlp",)
-    precisions = TestDepthwiseMlp.precisions
     reshaped = TestDepthwiseMlp.reshaped
     equivalent = staticmethod(plain_pytorch)
     # The batch's statistics come from PyTorch's operators, which make no such promise.

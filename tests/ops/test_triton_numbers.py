@@ -18,7 +18,7 @@ from fastvit_kernels.testing.calls import Call, as_list, differentiate
 from fastvit_kernels.testing.inputs import BF16, BF16_FP32, CASES, FP16, FP32, FP64, Case, Precision, pointwise_mlp_case
 from fastvit_kernels.testing.triton_interpreter import round_to_bfloat16
 
-OPERATORS = ("conv_projection", "global_attention", "local_attention", "pointwise_mlp")
+OPERATORS = ("conv_projection", "depthwise_mlp", "global_attention", "local_attention", "pointwise_mlp")
 SMALL = {operator: [case for case in CASES[operator] if "published" not in case.tags] for operator in OPERATORS}
 
 
@@ -50,6 +50,8 @@ def test_forward(case: Case, precision: Precision) -> None:
     ("operator", "name"),
     [
         ("conv_projection", "plain"),
+        ("depthwise_mlp", "hat"),
+        ("depthwise_mlp", "odd_hidden"),
         ("global_attention", "longer_keys"),
         ("local_attention", "plain"),
         ("local_attention", "window_16"),

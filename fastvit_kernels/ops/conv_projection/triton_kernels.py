@@ -9,28 +9,16 @@ import triton.language as tl
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.conv_projection.reference import BRANCHES, Static, branch, output_grid
 from fastvit_kernels.ops.operator import Outputs, Tensors
-from fastvit_kernels.ops.primitives import dot, normalize, row_statistics, vector
+from fastvit_kernels.ops.primitives import dot, fold_filter, vector
+from fastvit_kernels.ops.triton_normalization import normalize_tile
 
 
 @triton.jit
-def fold_filter(block, filter, channels, TAPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Write `[TAPS + 1, C]` in fp32: the filter times the batch normalisation's scale, and in the last row its shift.
-
-    Channels come last, so that a tap is read without gaps; in the filter itself its channels lie TAPS apart.
-    """
-    conv_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, bn_eps, folded_ptr = filter
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < channels
-    scale = tl.full((BLOCK,), 1.0, tl.float32)
-    shift = tl.zeros((BLOCK,), tl.float32)
-    if bn_mean_ptr is not None:
-        scale = tl.rsqrt(vector(bn_var_ptr, columns, mask, 1.0, BLOCK) + bn_eps)
-        scale *= vector(bn_weight_ptr, columns, mask, 1.0, BLOCK)
-        shift = vector(bn_bias_ptr, columns, mask, 0.0, BLOCK) - vector(bn_mean_ptr, columns, mask, 0.0, BLOCK) * scale
-    for tap in range(TAPS):
-        weight = tl.load(conv_ptr + columns * TAPS + tap, mask=mask, other=0.0).to(tl.float32)
-        tl.store(folded_ptr + tap * channels + columns, weight * scale, mask=mask)
-    tl.store(folded_ptr + TAPS * channels + columns, shift, mask=mask)
+def fold_branch(block, filter, channels, TAPS: tl.constexpr, BLOCK: tl.constexpr):
+    """`fold_filter` of BLOCK channels of one branch."""
+    weight_ptr, bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, bn_eps, folded_ptr = filter
+    bn = (bn_weight_ptr, bn_bias_ptr, bn_mean_ptr, bn_var_ptr, bn_eps)
+    fold_filter(block, (weight_ptr, None), bn, folded_ptr, channels, channels, TAPS, 0.0, BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -57,22 +45,17 @@ def prepare_kernel(
     program = tl.program_id(0)
     blocks = tl.cdiv(channels, BLOCK_N)
     if program < blocks:
-        fold_filter(program, query, channels, QUERY_TAPS, BLOCK_N)
+        fold_branch(program, query, channels, QUERY_TAPS, BLOCK_N)
     elif program < 2 * blocks:
-        fold_filter(program - blocks, key, channels, KEY_TAPS, BLOCK_N)
+        fold_branch(program - blocks, key, channels, KEY_TAPS, BLOCK_N)
     elif program < 3 * blocks:
-        fold_filter(program - 2 * blocks, value, channels, VALUE_TAPS, BLOCK_N)
+        fold_branch(program - 2 * blocks, value, channels, VALUE_TAPS, BLOCK_N)
     elif norm_eps is not None:
-        rows = (program - 3 * blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_mask = rows < num_rows
-        mean, rstd = row_statistics(x_ptr, rows, row_mask, channels, norm_eps, BLOCK_M, BLOCK_K)
-        for start in range(0, channels, BLOCK_K):
-            columns = start + tl.arange(0, BLOCK_K)
-            mask = row_mask[:, None] & (columns < channels)[None, :]
-            offsets = rows.to(tl.int64)[:, None] * channels + columns[None, :]
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-            x = normalize(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, columns, columns < channels, BLOCK_K)
-            tl.store(normed_ptr + offsets, x, mask=mask)
+        norm = (norm_weight_ptr, norm_bias_ptr, None, norm_eps)
+        normalize_tile(
+            *(program - 3 * blocks, x_ptr, norm, None, normed_ptr, num_rows, channels, num_rows),
+            *(0, BLOCK_M, BLOCK_K),
+        )
 
 
 @triton.jit

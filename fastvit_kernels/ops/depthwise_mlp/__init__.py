@@ -19,7 +19,7 @@ from fastvit_kernels.ops.arguments import (
     compute_dtype,
 )
 from fastvit_kernels.ops.batch_norm import BatchNorm, check_batch_norm, update_running_statistics
-from fastvit_kernels.ops.depthwise_mlp import native
+from fastvit_kernels.ops.depthwise_mlp import native, triton
 from fastvit_kernels.ops.depthwise_mlp.reference import (
     BATCH_NORMS,
     INNER_RESIDUALS,
@@ -53,9 +53,9 @@ OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     packing=lambda s: (s.norm, s.bn_after_activation, s.inner_residual, *s.bn_eps, s.out_norm_eps is None),
-    backends=[native.Cpu()],
+    backends=[native.Cpu(), triton.Triton()],
 )
-library.register(OPERATOR)
+library.register(OPERATOR, triton.launch)
 
 
 def depthwise_mlp(
@@ -90,7 +90,7 @@ def depthwise_mlp(
     packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Norm, linear, activation, depthwise convolution, activation, linear, residual; the hidden map never stored.
+    """Norm, linear, activation, depthwise convolution, activation, linear and residual, fused.
 
     Equivalent plain PyTorch, for PVTv2's (`activation="gelu"`, `norm="layer"`)::
 
