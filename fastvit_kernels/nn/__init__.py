@@ -12,8 +12,10 @@ from fastvit_kernels.nn.irffn import IRFFN
 from fastvit_kernels.nn.layer_norm import LayerNorm
 from fastvit_kernels.nn.lmhsa import LMHSA
 from fastvit_kernels.nn.lpu import LPU
+from fastvit_kernels.nn.mix_ffn import MixFFN
 from fastvit_kernels.nn.patch_embedding import PatchEmbedding
 from fastvit_kernels.nn.pointwise_mlp import PointwiseMLP
+from fastvit_kernels.nn.spatial_reduction_attention import SpatialReductionAttention
 
 __all__ = [
     "DAFF",
@@ -27,7 +29,9 @@ __all__ = [
     "HatMLP",
     "HierarchicalAttention",
     "LayerNorm",
+    "MixFFN",
     "PatchEmbedding",
     "PointwiseMLP",
     "QuickGELU",
+    "SpatialReductionAttention",
 ]

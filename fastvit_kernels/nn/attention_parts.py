@@ -10,13 +10,28 @@ from fastvit_kernels.nn import fused
 from fastvit_kernels.ops.packing import PackedWeights
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeights | None, backend: str | None) -> Tensor:
-    """A linear over the channels of `[B, N, C]` rows; with `packed` its weights stay packed between calls."""
+def linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    packed: PackedWeights | None,
+    backend: str | None,
+    *,
+    norm: nn.LayerNorm | None = None,
+) -> Tensor:
+    """A linear over the channels of `[B, N, C]` rows, normalised first if there is a `norm`.
+
+    With `packed` its weights stay packed between calls.
+    """
+    assert weight is not None
     if packed is None:
+        x = x if norm is None else norm(x)
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     # The same linear as a 1 x 1 convolution of an image that is one row high.
     pixels, filters = x.transpose(1, 2).unsqueeze(2), weight[:, :, None, None]
-    out = ops.patch_embedding(pixels, filters, bias, stride=1, packed=packed, backend=backend)
+    out = ops.patch_embedding(
+        pixels, filters, bias, stride=1, packed=packed, backend=backend, **fused.in_norm_arguments(norm)
+    )
     return out.squeeze(2).transpose(1, 2)
 
 

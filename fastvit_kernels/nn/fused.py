@@ -47,6 +47,14 @@ class LayerNormArguments(TypedDict, total=False):
     norm_eps: float
 
 
+class InNormArguments(TypedDict, total=False):
+    """`ops.patch_embedding`'s keyword arguments for the LayerNorm in front of its convolution."""
+
+    in_norm_weight: Tensor | None
+    in_norm_bias: Tensor | None
+    in_norm_eps: float
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether something on the module expects it to be called: a hook, or a `forward` replaced on the instance."""
     return bool(
@@ -325,13 +333,14 @@ def patch_embedding(
     conv: nn.Conv2d,
     norm: nn.LayerNorm,
     *,
+    in_norm: nn.LayerNorm | None = None,
     packed: Mapping[str, PackedWeights] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Strided convolution and LayerNorm over the channels, from submodules without obstacles.
 
-    `[B, C, H, W]` to a channels-last `[B, C_out, H', W']`; `packed` holds the packed weights by operator name, here
-    `patch_embedding`.
+    `[B, C, H, W]` to a channels-last `[B, C_out, H', W']`; `in_norm` is applied to the pixels in front of the
+    convolution; `packed` holds the packed weights by operator name, here `patch_embedding`.
     """
     weight, bias = _weight_and_bias(conv)
     padding = conv.padding[0]
@@ -345,6 +354,7 @@ def patch_embedding(
         packed=None if packed is None else packed["patch_embedding"],
         backend=backend,
         **layer_norm_arguments(norm),
+        **in_norm_arguments(in_norm),
     )
 
 
@@ -354,6 +364,14 @@ def layer_norm_arguments(norm: nn.LayerNorm | None) -> LayerNormArguments:
         return {}
     weight, bias = _weight_and_bias(norm)
     return {"norm_weight": weight, "norm_bias": bias, "norm_eps": norm.eps}
+
+
+def in_norm_arguments(norm: nn.LayerNorm | None) -> InNormArguments:
+    """`ops.patch_embedding`'s `in_norm_*` arguments for a LayerNorm; none of them for None."""
+    if norm is None:
+        return {}
+    weight, bias = _weight_and_bias(norm)
+    return {"in_norm_weight": weight, "in_norm_bias": bias, "in_norm_eps": norm.eps}
 
 
 def group_norm_arguments(norm: nn.GroupNorm) -> GroupNormArguments:

@@ -39,9 +39,11 @@ SURFACE = {
         "LMHSA",
         "LPU",
         "LayerNorm",
+        "MixFFN",
         "PatchEmbedding",
         "PointwiseMLP",
         "QuickGELU",
+        "SpatialReductionAttention",
     ],
     "fastvit_kernels.ops": [
         "BatchNorm",
