@@ -89,8 +89,8 @@ def load_checkpoint(
 
     The state dict may lie inside a training checkpoint, under `model_ema`, `model`, `state_dict` or `model_state` (the
     first of these that is there), and may carry the prefixes of `DistributedDataParallel` and `torch.compile`. Official
-    names and those of transformers are understood. Values are cast to the dtype of the model's entries. A batch norm's
-    `num_batches_tracked` may be absent on either side.
+    names and those of transformers and timm are understood. Values are cast to the dtype of the model's entries. A
+    batch norm's `num_batches_tracked` may be absent on either side.
 
     Args:
         model: filled in place; untouched when an error is raised.
