@@ -40,7 +40,7 @@ class Adapter:
     Attributes:
         host: the class as its library defines it; only exact instances are replaced.
         fused: a subclass of `host` that overrides `forward` and nothing else.
-        operators: names of the operators that `fused` calls, each once.
+        operators: names of the call sites that keep packed weights in `fused`, mostly those of their operators.
         obstacles: why an instance of `host` must be left alone.
         unfused: why parts of an accelerated instance would run the host's own code if it were called now.
         pack: packs the weights of an accelerated and prepared instance now, not at its first call.

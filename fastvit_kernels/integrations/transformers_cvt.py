@@ -15,13 +15,13 @@ from transformers.activations import QuickGELUActivation
 from transformers.models.cvt import modeling_cvt as host
 
 from fastvit_kernels.integrations.adapter import Adapter, state_of
+from fastvit_kernels.integrations.structure import child, code_obstacles, in_evaluation
 from fastvit_kernels.nn import fused
 from fastvit_kernels.nn.activations import QuickGELU
 from fastvit_kernels.nn.repetition import remember
 
 _BRANCHES = tuple((f"convolution_projection_{name}", f"projection_{name}") for name in ("query", "key", "value"))
 _QUICK_GELU = QuickGELU()
-_NO_DROPOUT = nn.Identity()
 
 # The modules whose code the fused operators stand in for, with the code they must have.
 _SELF_ATTENTION = ("attention", "attention")
@@ -141,19 +141,12 @@ def _activation(layer: host.CvtLayer) -> nn.Module:
 
 
 def _structure_obstacles(layer: host.CvtLayer, expected: Mapping[tuple[str, ...], type[nn.Module]]) -> list[str]:
-    reasons = []
-    for path, cls in expected.items():
-        module: nn.Module | None = layer
-        for name in path:
-            module = None if module is None else module._modules.get(name)
-        if module is None:
-            if path[-1] == "convolution_projection":
-                reasons.append(f"{path[-2]} has no convolution, the fused operator needs qkv_projection_method 'dw_bn'")
-        elif type(module) is not cls:
-            reasons.append(f"{'.'.join(path)} is a {type(module).__name__}, expected {cls.__name__}")
-        elif fused.has_hooks(module):
-            reasons.append(f"{'.'.join(path)} has hooks")
-    return reasons
+    without = [path for path in expected if path[-1] == "convolution_projection" and child(layer, path) is None]
+    if without:
+        return [
+            f"{path[-2]} has no convolution, the fused operator needs qkv_projection_method 'dw_bn'" for path in without
+        ]
+    return code_obstacles(layer, expected)
 
 
 def _attention_obstacles(layer: host.CvtLayer, lasting: bool = False) -> list[str]:
@@ -162,9 +155,7 @@ def _attention_obstacles(layer: host.CvtLayer, lasting: bool = False) -> list[st
     if reasons:
         return reasons
     attention = layer.attention.attention
-    dropout = attention.dropout
-    if lasting and type(dropout) is nn.Dropout and not fused.has_hooks(dropout):
-        dropout = _NO_DROPOUT
+    dropout = in_evaluation(attention.dropout, lasting)
     return fused.conv_projection_attention_obstacles(
         _branches(attention), layer.attention.output.dense, dropout, layer.layernorm_before
     )
