@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
 
+from fastvit_kernels.integrations.derived import Derived
 from fastvit_kernels.ops.dispatch import BackendError
 from fastvit_kernels.ops.packing import PackedWeights
 
@@ -27,10 +28,12 @@ class State:
     Attributes:
         backend: passed to its operators.
         packed: packed weights by operator name, or None when it is not prepared for inference.
+        derived: what its operators take that is computed from parameters, kept beside the packed weights.
     """
 
     backend: str | None
     packed: dict[str, PackedWeights] | None
+    derived: Derived = field(default_factory=Derived)
 
 
 @dataclass(frozen=True)
