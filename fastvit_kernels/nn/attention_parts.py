@@ -21,11 +21,10 @@ def linear(
 ) -> Tensor:
     """A linear over the channels of `[B, N, C]` rows, normalised first if there is a `norm`.
 
-    With `packed` its weights stay packed between calls.
+    With `packed` its weights stay packed between calls; a norm is fused in any case.
     """
     assert weight is not None
-    if packed is None:
-        x = x if norm is None else norm(x)
+    if packed is None and norm is None:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     # The same linear as a 1 x 1 convolution of an image that is one row high.
     pixels, filters = x.transpose(1, 2).unsqueeze(2), weight[:, :, None, None]

@@ -1,4 +1,4 @@
-"""IRFFN and DAFF on the fused operator against their own submodules, which a hook makes them call."""
+"""IRFFN, DAFF and MixFFN on the fused operator against their own submodules, which a hook makes them call."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastvit_kernels.nn import DAFF, IRFFN
+from fastvit_kernels.nn import DAFF, IRFFN, MixFFN
 from fastvit_kernels.testing.numerics import relative_l2
 
 GRID = (5, 5)
 MODULES = {
     "irffn": (lambda: IRFFN(16, 45), 25, {"h": 5, "w": 5}, "conv1"),
     "daff": (lambda: DAFF(16, 40, 16), 26, {}, "conv1"),
+    "mix_ffn": (lambda: MixFFN(16, 45), 25, {"h": 5, "w": 5}, "dwconv"),
+    "mix_ffn_with_relu": (lambda: MixFFN(16, 40, linear=True), 25, {"h": 5, "w": 5}, "relu"),
 }
 
 
