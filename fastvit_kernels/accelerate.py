@@ -108,6 +108,7 @@ def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None
         elif (base := integrations.known_base(type(module))) is not None:
             reason = f"its class derives from {base.__name__} and may compute something else"
             report.left_alone.append(LeftAlone(path, type(module).__name__, (reason,)))
+    own.repeat(model, inference)
     if inference:
         own.pack(model)
     if not report.replaced and not report.left_alone:
@@ -131,6 +132,7 @@ def restore(model: nn.Module) -> Report:
     """
     _check_module(model)
     report = Report("restore")
+    own.repeat(model, False)
     for path, module in model.named_modules():
         adapter = integrations.adapter_of(type(module))
         if adapter is not None:

@@ -18,6 +18,7 @@ from fastvit_kernels.models.features import FeatureInfo, check_image
 from fastvit_kernels.models.registry import register
 from fastvit_kernels.nn import IRFFN, LMHSA, LPU, DropPath, LayerNorm, PatchEmbedding
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
+from fastvit_kernels.nn.repetition import Repeating
 
 STAGES = "abcd"
 EPS = 1e-6
@@ -60,7 +61,7 @@ class Block(nn.Module):
         return x + self.drop_path(branch(x, *arguments, norm=norm))
 
 
-class CMT(nn.Module):
+class CMT(Repeating):
     """CMT for classification, or for feature maps.
 
     Image `[B, in_chans, H, W]`, best in `torch.channels_last`, of the one size that the model was built for: the
@@ -184,6 +185,9 @@ class CMT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits `[B, num_classes]`; pooled features or a list of feature maps if the model was built for them."""
+        return self.repeat(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.head is None:
             return self.forward_maps(x)
         return self.head(self.forward_features(x))

@@ -18,7 +18,7 @@ from fastvit_kernels.models.features import FeatureInfo, check_image
 from fastvit_kernels.models.registry import register
 from fastvit_kernels.nn import ConvProjectionAttention, DropPath, LayerNorm, PatchEmbedding, PointwiseMLP, QuickGELU
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
-from fastvit_kernels.nn.repetition import remember
+from fastvit_kernels.nn.repetition import Repeating
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
@@ -46,34 +46,8 @@ class Block(nn.Module):
         self.mlp = PointwiseMLP(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
-        attention, feeding = self.attn.__dict__.get("_packed"), self.mlp.__dict__.get("_packed")
-        if attention is None or feeding is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._compute(x, h, w)
-        sites = (attention["conv_projection"], attention["global_attention"], feeding["pointwise_mlp"])
-        repetition = sites[0].repetition
-        if repetition is not None and (out := repetition.run(x, h, w)) is not None:
-            return out
-        for site in sites:
-            site.forget()
-        out = self._compute(x, h, w)
-        if self._drops_nothing():
-            sites[0].repetition = remember(self, sites, x, self.attn.backend)
-        return out
-
-    def _compute(self, x: Tensor, h: int, w: int) -> Tensor:
         x = self._residual(x, self.attn, self.norm1, h, w)
         return self._residual(x, self.mlp, self.norm2)
-
-    def _drops_nothing(self) -> bool:
-        """Whether the residuals are fused: nothing is dropped, nobody watches the halves."""
-        attn, mlp = self.attn, self.mlp
-        return (
-            type(attn) is ConvProjectionAttention
-            and type(mlp) is PointwiseMLP
-            and attn.backend == mlp.backend
-            and not (has_hooks(attn) or has_hooks(mlp))
-            and all(map(drops_nothing, (self.drop_path, attn.proj_drop)))
-        )
 
     @torch.no_grad()
     def pack_weights(self) -> None:
@@ -148,7 +122,7 @@ class VisionTransformer(nn.Module):
         return x.transpose(1, 2).unflatten(2, (h, w)), cls
 
 
-class ConvolutionalVisionTransformer(nn.Module):
+class ConvolutionalVisionTransformer(Repeating):
     """CvT for classification, or for feature maps.
 
     Image `[B, in_chans, H, W]`, best in `torch.channels_last`, of any size from `min_size` on. With the classifier the
@@ -260,6 +234,9 @@ class ConvolutionalVisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits `[B, num_classes]`; pooled features or a list of feature maps if the model was built for them."""
+        return self.repeat(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.head is None:
             return self.forward_maps(x)
         return self.head(self.forward_features(x))

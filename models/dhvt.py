@@ -16,6 +16,7 @@ from fastvit_kernels.models.features import FeatureInfo, check_image
 from fastvit_kernels.models.registry import register
 from fastvit_kernels.nn import DAFF, HIMHSA, DropPath, LayerNorm
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
+from fastvit_kernels.nn.repetition import Repeating
 
 EPS = 1e-6
 # Channels of the patch embedding's convolutions, each of stride 2, over those of the model.
@@ -98,7 +99,7 @@ class Block(nn.Module):
         return x + self.drop_path(branch(x, norm=norm, **arguments))
 
 
-class DHVT(nn.Module):
+class DHVT(Repeating):
     """DHVT for classification, or for its feature map.
 
     Image `[B, in_chans, H, W]`, best in `torch.channels_last`, of any size: there is no table of positions. With the
@@ -184,6 +185,9 @@ class DHVT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits `[B, num_classes]`; pooled features or a list of feature maps if the model was built for them."""
+        return self.repeat(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.head is None:
             return self.forward_maps(x)
         return self.head(self.forward_features(x))

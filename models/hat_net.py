@@ -16,6 +16,7 @@ from fastvit_kernels.models.features import FeatureInfo, check_image
 from fastvit_kernels.models.registry import register
 from fastvit_kernels.nn import DenseConv2d, DropPath, HatMLP, HierarchicalAttention
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
+from fastvit_kernels.nn.repetition import Repeating
 
 EPS = 1e-6
 STEM_CHANNELS = 16
@@ -84,7 +85,7 @@ class Downsample(nn.Module):
         return out
 
 
-class HATNet(nn.Module):
+class HATNet(Repeating):
     """HAT-Net for classification, or for feature maps.
 
     Image `[B, in_chans, H, W]`, best in `torch.channels_last`, of any size. The official code takes multiples of 224
@@ -190,6 +191,9 @@ class HATNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits `[B, num_classes]`; pooled features or a list of feature maps if the model was built for them."""
+        return self.repeat(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.classifier is None:
             return self.forward_maps(x)
         return self.classifier(self.forward_features(x))

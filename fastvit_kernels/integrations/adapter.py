@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from fastvit_kernels.integrations.derived import Derived
+from fastvit_kernels.nn.repetition import Repeater
 from fastvit_kernels.ops.dispatch import BackendError
 from fastvit_kernels.ops.packing import PackedWeights
 
@@ -28,11 +31,13 @@ class State:
     Attributes:
         backend: passed to its operators.
         packed: packed weights by operator name, or None when it is not prepared for inference.
+        repeater: repeats its operator calls when it is.
         derived: what its operators take that is computed from parameters, kept beside the packed weights.
     """
 
     backend: str | None
     packed: dict[str, PackedWeights] | None
+    repeater: Repeater | None = None
     derived: Derived = field(default_factory=Derived)
 
 
@@ -75,6 +80,17 @@ def state_of(module: nn.Module) -> State:
     state = module.__dict__[STATE]
     assert isinstance(state, State)
     return state
+
+
+def repeated(module: nn.Module, compute: Callable[..., Any], *inputs: Any) -> Any:
+    """`compute(module, *inputs)`, the forward of an accelerated module; repeated when it is prepared for inference.
+
+    It may depend on nothing but the inputs and what the module and its submodules hold.
+    """
+    repeater = state_of(module).repeater
+    if repeater is None or torch.compiler.is_compiling():
+        return compute(module, *inputs)
+    return repeater(module, partial(compute, module), *inputs)
 
 
 def pack_now(module: nn.Module, pack: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastvit_kernels.integrations.adapter import STATE, Outcome, describe, pack_now
+from fastvit_kernels.nn.repetition import Repeating
 
 # What acceleration changes on an instance. A key is missing where the class attribute rules.
 _CONFIGURATION = ("backend", "_packed")
@@ -49,6 +50,13 @@ def pack(model: nn.Module) -> None:
         pack_weights: Callable[[], None] | None = getattr(module, "pack_weights", None)
         if pack_weights is not None:
             pack_now(module, pack_weights)
+
+
+def repeat(model: nn.Module, enabled: bool) -> None:
+    """Let our models in `model` repeat their calls (`enabled`), or stop them."""
+    for module in model.modules():
+        if isinstance(module, Repeating):
+            module.prepare_repetition(enabled)
 
 
 def restore(module: nn.Module) -> Outcome | None:

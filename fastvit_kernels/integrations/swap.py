@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fastvit_kernels.integrations.adapter import STATE, Adapter, Outcome, State, describe, pack_now, state_of
+from fastvit_kernels.nn.repetition import Repeater
 from fastvit_kernels.ops.packing import PackedWeights
 
 
@@ -18,15 +19,14 @@ def accelerate(module: nn.Module, adapter: Adapter, inference: bool, backend: st
         module.__dict__[STATE] = State(backend, None)
         module.__class__ = adapter.fused
     state = state_of(module)
-    if state.backend != backend:
-        state.backend = backend
-        # What was remembered of calls belongs to the backend that they ran on.
-        for site in (state.packed or {}).values():
-            site.forget()
     if not inference:
-        state.packed = None
+        state.packed = state.repeater = None
     elif state.packed is None:
         state.packed = {name: PackedWeights() for name in adapter.operators}
+    if inference and (state.repeater is None or state.backend != backend):
+        # What was recorded of calls belongs to the backend that they ran on.
+        state.repeater = Repeater()
+    state.backend = backend
     if inference:
         pack_now(module, lambda: adapter.pack(module))
     after = _describe(module)

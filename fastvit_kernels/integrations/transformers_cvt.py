@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 from transformers.models.cvt import modeling_cvt as host
 
-from fastvit_kernels.integrations.adapter import Adapter, state_of
+from fastvit_kernels.integrations.adapter import Adapter, repeated, state_of
 from fastvit_kernels.integrations.structure import child, code_obstacles, in_evaluation
 from fastvit_kernels.nn import fused
 from fastvit_kernels.nn.activations import QuickGELU
-from fastvit_kernels.nn.repetition import remember
 
 _BRANCHES = tuple((f"convolution_projection_{name}", f"projection_{name}") for name in ("query", "key", "value"))
 _QUICK_GELU = QuickGELU()
@@ -51,19 +50,7 @@ class FusedCvtLayer(host.CvtLayer):
 
     def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
         """`[B, N, C]` to `[B, N, C]`, the N tokens a class token (if the layer has one) and `height * width` others."""
-        state = state_of(self)
-        if state.packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return _compute(self, hidden_state, height, width)
-        sites = [state.packed[name] for name in ADAPTER.operators]
-        repetition = sites[0].repetition
-        if repetition is not None and (out := repetition.run(hidden_state, height, width)) is not None:
-            return out
-        for site in sites:
-            site.forget()
-        out = _compute(self, hidden_state, height, width)
-        if all(map(fused.drops_nothing, (self.attention.output.dropout, self.output.dropout, self.drop_path))):
-            sites[0].repetition = remember(self, sites, hidden_state, state.backend)
-        return out
+        return repeated(self, _compute, hidden_state, height, width)
 
 
 def _compute(layer: host.CvtLayer, x: Tensor, height: int, width: int) -> Tensor:

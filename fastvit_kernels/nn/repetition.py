@@ -1,142 +1,164 @@
-"""Repeating a block's fused calls without asking again whether they may be fused.
+"""Repeating a module's operator calls without running its Python again.
 
-At batch 1 a block's kernels take a fraction of a millisecond, and looking at some twenty submodules and checking their
-parameters before each of them costs a good part of that. A block that is prepared for inference and has just run
-entirely on fused operators remembers what it looked at, and repeats the calls as long as nothing of it has changed.
+At batch 1 a block's kernels take a fraction of a millisecond, and looking at some twenty submodules, checking arguments
+and choosing backends before each of them costs a good part of that. A module that is prepared for inference therefore
+records which operators its forward calls, and as long as nothing has changed calls those alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
-from operator import is_
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_leaves
 
-from fastvit_kernels.ops import dispatch, library
-from fastvit_kernels.ops.arguments import compute_dtype
-from fastvit_kernels.ops.packing import LastCall, PackedWeights
+from fastvit_kernels.nn.recording import Program, Recording
+from fastvit_kernels.nn.watch import Watch
+from fastvit_kernels.ops import dispatch
+from fastvit_kernels.ops.arguments import autocast_is_on
+
+# Enough for the sizes that alternate in practice; where they never repeat nothing is recorded.
+_MOST_PROGRAMS = 8
+# A module that changes at every call wastes this many records, and no more.
+_MOST_WASTED = 3
 
 
-class Watch:
-    """Notices whatever could change what a module computes: classes, children, parameters (as objects), settings,
-    mode, hooks of its submodules, a `forward` replaced on an instance. In-place changes of tensors are the matter of
-    `PackedWeights`.
+class Repeater:
+    """Records and repeats the calls of one module's forward.
 
-    `modules` starts with the module itself, whose own hooks are called around it in any case.
+    The second call in a row with inputs of the same shapes, dtypes and memory layouts is recorded, and the record is
+    kept if it gives the same result to the bit. It is used as long as nothing that the forward could look at has
+    changed (`Watch`), no gradient is wanted and nobody traces, compiles or explains. In-place changes of parameters
+    need no attention: the operators read them anew.
+
+    Copies and pickles start empty.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._modules = modules
-        self._types = [type(module) for module in modules]
-        self._dicts = [module.__dict__ for module in modules]
-        self._hooks = tuple(
-            hooks
-            for module in modules[1:]
-            for hooks in (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-        )
-        names = ("_parameters", "_buffers", "_modules")
-        self._tables: list[dict[str, Any]] = [d[name] for d in self._dicts for name in names if d[name]]
-        self._values = list(chain.from_iterable(map(dict.values, self._tables)))
-        self._keys = [list(attributes) for attributes in self._dicts]
-        names_of = [[key for key in attributes if not key.startswith("_")] for attributes in self._dicts]
-        found = [(attributes, key) for attributes, keys in zip(self._dicts, names_of, strict=True) for key in keys]
-        self._settings = [(attributes, key) for attributes, key in found if _compares(attributes[key])]
-        self._objects = [(attributes, key) for attributes, key in found if not _compares(attributes[key])]
-        self._setting_values = [attributes[key] for attributes, key in self._settings]
-        self._object_values = [attributes[key] for attributes, key in self._objects]
+    def __init__(self) -> None:
+        self._watch: Watch | None = None
+        self._programs: dict[Any, Program | None] = {}
+        self._latest: Any = None
+        self._wasted = 0
 
-    def unchanged(self) -> bool:
+    def __call__(self, module: nn.Module, compute: Callable[..., Any], *inputs: Any) -> Any:
+        """`compute(*inputs)`; it may depend on nothing but the inputs and what `module` and its submodules hold.
+
+        Inputs that are no tensors are compared by value.
+        """
+        if not dispatch.repeatable() or (key := _key(inputs)) is None:
+            return compute(*inputs)
+        if self._watch is not None and not self._watch.unchanged():
+            if self._watch.hooked():
+                return compute(*inputs)
+            self._watch, self._programs = None, {}
+            self._wasted += 1
+        if key in self._programs:
+            program = self._programs[key]
+            if program is None:
+                return compute(*inputs)
+            if program.valid():
+                self._wasted = 0
+                return _run(program, inputs)
+            del self._programs[key]
+        if self._latest != key or self._wasted >= _MOST_WASTED:
+            self._latest = key
+            return compute(*inputs)
+        return self._record(module, compute, inputs, key)
+
+    def _record(self, module: nn.Module, compute: Callable[..., Any], inputs: tuple[Any, ...], key: Any) -> Any:
+        if self._watch is None:
+            self._watch = Watch(list(module.modules()))
+        if self._watch.hooked():
+            return compute(*inputs)
+        recording = Recording(_tensors(inputs), _constants(module))
+        cached = torch.is_autocast_cache_enabled()
+        # A weight that autocast converted before would be a tensor of unknown origin.
+        torch.set_autocast_cache_enabled(False)
         try:
-            return self._is_unchanged()
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            # What cannot even be compared with what it was has changed.
-            return False
+            with recording:
+                output = compute(*inputs)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+        program = recording.program(output)
+        if program is not None and not _same(_run(program, inputs), output):
+            program = None
+        if len(self._programs) >= _MOST_PROGRAMS:
+            self._programs = {}
+        self._programs[key] = program
+        return output
 
-    def _is_unchanged(self) -> bool:
-        return (
-            not any(self._hooks)
-            and not _has_any_global_hook()
-            and list(map(type, self._modules)) == self._types
-            and list(map(list, self._dicts)) == self._keys
-            and sum(map(len, self._tables)) == len(self._values)
-            and all(map(is_, chain.from_iterable(map(dict.values, self._tables)), self._values))
-            and [attributes[key] for attributes, key in self._settings] == self._setting_values
-            and all(map(is_, [attributes[key] for attributes, key in self._objects], self._object_values))
-        )
+    @property
+    def recorded(self) -> int:
+        """How many different calls would be repeated."""
+        return sum(program is not None for program in self._programs.values())
 
-
-def _compares(value: object) -> bool:
-    """Whether equality says that a setting is the same; of anything else (a feature that a hook stored) identity."""
-    if isinstance(value, tuple):
-        return all(map(_compares, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+    def __reduce__(self) -> tuple[type[Repeater], tuple[()]]:
+        return Repeater, ()
 
 
-class BlockRepetition:
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, as a block has just computed it on the CPU kernels.
+class Repeating(nn.Module):
+    """Base of modules whose forward is repeated when they are prepared for inference: see `Repeater`."""
 
-    Made by `remember`.
-    """
+    _repeater: Repeater | None = None
 
-    def __init__(
-        self,
-        block: nn.Module,
-        sites: Sequence[PackedWeights],
-        calls: Sequence[LastCall],
-        x: Tensor,
-        backend: str | None,
-    ) -> None:
-        self._watch = Watch(list(block.modules()))
-        self._sites, self._calls = sites, calls
-        self._rows, self._dtype, self._backend = x.shape[1:], x.dtype, backend
-        projection = calls[0].static
-        self._grid, self._compute_dtype = (projection.height, projection.width), projection.dtype
+    def prepare_repetition(self, enabled: bool) -> None:
+        """Record the calls of the forward from now on (`enabled`), or forget them and stop."""
+        self.__dict__.pop("_repeater", None)
+        if enabled:
+            self._repeater = Repeater()
 
-    def run(self, x: Tensor, height: int, width: int) -> Tensor | None:
-        """The block's output, or None when this is not a repetition: the block then has to look again."""
-        if (
-            x.shape[1:] != self._rows
-            or (height, width) != self._grid
-            or x.dtype is not self._dtype
-            or compute_dtype(x) is not self._compute_dtype
-            or not _repeatable(x, self._backend)
-            or not self._watch.unchanged()
-        ):
-            return None
-        projection, attention, mlp = self._calls
-        q, k, v = library.repeat(projection.operator, self._sites[0], [x, *projection.weights], projection.static)
-        attended = [q, k, v, *attention.weights, None, x]
-        x, _ = library.repeat(attention.operator, self._sites[1], attended, attention.static)
-        (x,) = library.repeat(mlp.operator, self._sites[2], [x, *mlp.weights, x], mlp.static)
-        return x
+    def repeat(self, compute: Callable[..., Any], *inputs: Any) -> Any:
+        """`compute(*inputs)`, repeated where that is prepared and possible."""
+        if self._repeater is None or torch.compiler.is_compiling():
+            return compute(*inputs)
+        return self._repeater(self, compute, *inputs)
 
 
-def remember(
-    block: nn.Module, sites: Sequence[PackedWeights], x: Tensor, backend: str | None
-) -> BlockRepetition | None:
-    """The call that `block` has just finished, to be repeated; None if it was not made of exactly three fused calls.
+def _key(inputs: tuple[Any, ...]) -> Any:
+    """What else a program is made for; None for inputs that no program takes."""
+    found: list[Any] = [
+        torch.is_inference_mode_enabled(),
+        torch.get_autocast_dtype("cpu") if autocast_is_on("cpu") else None,
+        dispatch.requested_backend(),
+    ]
+    addresses = []
+    for x in inputs:
+        if isinstance(x, Tensor):
+            if type(x) is not Tensor or x.device.type != "cpu" or x.layout is not torch.strided or x.is_neg():
+                return None
+            found += [x.shape, x.stride(), x.dtype]
+            # Two inputs that were one tensor are one variable of the program.
+            addresses.append(id(x))
+        else:
+            found.append(x)
+    return (*found, *map(addresses.index, addresses))
 
-    Args:
-        block: its submodules and their settings are all that its code looks at, and no dropout is at work.
-        sites: of `conv_projection`, `global_attention` with the block's input as its residual, and `pointwise_mlp` with
-            the sum as its residual; `forget` was called on each before the call.
-        x: the block's input, `[B, N, C]`.
-        backend: what the operators were asked to run on.
-    """
-    calls = [site.last_call for site in sites]
-    found = [call for call in calls if call is not None]
-    if len(found) < len(sites) or len({call.static.dtype for call in found}) > 1 or not _repeatable(x, backend):
-        return None
-    return BlockRepetition(block, sites, found, x, backend)
+
+def _run(program: Program, inputs: tuple[Any, ...]) -> Any:
+    # Autocast's conversions are part of the record.
+    plain = torch.autocast("cpu", enabled=False) if autocast_is_on("cpu") else contextlib.nullcontext()
+    with plain:
+        return program.run(_tensors(inputs))
 
 
-def _repeatable(x: Tensor, backend: str | None) -> bool:
-    return type(x) is Tensor and x.is_contiguous() and dispatch.repeats_on_cpu(x, backend)
+def _tensors(inputs: tuple[Any, ...]) -> list[Tensor]:
+    return list({id(x): x for x in inputs if isinstance(x, Tensor)}.values())
+
+
+def _constants(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _same(found: Any, expected: Any) -> bool:
+    return all(map(_identical, tree_leaves(found), tree_leaves(expected)))
+
+
+def _identical(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return bool(a == b)
+    if a.shape != b.shape or a.stride() != b.stride() or a.dtype is not b.dtype:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())

@@ -122,17 +122,16 @@ def _transforming() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
-def repeats_on_cpu(x: Tensor, backend: str | None) -> bool:
-    """Whether an operator call on `x` that ran on the CPU kernels, without a gradient, would do so again now."""
+def repeatable() -> bool:
+    """Whether operators do nothing now but compute: no gradient, no tracing, no transform, nobody who listens."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and _state.recorder is None
-        and x.device.type == "cpu"
-        and requested_backend(backend) in ("auto", "cpu")
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         and not _transforming()
         and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

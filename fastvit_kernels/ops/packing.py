@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -21,12 +22,20 @@ class _Entry(NamedTuple):
     packed: Tensor
 
 
-class LastCall(NamedTuple):
-    """The latest call of a site: its operator, the weights among its tensors, its static arguments."""
+Listener = Callable[[Tensor, Operator, "PackedWeights"], None]
 
-    operator: Operator
-    weights: tuple[Tensor | None, ...]
-    static: Any
+
+class _Local(threading.local):
+    listener: Listener | None = None
+
+
+_local = _Local()
+
+
+def listen(listener: Listener | None) -> Listener | None:
+    """Tell `listener` from now on which packed weights this thread's calls use; returns the one before."""
+    previous, _local.listener = _local.listener, listener
+    return previous
 
 
 class PackedWeights:
@@ -45,9 +54,6 @@ class PackedWeights:
     def __init__(self) -> None:
         # Replaced as a whole, so that another thread never sees weights of one call with the packing of another.
         self._entry: _Entry | None = None
-        self._last: LastCall | None = None
-        # What a module remembers of its calls lives and dies with the packed weights.
-        self.repetition: Any = None
 
     def get(self, operator: Operator, tensors: Tensors, static: Any) -> Tensor | None:
         """The packed weights for this call; None while torch.compile traces."""
@@ -67,17 +73,9 @@ class PackedWeights:
             with torch.no_grad():
                 entry = _Entry(packing, weights, state, pack(tensors, *static))
             self._entry = entry
-        self._last = LastCall(operator, entry.weights, static)
+        if _local.listener is not None:
+            _local.listener(entry.packed, operator, self)
         return entry.packed
-
-    @property
-    def last_call(self) -> LastCall | None:
-        """The latest call since `forget`."""
-        return self._last
-
-    def forget(self) -> None:
-        """Forget what was remembered of calls; the packed weights stay."""
-        self._last = self.repetition = None
 
     @property
     def nbytes(self) -> int:

@@ -1,15 +1,21 @@
-"""A block prepared for inference repeats its calls, and notices everything that would make a repetition wrong."""
+"""A model prepared for inference repeats its calls, and notices everything that would make a repetition wrong."""
 
 from __future__ import annotations
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 import fastvit_kernels
 from fastvit_kernels.models import create_model
+from fastvit_kernels.nn.recording import Program
+from fastvit_kernels.nn.repetition import Repeating
 from fastvit_kernels.testing.numerics import relative_l2
 
 SIZES = {"depths": (1, 1, 2), "embed_dims": (16, 32, 48), "num_heads": (1, 2, 3), "num_classes": 7}
@@ -36,38 +42,35 @@ def stock():
 
 @pytest.fixture
 def fast(stock):
-    """An accelerated copy whose blocks have run, so that the next call is a repetition."""
+    """An accelerated copy that has recorded its calls, so that the next call is a repetition."""
     model = copy.deepcopy(stock)
     fastvit_kernels.accelerate(model, inference=True)
-    with torch.no_grad():
-        model(image(2, 3, 64, 48))
-    assert all(repetition_of(block) is not None for block in blocks(model))
+    record(model, image(2, 3, 64, 48))
     return model
+
+
+def record(model, x):
+    """Two calls: the second of its kind is recorded."""
+    before = model._repeater.recorded
+    with torch.no_grad():
+        model(x)
+        model(x)
+    assert model._repeater.recorded == before + 1
 
 
 def blocks(model):
     return [block for stage in (model.stage0, model.stage1, model.stage2) for block in stage.blocks]
 
 
-def repetition_of(block):
-    return block.attn._packed["conv_projection"].repetition
-
-
-def count_repetitions(model, x):
-    """How many blocks repeat their last call for this input."""
-    taken = []
-    for block in blocks(model):
-        repetition = repetition_of(block)
-        run = repetition.run
-        repetition.run = lambda *args, run=run: taken.append(run(*args)) or taken[-1]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for block in blocks(model):
-            if repetition_of(block) is not None:
-                repetition_of(block).__dict__.pop("run", None)
-    return sum(out is not None for out in taken)
+def repeats(model, x):
+    """Whether the model calls for this input what it recorded, without its own Python."""
+    ran = []
+    with (
+        mock.patch.object(Program, "run", lambda self, inputs, run=Program.run: ran.append(self) or run(self, inputs)),
+        torch.no_grad(),
+    ):
+        model(x)
+    return bool(ran)
 
 
 def assert_same(stock, fast, x):
@@ -78,18 +81,192 @@ def assert_same(stock, fast, x):
 def test_the_same_call_is_repeated_to_the_bit(stock, fast):
     x = image(2, 3, 64, 48)
     with torch.no_grad():
-        first = fast(x)
-        assert count_repetitions(fast, x) == 4
+        first = fast._forward(x)
+        assert repeats(fast, x)
         assert torch.equal(fast(x), first)
     assert_same(stock, fast, x)
 
 
-def test_another_batch_is_a_repetition_and_another_size_is_not(stock, fast):
-    assert count_repetitions(fast, image(3, 3, 64, 48)) == 4
-    assert_same(stock, fast, image(0, 3, 64, 48))
-    assert count_repetitions(fast, image(1, 3, 48, 64)) == 0
+def test_every_size_has_its_record(stock, fast):
+    for size in ((64, 48), (48, 64), (70, 45)):
+        x = image(1, 3, *size)
+        assert not repeats(fast, x)
+        record(fast, x)
     for size in ((64, 48), (48, 64), (70, 45), (64, 48)):
-        assert_same(stock, fast, image(1, 3, *size))
+        x = image(1, 3, *size)
+        assert repeats(fast, x)
+        assert_same(stock, fast, x)
+    assert_same(stock, fast, image(0, 3, 64, 48))
+
+
+def test_records_are_limited(fast):
+    for width in range(33, 33 + 9):
+        record(fast, image(1, 3, 40, width)) if fast._repeater.recorded < 8 else fast(image(1, 3, 40, width))
+    assert fast._repeater.recorded <= 8
+
+
+def test_sizes_that_never_repeat_are_not_recorded(fast):
+    before = fast._repeater.recorded
+    with torch.no_grad():
+        for width in range(33, 40):
+            fast(image(1, 3, 40, width))
+    assert fast._repeater.recorded == before
+
+
+def test_memory_layouts_are_told_apart(stock, fast):
+    x = image(2, 3, 64, 48).contiguous(memory_format=torch.channels_last)
+    assert not repeats(fast, x)
+    assert_same(stock, fast, x)
+    record_again = image(2, 3, 64, 48)
+    assert repeats(fast, record_again)
+
+
+def test_copies_and_pickles_record_for_themselves(stock, fast):
+    x = image(2, 3, 64, 48)
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert not repeats(other, x)
+        with torch.no_grad():
+            other.stage0.blocks[0].mlp.fc1.weight.mul_(2.0)
+            changed = other(x)
+            assert relative_l2(other(x), changed) == 0 and relative_l2(changed, stock(x)) > 1e-4
+    assert_same(stock, fast, x)
+
+
+def test_threads_share_a_record(stock, fast):
+    images = [image(2, 3, 64, 48) * (number + 1) for number in range(4)]
+    with torch.no_grad():
+        wanted = [fast(x) for x in images]
+
+    def run(number):
+        with torch.no_grad():
+            return all(torch.equal(fast(images[number]), wanted[number]) for _ in range(5))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
+
+
+def test_restored_models_repeat_nothing(stock, fast):
+    fastvit_kernels.restore(fast)
+    assert fast._repeater is None and "_repeater" not in fast.__dict__
+    assert not repeats(fast, image(2, 3, 64, 48))
+
+
+def test_maps_come_back_in_their_list(stock):
+    torch.manual_seed(0)
+    model = create_model("cvt_13", features_only=True, **{k: v for k, v in SIZES.items() if k != "num_classes"}).eval()
+    fastvit_kernels.accelerate(model, inference=True)
+    x = image(2, 3, 64, 48)
+    record(model, x)
+    with torch.no_grad():
+        expected, found = model._forward(x), model(x)
+    assert isinstance(found, list) and all(map(torch.equal, found, expected))
+    assert [m.stride() for m in found] == [m.stride() for m in expected]
+
+
+class Watched(Repeating):
+    """A module with a forward of the test's choice."""
+
+    def __init__(self, compute):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.register_buffer("count", torch.zeros(()))
+        self.compute = compute
+
+    def forward(self, *inputs):
+        return self.repeat(lambda *x: self.compute(self, *x), *inputs)
+
+
+UNKNOWN = torch.randn(4)
+
+
+def counts(module, x):
+    module.count += 1
+    return x * module.count
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda module, x: x + torch.rand_like(x),
+        lambda module, x: torch.nn.functional.dropout(x, 0.5),
+        lambda module, x: x * float(x.sum()),
+        lambda module, x: x if x.sum() > 0 else -x,
+        lambda module, x: x[x > 0],
+        lambda module, x: x + UNKNOWN,
+        lambda module, x: x.add_(1.0),
+        lambda module, x: x.view(-1).mul_(2.0),
+        lambda module, x: module.weight,
+        counts,
+    ],
+)
+def test_what_cannot_be_repeated_is_computed_each_time(compute):
+    module = Watched(compute)
+    module.prepare_repetition(True)
+    with torch.no_grad():
+        for number in range(5):
+            x = torch.full((3, 4), number - 2.0)
+            torch.manual_seed(number)
+            found = module(x.clone())
+            torch.manual_seed(number)
+            if compute is counts:
+                assert torch.equal(found, x * (number + 1))
+            else:
+                assert torch.equal(found, compute(module, x.clone()))
+    assert module._repeater.recorded == 0
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda module, x: x @ module.weight.t(),
+        lambda module, x: (x + 1).mul_(2.0).chunk(2, dim=1),
+        lambda module, x: {"x": x, "twice": [2 * x, None, "text"]},
+        lambda module, x: torch.nn.functional.dropout(x, 0.5, training=False),
+        lambda module, x: torch.nn.functional.linear(x, module.weight),
+        lambda module, x: torch.cat([x, x.new_zeros(1, 4)]).sort(0),
+    ],
+)
+def test_what_can_be_repeated(compute):
+    module = Watched(compute)
+    module.prepare_repetition(True)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(3, 4)
+            found, expected = tree_flatten(module(x)), tree_flatten(compute(module, x))
+            assert found[1] == expected[1]
+            for a, b in zip(found[0], expected[0], strict=True):
+                assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+            module.weight.mul_(1.5)
+        module.weight.data = torch.randn(4, 4)
+        assert all(map(_equal, tree_leaves(module(x)), tree_leaves(compute(module, x))))
+    assert module._repeater.recorded == 1
+
+
+def _equal(a, b):
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_inputs_that_were_one_tensor():
+    module = Watched(lambda module, x, y: x - 2 * y)
+    module.prepare_repetition(True)
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(module(x, x), -x)
+            module(x, x)
+            assert torch.equal(module(x, y), x - 2 * y)
+            module(x, y)
+    assert module._repeater.recorded == 2
+
+
+def test_arguments_that_are_no_tensors():
+    module = Watched(lambda module, x, factor: x * factor)
+    module.prepare_repetition(True)
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        for factor in (2, 2, 2, 3, 3, 2):
+            assert torch.equal(module(x, factor), x * factor)
+    assert module._repeater.recorded == 2
 
 
 def block_of(model):
@@ -202,7 +379,7 @@ def test_gradients_are_not_lost(stock, fast):
 def test_a_chosen_backend_is_used(fast):
     x = image(2, 3, 64, 48)
     with fastvit_kernels.use_backend("reference"):
-        assert count_repetitions(fast, x) == 0
+        assert not repeats(fast, x)
         decisions = fastvit_kernels.explain(fast, x).decisions
     assert {decision.chosen for decision in decisions} == {"reference"}
     block_of(fast).attn.backend = "triton"
@@ -232,6 +409,31 @@ def test_tensors_kept_as_attributes(fast):
         expected = fast(x)
         for _ in range(3):
             assert torch.equal(fast(x), expected)
+
+
+def test_a_hook_costs_no_records_and_loses_none(fast):
+    x = image(2, 3, 64, 48)
+    hook = blocks(fast)[0].attn.register_forward_hook(lambda module, args, out: None)
+    with mock.patch.object(fast._repeater, "_record", side_effect=AssertionError):
+        assert not any(repeats(fast, x) for _ in range(3))
+        hook.remove()
+        assert repeats(fast, x)
+
+
+def test_a_module_that_changes_at_every_call_is_not_recorded_for_ever():
+    def compute(module, x):
+        module.calls = getattr(module, "calls", 0) + 1
+        return x * module.calls
+
+    module = Watched(compute)
+    module.prepare_repetition(True)
+    x, recorded = torch.ones(3, 4), []
+    record_once = module._repeater._record
+    module._repeater._record = lambda *args: recorded.append(args) or record_once(*args)
+    with torch.no_grad():
+        for number in range(20):
+            assert torch.equal(module(x), x * (number + 1))
+    assert len(recorded) <= 3
 
 
 def test_an_attribute_exchanged_for_another(fast):

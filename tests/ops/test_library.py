@@ -98,7 +98,7 @@ def _out_of_range(field, value):
         return []
     if isinstance(value, int):
         return [-1, value + 10**6] if field in ("padding", "num_prefix_tokens") else [0, -1]
-    return ["relu"]
+    return ["unknown"]
 
 
 def test_own_residual():

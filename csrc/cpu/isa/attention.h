@@ -185,13 +185,16 @@ FK_INLINE vf exponentiate(float* scores, int64_t keys, vf scale, vf maximum, bf1
 FK_INLINE float* weights_of(const AttentionScratch<float>& s, int64_t lane) { return s.scores + lane; }
 FK_INLINE bf16* weights_of(const AttentionScratch<bf16>& s, int64_t lane) { return s.weights + 2 * lane; }
 
-// Scores in units of log2 with bias ([keys][stride] like the scores themselves) and mask added; either may be null.
+// Scores in units of log2 with bias ([keys][stride] like the scores themselves) and mask added. Every vector of a panel
+// goes through the same instructions, so a query's result does not depend on where in a panel it stands: choices made
+// inside the loop led to contracted multiply-adds for one vector and not for the next.
+template <bool Bias, bool Mask>
 FK_INLINE void add_bias(float* scores, int64_t keys, vf scale, const float* bias, int64_t stride, const float* mask) {
   for (int64_t i = 0; i < keys; ++i) {
-    const vf m = splat(mask ? mask[i] : 0.0f);
+    const vf m = splat(Mask ? mask[i] : 0.0f);
     for (int j = 0; j < kPanel; j += FK_VL) {
-      const vf b = bias ? load(bias + i * stride + j) + m : m;
-      store(scores + i * kPanel + j, load(scores + i * kPanel + j) * scale + b);
+      float* at = scores + i * kPanel + j;
+      store(at, load(at) * scale + (Bias ? load(bias + i * stride + j) + m : m));
     }
   }
 }
@@ -213,8 +216,9 @@ static __attribute__((noinline)) void attend(const AttentionShape& p, const A* k
            s.scores + row * kPanel, kPanel, false, fetch_nothing(s.queries));
     }
     if (bias || p.mask) {
-      add_bias(s.scores, n, splat(p.scale * 1.44269504f), bias ? bias + first * p.bias_stride : nullptr, p.bias_stride,
-               p.mask ? p.mask + first : nullptr);
+      const auto add = bias ? p.mask ? add_bias<true, true> : add_bias<true, false> : add_bias<false, true>;
+      add(s.scores, n, splat(p.scale * 1.44269504f), bias ? bias + first * p.bias_stride : nullptr, p.bias_stride,
+          p.mask ? p.mask + first : nullptr);
       scale = splat(1.0f);
     }
     for (int j = 0; j < FK_NV; ++j) {

@@ -139,7 +139,7 @@ def conv_projection(
     for names, item in zip(_NAMES, branches, strict=True):
         tensors += _branch_tensors(names, item, x, grid)
     norms = [item.bn for item in branches if item.bn is not None]
-    training = bool(norms) and norms[0].training
+    training = len(norms) > 0 and norms[0].training
     if norms and (len(norms) != len(branches) or any(bn.training != training for bn in norms)):
         raise ValueError("query.bn, key.bn, value.bn: expected all three in the same mode, or none at all")
     static = Static(

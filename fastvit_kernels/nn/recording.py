@@ -1,0 +1,231 @@
+"""Recording the operator calls behind a module's forward, as a program that makes them again without the module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastvit_kernels.ops import library, packing
+from fastvit_kernels.ops.operator import Operator
+from fastvit_kernels.ops.packing import PackedWeights
+
+_DEPENDS_ON_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+# Arguments with which an operator that may draw random numbers draws none.
+_SWITCHED_OFF = {"train": False, "p": 0.0, "dropout_p": 0.0}
+
+
+class _Name(str):
+    """A variable of the program."""
+
+
+class _Step(NamedTuple):
+    function: Callable[..., Any]
+    args: Any
+    kwargs: dict[str, Any]
+    results: list[_Name | None]
+    is_tuple: bool
+
+
+class Recording(TorchDispatchMode):
+    """Collects every operator call of the thread while it is active.
+
+    What makes a call unrepeatable is kept in `obstacle`: randomness, a value that Python looked at, a tensor of unknown
+    origin, a write to something that outlives the call.
+
+    Args:
+        inputs: the tensors that the program will take, in this order.
+        constants: tensors that are the same objects at every call, and whose values may change: parameters, buffers.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], constants: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.obstacle: str | None = None
+        self._steps: list[_Step] = []
+        self._names = WeakTensorKeyDictionary()
+        self._bound: dict[str, Any] = {}
+        self._sources: list[Tensor] = []
+        self._sites: dict[int, tuple[Operator, PackedWeights]] = {}
+        self._count = 0
+        for constant in constants:
+            self._bind(constant)
+        self._inputs = [self._names.setdefault(x, _Name(f"x{number}")) for number, x in enumerate(inputs)]
+        self._lasting = {t.untyped_storage().data_ptr() for t in self._names}
+
+    def __enter__(self) -> Recording:
+        self._previous = packing.listen(self._hear_of_packing)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        packing.listen(self._previous)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self.obstacle is None and not (func.namespace == library.NAMESPACE and func._opname.endswith("_pack")):
+            self._note(func, args, kwargs, out)
+        return out
+
+    def program(self, output: Any) -> Program | None:
+        """The calls so far as a program with this result; None (see `obstacle`) when they cannot be repeated."""
+        leaves, structure = tree_flatten(output)
+        results = [self._template(leaf) for leaf in leaves]
+        if self.obstacle is None and any(isinstance(r, _Name) and r in self._bound for r in results):
+            self.obstacle = "the result is a parameter"
+        if self.obstacle is not None:
+            return None
+        restructure = partial(tree_unflatten, treespec=structure)
+        return Program(self._source(results), self._bound, self._sources, restructure)
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        named_args = _by_name(func, args, kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags and not any(
+            name in named_args and named_args[name] == value for name, value in _SWITCHED_OFF.items()
+        ):
+            self.obstacle = f"{func} draws random numbers"
+            return
+        if any(tag in func.tags for tag in _DEPENDS_ON_VALUES):
+            self.obstacle = f"{func} lets Python see values"
+            return
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        outs = list(out) if isinstance(out, (tuple, list)) else [out]
+        if not all(o is None or isinstance(o, Tensor) for o in outs):
+            self.obstacle = f"{func} returns values to Python"
+        elif func._schema.is_mutable:
+            self._check_writes(func, named_args)
+        elif tensors and self._is_view_of_constants(func, tensors):
+            for o in outs:
+                self._bind(o)
+            self._sources += tensors
+            return
+        function, call_args = self._function(func, args)
+        templates = [self._template(value) for value in call_args]
+        named = {key: self._template(value) for key, value in kwargs.items()}
+        if self.obstacle is None:
+            results = [None if o is None else self._name(o) for o in outs]
+            self._steps.append(
+                _Step(function, templates, named, results, function is library.repeat or isinstance(out, (tuple, list)))
+            )
+
+    def _check_writes(self, func: Any, named_args: dict[str, Any]) -> None:
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for t in tree_flatten(named_args.get(argument.name))[0]:
+                    if isinstance(t, Tensor) and t.untyped_storage().data_ptr() in self._lasting:
+                        self.obstacle = f"{func} changes an input, a parameter or a buffer"
+
+    def _is_view_of_constants(self, func: Any, tensors: list[Tensor]) -> bool:
+        aliases = any(argument.alias_info is not None for argument in func._schema.arguments)
+        return aliases and all(self._names.get(t) in self._bound for t in tensors)
+
+    def _function(self, func: Any, args: tuple[Any, ...]) -> tuple[Callable[..., Any], Sequence[Any]]:
+        """What the program calls, with which arguments; packed weights are asked for anew at every call."""
+        if func.namespace == library.NAMESPACE and len(args) > 1 and id(args[1]) in self._sites:
+            operator, site = self._sites[id(args[1])]
+            return library.repeat, (operator, site, args[0], operator.static(*args[2:]))
+        return func, args
+
+    def _hear_of_packing(self, packed: Tensor, operator: Operator, site: PackedWeights) -> None:
+        self._sites[id(packed)] = operator, site
+
+    def _template(self, value: Any) -> Any:
+        """`value` with the program's variables in place of its tensors."""
+        if isinstance(value, (Operator, PackedWeights)):
+            return value
+        return tree_map_only(Tensor, self._variable, value)
+
+    def _variable(self, t: Tensor) -> Any:
+        name = self._names.get(t)
+        if name is None and self.obstacle is None:
+            self.obstacle = f"a tensor {list(t.shape)} comes from neither the inputs nor the module"
+        return name
+
+    def _name(self, t: Tensor) -> _Name:
+        self._count += 1
+        name: _Name = self._names.setdefault(t, _Name(f"t{self._count}"))
+        return name
+
+    def _bind(self, t: Tensor) -> None:
+        name = _Name(f"c{len(self._bound)}")
+        if self._names.setdefault(t, name) is name:
+            self._bound[name] = t
+
+    def _source(self, results: list[Any]) -> str:
+        """The program's text. Variables are deleted behind their last use, so memory is what it was in the module."""
+        last_use: dict[str, int] = {}
+        for number, step in enumerate(self._steps):
+            last_use |= dict.fromkeys(_names_in((step.args, step.kwargs, step.results)), number)
+        kept = {*self._bound, *_names_in(results)}
+        expiring: list[list[str]] = [[] for _ in self._steps]
+        for variable, number in last_use.items():
+            if variable not in kept:
+                expiring[number].append(variable)
+        lines = [f"def program({', '.join(dict.fromkeys(self._inputs))}):"]
+        for step, names in zip(self._steps, expiring, strict=True):
+            call = ", ".join([*map(self._text, step.args), *(f"{k}={self._text(v)}" for k, v in step.kwargs.items())])
+            targets = ", ".join("_" if r is None else r for r in step.results)
+            comma = "," if step.is_tuple and len(step.results) == 1 else ""
+            lines.append(f"    {targets}{comma} = {self._constant(step.function)}({call})")
+            if names:
+                lines.append(f"    del {', '.join(names)}")
+        lines.append(f"    return [{', '.join(map(self._text, results))}]")
+        return "\n".join(lines)
+
+    def _text(self, template: Any) -> str:
+        if isinstance(template, _Name):
+            return template
+        if type(template) is list:
+            return f"[{', '.join(map(self._text, template))}]"
+        if template is None or isinstance(template, (bool, int)):
+            return repr(template)
+        return self._constant(template)
+
+    def _constant(self, value: Any) -> str:
+        name = f"v{len(self._bound)}"
+        self._bound[name] = value
+        return name
+
+
+class Program:
+    """The calls of one recording.
+
+    `valid` says whether the memory is where it was of which it holds views (of parameters and buffers).
+    """
+
+    def __init__(
+        self, source: str, bound: dict[str, Any], sources: list[Tensor], restructure: Callable[[list[Any]], Any]
+    ) -> None:
+        namespace = dict(bound)
+        exec(compile(source, "<recorded calls>", "exec"), namespace)
+        self._run = namespace["program"]
+        self._restructure = restructure
+        self._sources = list({id(t): t for t in sources}.values())
+        self._addresses = [t.data_ptr() for t in self._sources]
+
+    def valid(self) -> bool:
+        return [t.data_ptr() for t in self._sources] == self._addresses
+
+    def run(self, inputs: Sequence[Tensor]) -> Any:
+        """The recorded output's structure with the results of calling everything again on other inputs."""
+        return self._restructure(self._run(*inputs))
+
+
+def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an operator call, those that were left out with their defaults."""
+    arguments = func._schema.arguments
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    return {**defaults, **dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
+
+
+def _names_in(template: Any) -> list[_Name]:
+    return [leaf for leaf in tree_flatten(template)[0] if isinstance(leaf, _Name)]
