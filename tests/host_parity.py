@@ -128,6 +128,19 @@ def operator_calls(model, x):
     return calls
 
 
+def assert_repeats(model, x):
+    """Every accelerated module of the packed model records its calls, and repeats them with the same result."""
+    fused, _ = accelerated(model, inference=True)
+    states = [module.__dict__["_fastvit"] for module in fused.modules() if "_fastvit" in module.__dict__]
+    with torch.no_grad():
+        results = [logits(fused, x) for _ in range(4)]
+        assert all(state.repeater.recorded == 1 for state in states)
+        assert all(torch.equal(result, results[0]) for result in results)
+        for parameter in (*model.parameters(), *fused.parameters()):
+            parameter.mul_(0.9)
+    assert_same(model, fused, x)
+
+
 @contextmanager
 def planted(monkeypatch, module, function, **arguments):
     """`function` of `module` gets these in place of what it is given: a mistake that a test must see."""

@@ -9,6 +9,7 @@ from fastvit_kernels.integrations.adapter import Adapter
 # A library is imported by nobody but its own instances: a row is used only when an instance of its class turns up.
 _HOSTS = {
     "timm.models.efficientformer_v2.ConvMlpWithNorm": "timm_efficientformer_v2",
+    "timm.models.pvt_v2.Block": "timm_pvt_v2",
     "timm.models.swin_transformer.SwinTransformerBlock": "timm_swin",
     "timm.models.twins.Block": "timm_twins",
     "transformers.models.cvt.modeling_cvt.CvtConvEmbeddings": "transformers_cvt_embeddings",

@@ -33,12 +33,14 @@ class State:
         packed: packed weights by operator name, or None when it is not prepared for inference.
         repeater: repeats its operator calls when it is.
         derived: what its operators take that is computed from parameters, kept beside the packed weights.
+        call: why the latest call ran parts of the host's own code for what it was called with.
     """
 
     backend: str | None
     packed: dict[str, PackedWeights] | None
     repeater: Repeater | None = None
     derived: Derived = field(default_factory=Derived)
+    call: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

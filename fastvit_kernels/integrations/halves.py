@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvit_kernels.integrations.adapter import Adapter
+from fastvit_kernels.integrations.adapter import STATE, Adapter, state_of
 from fastvit_kernels.nn import fused
 
 
@@ -57,7 +57,8 @@ def adapter_of_halves(
         return reasons
 
     def unfused(block: nn.Module) -> list[str]:
-        return [f"{name}: {reason}" for name, half in halves.items() for reason in half.obstacles(block, False)]
+        reasons = [f"{name}: {reason}" for name, half in halves.items() for reason in half.obstacles(block, False)]
+        return [*state_of(block).call, *reasons] if STATE in block.__dict__ else reasons
 
     def pack(block: nn.Module) -> None:
         with torch.no_grad():
@@ -66,6 +67,13 @@ def adapter_of_halves(
                     half.run(block)
 
     return Adapter(host, fused_class, operators, obstacles, unfused, pack)
+
+
+def note_call(block: nn.Module, *reasons: str) -> None:
+    """Keep why parts of this call run the host's own code, for reports: what is asked for is seen by nobody else."""
+    state = state_of(block)
+    if state.call != reasons:
+        state.call = reasons
 
 
 def blank(linear: nn.Linear, side: int = 1) -> Tensor:

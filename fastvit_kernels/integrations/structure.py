@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -11,12 +11,17 @@ from fastvit_kernels.nn import fused
 NO_DROPOUT = nn.Identity()
 
 
-def code_obstacles(root: nn.Module, expected: Mapping[tuple[str, ...], type[nn.Module]]) -> list[str]:
+def code_obstacles(
+    root: nn.Module,
+    expected: Mapping[tuple[str, ...], type[nn.Module]],
+    hooked: Callable[[nn.Module], bool] = fused.has_hooks,
+) -> list[str]:
     """Why modules whose code the fused operators stand in for would not do what that code does.
 
     Args:
         root: the accelerated module.
         expected: the class each of them must have, by its path from `root`.
+        hooked: whether somebody expects a module to be called.
     """
     reasons = []
     for path, cls in expected.items():
@@ -25,7 +30,7 @@ def code_obstacles(root: nn.Module, expected: Mapping[tuple[str, ...], type[nn.M
             reasons.append(f"has no {name}")
         elif type(module) is not cls:
             reasons.append(f"{name} is a {type(module).__name__}, expected {cls.__name__}")
-        elif fused.has_hooks(module):
+        elif hooked(module):
             reasons.append(f"{name} has hooks")
     return reasons
 

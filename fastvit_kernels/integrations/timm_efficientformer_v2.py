@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d, ConvNormAct
 from timm.models import efficientformer_v2 as host
 from torch import Tensor, nn
 
-from fastvit_kernels.integrations.adapter import Adapter, state_of
+from fastvit_kernels.integrations.adapter import Adapter, repeated, state_of
 from fastvit_kernels.integrations.structure import child, code_obstacles, in_evaluation, own_parameters_obstacles
 from fastvit_kernels.integrations.timm_parts import activation
 from fastvit_kernels.nn import fused
@@ -34,12 +34,14 @@ class FusedConvMlpWithNorm(host.ConvMlpWithNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C_out, H, W]`, here in channels-last memory."""
-        if _obstacles_now(self):
-            return super().forward(x)
-        return self.drop2(_compute(self, x))
+        return repeated(self, _compute, x)
 
 
 def _compute(mlp: host.ConvMlpWithNorm, x: Tensor) -> Tensor:
+    return host.ConvMlpWithNorm.forward(mlp, x) if _obstacles_now(mlp) else mlp.drop2(_fuse(mlp, x))
+
+
+def _fuse(mlp: host.ConvMlpWithNorm, x: Tensor) -> Tensor:
     state = state_of(mlp)
     grid = (x.shape[2], x.shape[3])
     out: Tensor = depthwise_mlp(
@@ -89,7 +91,7 @@ def _pack(mlp: host.ConvMlpWithNorm) -> None:
     if not _obstacles_now(mlp):
         weight = mlp.fc1.conv.weight
         with torch.no_grad():
-            _compute(mlp, weight.new_zeros((1, weight.shape[1], 1, 1)))
+            _fuse(mlp, weight.new_zeros((1, weight.shape[1], 1, 1)))
 
 
 ADAPTER = Adapter(

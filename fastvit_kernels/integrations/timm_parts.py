@@ -31,6 +31,12 @@ def activation(module: nn.Module) -> nn.Module:
     return _GELU if type(module) is GELU and not fused.has_hooks(module) else module
 
 
+def attention_scale(attn: Any, head_dim: int) -> float:
+    """The factor on the scores: PyTorch's fused attention, where timm uses it, has its own."""
+    scale: float = head_dim**-0.5 if attn.fused_attn else attn.scale
+    return scale
+
+
 def mlp_obstacles(block: Any, lasting: bool = False) -> list[str]:
     """Why a block's `mlp` behind its `norm2` cannot be fused; see `Half`."""
     reasons = code_obstacles(block, {("mlp",): Mlp, ("mlp", "norm"): nn.Identity})

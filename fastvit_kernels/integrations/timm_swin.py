@@ -11,11 +11,11 @@ from timm.models import swin_transformer as host
 from torch import Tensor, nn
 
 from fastvit_kernels import ops
-from fastvit_kernels.integrations.adapter import state_of
+from fastvit_kernels.integrations.adapter import repeated, state_of
 from fastvit_kernels.integrations.derived import derive
 from fastvit_kernels.integrations.halves import Half, adapter_of_halves, add_branch, blank
 from fastvit_kernels.integrations.structure import code_obstacles, in_evaluation
-from fastvit_kernels.integrations.timm_parts import feed_forward, layer_norm_obstacles, mlp_obstacles
+from fastvit_kernels.integrations.timm_parts import attention_scale, feed_forward, layer_norm_obstacles, mlp_obstacles
 from fastvit_kernels.nn import fused
 
 _CODE = {("attn",): host.WindowAttention, ("attn", "softmax"): nn.Softmax}
@@ -30,15 +30,31 @@ class FusedSwinTransformerBlock(host.SwinTransformerBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
-        grid = (x.shape[1], x.shape[2])
-        rows = _attention_half(self, x.flatten(1, 2).contiguous(), grid)
-        return _mlp_half(self, rows).unflatten(1, grid)
+        # The biases come as an input: whether they are still the same cannot be recorded.
+        return repeated(self, _compute, x, _attn_bias(self))
 
 
-def _attention_half(block: host.SwinTransformerBlock, x: Tensor, grid: tuple[int, int]) -> Tensor:
+def _compute(block: host.SwinTransformerBlock, x: Tensor, attn_bias: Tensor | None) -> Tensor:
+    grid = (x.shape[1], x.shape[2])
+    rows = _attention_half(block, x.flatten(1, 2).contiguous(), grid, attn_bias)
+    return _mlp_half(block, rows).unflatten(1, grid)
+
+
+def _attn_bias(block: host.SwinTransformerBlock) -> Tensor | None:
+    """What is added to the scores of each window, `[num_heads, g*g, g*g]`."""
+    attn, state = block.attn, state_of(block)
+    if type(attn) is not host.WindowAttention:
+        return None
+    sources = (attn.relative_position_bias_table, attn.relative_position_index)
+    return derive(state.derived, state.packed, sources, lambda: (attn._get_rel_pos_bias()[0],))[0]
+
+
+def _attention_half(
+    block: host.SwinTransformerBlock, x: Tensor, grid: tuple[int, int], attn_bias: Tensor | None
+) -> Tensor:
     if _attention_obstacles(block):
         return x + block.drop_path1(block._attn(block.norm1(x.unflatten(1, grid)))).flatten(1, 2)
-    return add_branch(x, lambda residual: _attend(block, x, grid, residual), (block.drop_path1,))
+    return add_branch(x, lambda residual: _attend(block, x, grid, attn_bias, residual), (block.drop_path1,))
 
 
 def _mlp_half(block: host.SwinTransformerBlock, x: Tensor) -> Tensor:
@@ -47,21 +63,21 @@ def _mlp_half(block: host.SwinTransformerBlock, x: Tensor) -> Tensor:
     return add_branch(x, lambda residual: _feed_forward(block, x, residual), (block.mlp.drop2, block.drop_path2))
 
 
-def _attend(block: host.SwinTransformerBlock, x: Tensor, grid: tuple[int, int], residual: Tensor | None) -> Tensor:
+def _attend(
+    block: host.SwinTransformerBlock,
+    x: Tensor,
+    grid: tuple[int, int],
+    attn_bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
     attn, state = block.attn, state_of(block)
     qkv, proj = attn.qkv._parameters, attn.proj._parameters
-    (attn_bias,) = derive(
-        state.derived,
-        state.packed,
-        (attn.relative_position_bias_table, attn.relative_position_index),
-        lambda: (attn._get_rel_pos_bias()[0],),
-    )
     out = ops.local_attention(
         x,
         grid=grid,
         window_size=block.window_size[0],
         num_heads=attn.num_heads,
-        scale=_scale(attn),
+        scale=attention_scale(attn, attn.qkv.out_features // (3 * attn.num_heads)),
         norm="layer",
         qkv_weight=qkv["weight"],
         qkv_bias=qkv["bias"],
@@ -83,11 +99,6 @@ def _feed_forward(block: host.SwinTransformerBlock, x: Tensor, residual: Tensor 
     return feed_forward(block, x, residual, state.packed, state.backend)
 
 
-def _scale(attn: host.WindowAttention) -> float:
-    """The factor on the scores: PyTorch's fused attention, where timm uses it, has its own."""
-    return (attn.qkv.out_features // (3 * attn.num_heads)) ** -0.5 if attn.fused_attn else attn.scale
-
-
 def _attention_obstacles(block: host.SwinTransformerBlock, lasting: bool = False) -> list[str]:
     if reasons := code_obstacles(block, _CODE):
         return reasons
@@ -107,7 +118,7 @@ def _attention_obstacles(block: host.SwinTransformerBlock, lasting: bool = False
 
 def _attend_to_blank(block: host.SwinTransformerBlock) -> Tensor:
     side = block.window_size[0]
-    return _attend(block, blank(block.attn.qkv, side), (side, side), residual=None)
+    return _attend(block, blank(block.attn.qkv, side), (side, side), _attn_bias(block), residual=None)
 
 
 ADAPTER = adapter_of_halves(

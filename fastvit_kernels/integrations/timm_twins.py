@@ -10,10 +10,10 @@ from timm.models import twins as host
 from torch import Tensor
 
 from fastvit_kernels import ops
-from fastvit_kernels.integrations.adapter import state_of
+from fastvit_kernels.integrations.adapter import repeated, state_of
 from fastvit_kernels.integrations.halves import Half, adapter_of_halves, add_branch, blank
 from fastvit_kernels.integrations.structure import code_obstacles, in_evaluation
-from fastvit_kernels.integrations.timm_parts import feed_forward, layer_norm_obstacles, mlp_obstacles
+from fastvit_kernels.integrations.timm_parts import attention_scale, feed_forward, layer_norm_obstacles, mlp_obstacles
 from fastvit_kernels.nn import fused
 from fastvit_kernels.nn.fused_spatial_reduction import (
     OPERATORS,
@@ -32,14 +32,19 @@ class FusedTwinsBlock(host.Block):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """`[B, H*W, C]` to `[B, H*W, C]`, `size` being `(H, W)`."""
-        return _mlp_half(self, _attention_half(self, x.contiguous(), size))
+        height, width = size
+        return repeated(self, _compute, x, height, width)
 
 
-def _attention_half(block: host.Block, x: Tensor, size: tuple[int, int]) -> Tensor:
+def _compute(block: host.Block, x: Tensor, height: int, width: int) -> Tensor:
+    return _mlp_half(block, _attention_half(block, x.contiguous(), (height, width)))
+
+
+def _attention_half(block: host.Block, x: Tensor, grid: tuple[int, int]) -> Tensor:
     if _attention_obstacles(block):
-        return x + block.drop_path1(block.attn(block.norm1(x), size))
+        return x + block.drop_path1(block.attn(block.norm1(x), grid))
     drops = (block.attn.proj_drop, block.drop_path1)
-    return add_branch(x, lambda residual: _attend(block, x, size, residual), drops)
+    return add_branch(x, lambda residual: _attend(block, x, grid, residual), drops)
 
 
 def _mlp_half(block: host.Block, x: Tensor) -> Tensor:
@@ -48,16 +53,15 @@ def _mlp_half(block: host.Block, x: Tensor) -> Tensor:
     return add_branch(x, lambda residual: _feed_forward(block, x, residual), (block.mlp.drop2, block.drop_path2))
 
 
-def _attend(block: host.Block, x: Tensor, size: tuple[int, int], residual: Tensor | None) -> Tensor:
+def _attend(block: host.Block, x: Tensor, grid: tuple[int, int], residual: Tensor | None) -> Tensor:
     attn, state = block.attn, state_of(block)
-    grid = (size[0], size[1])
     if type(attn) is host.GlobalSubSampleAttn:
         return spatial_reduction_attention(
             x,
             grid,
             _reduced(attn)._replace(norm=block.norm1),
             num_heads=attn.num_heads,
-            scale=_scale(attn),
+            scale=attention_scale(attn, attn.dim // attn.num_heads),
             residual=residual,
             packed=state.packed,
             backend=state.backend,
@@ -68,7 +72,7 @@ def _attend(block: host.Block, x: Tensor, size: tuple[int, int], residual: Tenso
         grid=grid,
         window_size=attn.ws,
         num_heads=attn.num_heads,
-        scale=_scale(attn),
+        scale=attention_scale(attn, attn.dim // attn.num_heads),
         norm="layer",
         qkv_weight=qkv["weight"],
         qkv_bias=qkv["bias"],
@@ -93,11 +97,6 @@ def _reduced(attn: host.GlobalSubSampleAttn, lasting: bool = False) -> SpatialRe
     """Without the norm in front, which may be timm's."""
     dropout = in_evaluation(attn.attn_drop, lasting)
     return SpatialReductionParts(attn.q, (attn.kv,), attn.proj, dropout, attn.sr, attn.norm)
-
-
-def _scale(attn: host.LocallyGroupedAttn | host.GlobalSubSampleAttn) -> float:
-    """The factor on the scores: PyTorch's fused attention, where timm uses it, has its own."""
-    return (attn.dim // attn.num_heads) ** -0.5 if attn.fused_attn else attn.scale
 
 
 def _attention_obstacles(block: host.Block, lasting: bool = False) -> list[str]:

@@ -13,6 +13,7 @@ from host_parity import (
     accelerated,
     assert_autocast_errs_no_more,
     assert_drops_the_same,
+    assert_repeats,
     assert_reversible,
     assert_same,
     assert_same_step,
@@ -232,3 +233,7 @@ def test_compiled():
     x = image(1, 3, 36, 36, dtype=torch.float32)
     with torch.no_grad():
         assert relative_l2(torch.compile(fused, fullgraph=True, backend="eager")(x), stock(x)) <= 1e-5
+
+
+def test_calls_are_repeated():
+    assert_repeats(make(), image(1, 3, 36, 36, dtype=torch.float32))
