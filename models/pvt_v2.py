@@ -19,6 +19,7 @@ from fastvit_kernels.models.registry import register
 from fastvit_kernels.nn import DropPath, LayerNorm, MixFFN, PatchEmbedding, SpatialReductionAttention
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 from fastvit_kernels.nn.initialisation import initialise
+from fastvit_kernels.nn.repetition import Repeating
 
 
 class NormEps(NamedTuple):
@@ -81,7 +82,7 @@ class Block(nn.Module):
         return x + self.drop_path(branch(x, h, w, norm=norm))
 
 
-class PyramidVisionTransformerV2(nn.Module):
+class PyramidVisionTransformerV2(Repeating):
     """PVTv2 for classification, or for feature maps.
 
     Image `[B, in_chans, H, W]`, best in `torch.channels_last`, of any size from `min_size` on. With the classifier the
@@ -196,6 +197,9 @@ class PyramidVisionTransformerV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits `[B, num_classes]`; pooled features or a list of feature maps if the model was built for them."""
+        return self.repeat(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if self.head is None:
             return self.forward_maps(x)
         return self.head(self.forward_features(x))

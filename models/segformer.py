@@ -20,6 +20,7 @@ from fastvit_kernels.models.mit import mix_transformer
 from fastvit_kernels.models.pvt_v2_keys import official_names
 from fastvit_kernels.models.registry import register
 from fastvit_kernels.nn import fused
+from fastvit_kernels.nn.repetition import Repeating
 
 _PROJECTION = re.compile(r"decode_head\.(?:linear_c|linear_projections)\.(\d+)\.proj\.(\w+)")
 _IN_HEAD = {
@@ -138,7 +139,7 @@ class DecodeHead(nn.Module):
 
 def _product(matrix: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the linear with a matrix behind it, in at least fp32, autocast or not."""
-    wide = torch.promote_types(matrix.dtype, torch.float32)
+    wide = torch.float64 if matrix.dtype is torch.float64 else torch.float32
     with torch.autocast(matrix.device.type, enabled=False):
         weight = matrix.to(wide) @ linear.weight.to(wide)
         bias = None if linear.bias is None else matrix.to(wide) @ linear.bias.to(wide)
@@ -149,7 +150,7 @@ def _enlarge(x: Tensor, size: Sequence[int]) -> Tensor:
     return x if x.shape[2:] == size else F.interpolate(x, list(size), mode="bilinear", align_corners=False)
 
 
-class SegFormer(nn.Module):
+class SegFormer(Repeating):
     """SegFormer for semantic segmentation, or its backbone's feature maps.
 
     Image `[B, in_chans, H, W]`, best in `torch.channels_last`, of any size from `min_size` on. The result is
@@ -204,6 +205,9 @@ class SegFormer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Logits of the pixels; features or a list of feature maps if the model was built for them."""
+        return self.repeat(self._forward, x)
+
+    def _forward(self, x: Tensor) -> Tensor | list[Tensor]:
         maps = self.backbone.forward_maps(x)
         return maps if self.decode_head is None else self.decode_head(maps)
 

@@ -47,4 +47,6 @@ def small(num_classes=10, name="pvt_v2_b0", **overrides):
 
 
 def small_segformer(num_classes=10, **overrides):
-    return small(num_classes, "segformer_b0", **{"decoder_dim": 24, "decoder_drop_rate": 0.0, **overrides})
+    return small(
+        num_classes, "segformer_b0", **{"decoder_dim": 24, "decoder_drop_rate": 0.0, "drop_path_rate": 0.0, **overrides}
+    )

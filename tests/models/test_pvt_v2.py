@@ -243,6 +243,8 @@ def test_accelerate_releases_packs_and_is_undone(name):
         packed = packings(model)
         assert relative_l2(model(x), expected) <= 1e-5
         assert all(one is other for one, other in zip(packings(model), packed, strict=True))
+        # The second of two equal calls was recorded, the third repeats it.
+        assert torch.equal(model(x), model(x)) and model._repeater.recorded == 1
         assert restore(model)
         assert torch.equal(model(x), expected)
     assert {m.backend for m in model.modules() if hasattr(m, "backend")} == {"reference"}
