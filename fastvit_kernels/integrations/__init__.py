@@ -14,6 +14,7 @@ _HOSTS = {
     "timm.models.twins.Block": "timm_twins",
     "transformers.models.cvt.modeling_cvt.CvtConvEmbeddings": "transformers_cvt_embeddings",
     "transformers.models.cvt.modeling_cvt.CvtLayer": "transformers_cvt",
+    "transformers.models.pvt_v2.modeling_pvt_v2.PvtV2BlockLayer": "transformers_pvt_v2",
 }
 
 KNOWN = tuple(_HOSTS)

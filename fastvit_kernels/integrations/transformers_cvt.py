@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import QuickGELUActivation
 from transformers.models.cvt import modeling_cvt as host
 
 from fastvit_kernels.integrations.adapter import Adapter, repeated, state_of
 from fastvit_kernels.integrations.structure import child, code_obstacles, in_evaluation
+from fastvit_kernels.integrations.transformers_parts import activation
 from fastvit_kernels.nn import fused
-from fastvit_kernels.nn.activations import QuickGELU
 
 _BRANCHES = tuple((f"convolution_projection_{name}", f"projection_{name}") for name in ("query", "key", "value"))
-_QUICK_GELU = QuickGELU()
 
 # The modules whose code the fused operators stand in for, with the code they must have.
 _SELF_ATTENTION = ("attention", "attention")
@@ -100,7 +98,7 @@ def _feed_forward(layer: host.CvtLayer, x: Tensor, residual: Tensor | None) -> T
     return fused.pointwise_mlp(
         x,
         layer.intermediate.dense,
-        _activation(layer),
+        activation(layer.intermediate.activation),
         layer.output.dense,
         norm=layer.layernorm_after,
         residual=residual,
@@ -117,14 +115,6 @@ def _branches(attention: nn.Module) -> list[fused.Branch]:
         inner = modules[convolution]._modules["convolution_projection"]._modules
         branches.append(fused.Branch(inner["convolution"], inner["normalization"], modules[linear]))
     return branches
-
-
-def _activation(layer: host.CvtLayer) -> nn.Module:
-    """The layer's activation; transformers' QuickGELU as ours, so that the operators know it."""
-    activation = layer.intermediate.activation
-    if type(activation) is QuickGELUActivation and not fused.has_hooks(activation):
-        return _QUICK_GELU
-    return activation
 
 
 def _structure_obstacles(layer: host.CvtLayer, expected: Mapping[tuple[str, ...], type[nn.Module]]) -> list[str]:
@@ -150,7 +140,10 @@ def _attention_obstacles(layer: host.CvtLayer, lasting: bool = False) -> list[st
 
 def _mlp_obstacles(layer: host.CvtLayer) -> list[str]:
     return _structure_obstacles(layer, _MLP) or fused.pointwise_mlp_obstacles(
-        layer.intermediate.dense, _activation(layer), layer.output.dense, norm=layer.layernorm_after
+        layer.intermediate.dense,
+        activation(layer.intermediate.activation),
+        layer.output.dense,
+        norm=layer.layernorm_after,
     )
 
 
