@@ -15,6 +15,7 @@ _HOSTS = {
     "transformers.models.cvt.modeling_cvt.CvtConvEmbeddings": "transformers_cvt_embeddings",
     "transformers.models.cvt.modeling_cvt.CvtLayer": "transformers_cvt",
     "transformers.models.pvt_v2.modeling_pvt_v2.PvtV2BlockLayer": "transformers_pvt_v2",
+    "transformers.models.segformer.modeling_segformer.SegformerLayer": "transformers_segformer",
 }
 
 KNOWN = tuple(_HOSTS)
