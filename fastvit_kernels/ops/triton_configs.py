@@ -38,6 +38,13 @@ CONFIGS: dict[str, dict[tuple[str, str], tuple[tuple[int, Config], ...]]] = {
         ("default", "unaligned"): ((ANY, Config(32, 32, 32, 4, 2)),),
         ("interpreter", "any"): _INTERPRETER,
     },
+    "expansion": {
+        ("default", "half"): ((ANY, Config(128, 128, 32, 8, 2)),),
+        ("default", "tf32"): ((ANY, Config(64, 64, 32, 4, 3)),),
+        ("default", "ieee"): ((ANY, Config(64, 64, 16, 8, 2)),),
+        ("default", "unaligned"): ((ANY, Config(32, 32, 32, 4, 2)),),
+        ("interpreter", "any"): _INTERPRETER,
+    },
     "prepare": {
         ("default", "half"): ((ANY, Config(16, 128, 128, 4, 2)),),
         ("default", "tf32"): ((ANY, Config(16, 128, 128, 4, 2)),),
@@ -60,10 +67,14 @@ CONFIGS: dict[str, dict[tuple[str, str], tuple[tuple[int, Config], ...]]] = {
         ("interpreter", "any"): _INTERPRETER,
     },
     "depthwise_projection": {
-        ("default", "half"): ((64, Config(64, 64, 32, 8, 2)), (ANY, Config(64, 128, 64, 8, 2))),
-        ("default", "tf32"): ((64, Config(64, 64, 32, 4, 2)), (ANY, Config(64, 128, 32, 8, 2))),
-        ("default", "ieee"): ((ANY, Config(32, 64, 16, 4, 2)),),
-        ("default", "unaligned"): ((ANY, Config(32, 32, 32, 4, 2)),),
+        ("default", "half"): (
+            (64, Config(64, 64, 64, 8, 1)),
+            (128, Config(64, 128, 64, 16, 1)),
+            (ANY, Config(64, 256, 32, 8, 1)),
+        ),
+        ("default", "tf32"): ((ANY, Config(64, 64, 32, 8, 1)),),
+        ("default", "ieee"): ((ANY, Config(32, 64, 16, 4, 1)),),
+        ("default", "unaligned"): ((ANY, Config(64, 64, 64, 8, 1)),),
         ("interpreter", "any"): _INTERPRETER,
     },
     "attention": {

@@ -11,6 +11,8 @@ import torch
 
 from fastvit_kernels.ops.conv_projection import triton as conv_projection
 from fastvit_kernels.ops.conv_projection.reference import Static as ConvProjectionStatic
+from fastvit_kernels.ops.depthwise_mlp import triton as depthwise_mlp
+from fastvit_kernels.ops.depthwise_mlp.reference import Static as DepthwiseMLPStatic
 from fastvit_kernels.ops.global_attention import triton as global_attention
 from fastvit_kernels.ops.global_attention.reference import Static as GlobalAttentionStatic
 from fastvit_kernels.ops.local_attention import triton as local_attention
@@ -31,6 +33,7 @@ class Stage(NamedTuple):
     batch: int = 8
     hidden_ratio: float = 4.0
     window: int = 7
+    kernel: int = 3
     pad: str = "mask"
 
 
@@ -145,6 +148,64 @@ def make_pointwise_mlp(stage: Stage, precision: Precision) -> Callable[[], objec
     return lambda: pointwise_mlp.launch([tokens, parameter(channels), parameter(channels), *weights, tokens], static)
 
 
+def make_depthwise_mlp(stage: Stage, precision: Precision) -> Callable[[], object]:
+    """CMT's: three batch norms, two of them behind the activations, and an inner residual."""
+    return _depthwise_mlp(stage, precision, "layer", "gelu", "gelu", "before_activation", True)
+
+
+def make_daff(stage: Stage, precision: Precision) -> Callable[[], object]:
+    """DHVT's: batch norms in front of the activations, the inner residual behind them, a mean over the pixels."""
+    stage = stage._replace(prefix=1)
+    return _depthwise_mlp(stage, precision, "layer", "gelu", "gelu", "after_activation", True, "mean")
+
+
+def make_hat_mlp(stage: Stage, precision: Precision) -> Callable[[], object]:
+    """HAT-Net's: GroupNorms in front and behind, statistics of the result."""
+    return _depthwise_mlp(stage, precision, "group", "silu", "silu", "none", False, "statistics")
+
+
+def _depthwise_mlp(
+    stage: Stage,
+    precision: Precision,
+    norm: str,
+    hidden_activation: str,
+    activation: str,
+    inner_residual: str,
+    batch_norms: bool,
+    summary: str = "none",
+) -> Callable[[], object]:
+    x, parameter = _makers(precision)
+    channels, hidden = stage.channels, int(stage.hidden_ratio * stage.channels)
+    tokens = x(stage.batch, stage.prefix + stage.height * stage.width, channels)
+
+    def batch_norm(width: int) -> list[torch.Tensor | None]:
+        return [parameter(width) for _ in range(4)] if batch_norms else [None] * 4
+
+    tensors = [
+        *(tokens, parameter(channels), parameter(channels), None, parameter(hidden, channels), parameter(hidden)),
+        *(*batch_norm(hidden), parameter(hidden, 1, stage.kernel, stage.kernel), parameter(hidden)),
+        *(*batch_norm(hidden), parameter(channels, hidden), parameter(channels)),
+        *(*batch_norm(channels), parameter(channels), parameter(channels), tokens),
+    ]
+    static = DepthwiseMLPStatic(
+        norm=norm,
+        norm_eps=1e-6,
+        hidden_activation=hidden_activation,
+        activation=activation,
+        inner_residual=inner_residual,
+        bn_after_activation=inner_residual == "before_activation",
+        bn_eps=[1e-5] * 3,
+        training=False,
+        out_norm_eps=None if batch_norms else 1e-6,
+        height=stage.height,
+        width=stage.width,
+        num_prefix_tokens=stage.prefix,
+        summary=summary,
+        dtype=precision.products,
+    )
+    return lambda: depthwise_mlp.launch(tensors, static)
+
+
 def _makers(precision: Precision) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
     def x(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=precision.activations, device="meta")
@@ -157,15 +218,18 @@ def _makers(precision: Precision) -> tuple[Callable[..., torch.Tensor], Callable
 
 OPERATORS = {
     "conv_projection": make_conv_projection,
+    "depthwise_mlp": make_depthwise_mlp,
+    "depthwise_mlp with a mean": make_daff,
+    "depthwise_mlp between norms": make_hat_mlp,
     "global_attention": make_global_attention,
     "global_attention behind a norm": make_query_attention,
     "local_attention": make_local_attention,
     "pointwise_mlp": make_pointwise_mlp,
 }
 
-_OF_HAT_NET = ("global_attention behind a norm", "local_attention")
+_OF_HAT_NET = ("depthwise_mlp between norms", "global_attention behind a norm", "local_attention")
 STAGES = {operator: HAT_NET if operator in _OF_HAT_NET else CVT for operator in OPERATORS}
-WITHOUT_PRODUCTS = ("prepare_kernel", "moments_kernel", "merge_kernel")
+WITHOUT_PRODUCTS = ("prepare_kernel", "normalize_kernel", "moments_kernel", "merge_kernel")
 
 
 def compile_for(operator: str, stage: Stage, precision: str, architecture: str) -> list[Compiled]:
@@ -217,6 +281,14 @@ def test_awkward_widths_fit_the_gpu(process: Executor, operator: str) -> None:
     for stage in stages:
         for kernel in process.submit(compile_for, operator, stage, "bfloat16", "sm_80").result():
             check_fits(kernel, "sm_80")
+
+
+@pytest.mark.parametrize("kernel", [5, 7])
+def test_large_filters_fit_the_gpu(process: Executor, kernel: int) -> None:
+    for precision in ("float32", "bfloat16"):
+        stage = Stage(64, 1, kernel=kernel)
+        for result in process.submit(compile_for, "depthwise_mlp", stage, precision, "sm_80").result():
+            check_fits(result, "sm_80")
 
 
 @pytest.mark.parametrize("pad", ["none", "mask", "zero"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,11 +14,21 @@ from fastvit_kernels.ops.depthwise_mlp.reference import BATCH_NORMS, Static
 from fastvit_kernels.ops.normalization import group_normalize
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.primitives import activate, batch_normalize, dot, fold_filter, scale_and_shift, vector
+from fastvit_kernels.ops.triton_configs import ALIGNMENT
 from fastvit_kernels.ops.triton_linear import linear_tile
 from fastvit_kernels.ops.triton_moments import group_statistics
 from fastvit_kernels.ops.triton_normalization import normalize_rows
 
-_ROW_ALIGNMENT = 16
+
+@triton.jit
+def copy_tile(tile, source_ptr, padded_ptr, num_rows, columns, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """BLOCK_M times BLOCK_N elements of a matrix, in another dtype, its rows padded with zeros to `stride`."""
+    tiles = tl.cdiv(stride, BLOCK_N)
+    row = (tile // tiles * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    column = (tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    inside = row < num_rows
+    values = tl.load(source_ptr + row * columns + column, mask=inside & (column < columns), other=0.0)
+    tl.store(padded_ptr + row * stride + column, values.to(tl.float32), mask=inside & (column < stride))
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_of_sample"])
@@ -29,11 +41,14 @@ def expand_kernel(
     filter,
     bn2,
     folded_ptr,
+    project_ptr,
+    padded_ptr,
     hidden_ptr,
     num_rows,
     channels,
     hidden_channels,
     hidden_stride,
+    out_channels,
     rows_of_sample,
     TAPS: tl.constexpr,
     ADDS_INPUT: tl.constexpr,
@@ -46,13 +61,17 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The first programs fold the filter, BLOCK_N channels each; the others make tiles of the hidden map.
+    """The first programs fold the filter, BLOCK_N channels each; the next copy the weight of the second linear where it
+    is not yet as `project_kernel` reads it; the others make tiles of the hidden map.
 
     `bn2` scales the filter where it stands right behind the convolution; otherwise its scale and shift make two more
     rows of the folded filter.
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(hidden_stride, BLOCK_N)
+    copies = 0
+    if padded_ptr is not None:
+        copies = blocks * tl.cdiv(out_channels, BLOCK_M)
     if program < blocks:
         PLUS: tl.constexpr = 1.0 if ADDS_INPUT else 0.0
         if BN_AFTER_ACTIVATION:
@@ -67,9 +86,15 @@ def expand_kernel(
             tl.store(row + hidden_stride, shift, mask=columns < hidden_stride)
         else:
             fold_filter(program, filter, bn2, folded_ptr, hidden_channels, hidden_stride, TAPS, PLUS, BLOCK_N)
+    elif program < blocks + copies:
+        if padded_ptr is not None:
+            copy_tile(
+                *(program - blocks, project_ptr, padded_ptr, out_channels, hidden_channels, hidden_stride),
+                *(BLOCK_M, BLOCK_N),
+            )
     else:
         linear_tile(
-            *(program - blocks, x_ptr, norm, weight_ptr, bias_ptr, bn1, None, hidden_ptr),
+            *(program - blocks - copies, x_ptr, norm, weight_ptr, bias_ptr, bn1, None, hidden_ptr),
             *(num_rows, channels, hidden_channels, hidden_stride, rows_of_sample),
             *(PREFIX, ACTIVATION, BN_AFTER_ACTIVATION, EVEN_K, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_K),
         )
@@ -89,7 +114,6 @@ def project_kernel(
     width,
     run_rows,
     strip_width,
-    hidden_channels,
     hidden_stride,
     out_channels,
     KERNEL: tl.constexpr,
@@ -109,6 +133,7 @@ def project_kernel(
     of `strip_width` columns. A tile is BLOCK_M pixels of a strip, row by row: about square, so that most pixels around
     it are its own.
     """
+    AT_ONCE: tl.constexpr = KERNEL if KERNEL <= 3 else 1
     # Programs that share pixels are neighbours.
     column_tiles = tl.cdiv(out_channels, BLOCK_N)
     columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -124,30 +149,29 @@ def project_kernel(
     y = row % height
     pixels = row.to(tl.int64) * width + x
     hidden_rows = hidden_ptr + pixels[:, None] * hidden_stride
-    weight_columns = weight_ptr + columns.to(tl.int64)[None, :] * hidden_channels
+    weight_columns = weight_ptr + columns.to(tl.int64)[None, :] * hidden_stride
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, hidden_stride, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        # The hidden map and the folded filter go on to `hidden_stride`, with zeros.
+        # Hidden map, filter and weight go on to `hidden_stride`, with zeros.
         k_mask = k < hidden_stride
         # Asked for before the taps, to arrive while they are summed.
         if EVEN_K:
             weight = tl.load(weight_columns + k[:, None], mask=column_mask[None, :], other=0.0)
         else:
-            weight_mask = (k < hidden_channels)[:, None] & column_mask[None, :]
-            weight = tl.load(weight_columns + k[:, None], mask=weight_mask, other=0.0)
+            weight = tl.load(weight_columns + k[:, None], mask=k_mask[:, None] & column_mask[None, :], other=0.0)
         values = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-        for tap_y in range(KERNEL):
-            off_y = tap_y - KERNEL // 2
-            on_row = inside & (y + off_y >= 0) & (y + off_y < height)
-            # One row of taps is in flight at a time; all of a 3 x 3 filter at once would spill registers.
-            for tap_x in tl.static_range(KERNEL):
-                off_x = tap_x - KERNEL // 2
-                mask = (on_row & (x + off_x >= 0) & (x + off_x < width))[:, None] & k_mask[None, :]
+        # A row of a 3 x 3 filter is in flight at a time, of larger ones a tap: more would spill registers.
+        for first in range(0, KERNEL * KERNEL, AT_ONCE):
+            for other in tl.static_range(AT_ONCE):
+                tap = first + other
+                off_y = tap // KERNEL - KERNEL // 2
+                off_x = tap % KERNEL - KERNEL // 2
+                there = inside & (y + off_y >= 0) & (y + off_y < height) & (x + off_x >= 0) & (x + off_x < width)
                 source = hidden_rows + (off_y * width + off_x).to(tl.int64) * hidden_stride
-                hidden = tl.load(source + k[None, :], mask=mask, other=0.0).to(tl.float32)
-                tap = tl.load(folded_ptr + (tap_y * KERNEL + tap_x) * hidden_stride + k, mask=k_mask, other=0.0)
-                values += hidden * tap[None, :]
+                hidden = tl.load(source + k[None, :], mask=there[:, None] & k_mask[None, :], other=0.0)
+                weight_of_tap = tl.load(folded_ptr + tap * hidden_stride + k, mask=k_mask, other=0.0)
+                values += hidden.to(tl.float32) * weight_of_tap[None, :]
         last = folded_ptr + KERNEL * KERNEL * hidden_stride + k
         values = activate(values + tl.load(last, mask=k_mask, other=0.0)[None, :], ACTIVATION)
         if SCALED:
@@ -169,6 +193,20 @@ def project_kernel(
     tl.store(out_ptr + offsets, z, mask=mask)
 
 
+class Hidden(NamedTuple):
+    """What the first launch leaves to the second, channels padded with zeros to rows that vector loads like.
+
+    Attributes:
+        rows: the hidden map `[B, H*W, C_hidden]`.
+        filter: the folded filter, and behind it a shift and, of a `bn2` behind the activation, a scale and a shift.
+        weight: of the second linear `[C_out, C_hidden]`, in the compute dtype.
+    """
+
+    rows: Tensor
+    filter: Tensor
+    weight: Tensor
+
+
 def run(tensors: Tensors, static: Static) -> Outputs:
     """The hidden map with the folded filter; the result; behind them a GroupNorm, the prefix rows and the summary.
 
@@ -181,13 +219,13 @@ def run(tensors: Tensors, static: Static) -> Outputs:
     prefix, out_channels = static.num_prefix_tokens, fc2_weight.shape[0]
     dtype = static.dtype if residual is None else torch.promote_types(residual.dtype, static.dtype)
     out = x.new_empty((*x.shape[:2], out_channels), dtype=dtype)
-    means = None
+    hidden = _expand(tensors, static)
     if static.out_norm_eps is None:
-        means = _project(tensors, static, *_expand(tensors, static), residual, out, prefix)
+        means = _project(tensors, static, hidden, residual, out, prefix)
     else:
         weight, bias = tensors[22:24]
         z = x.new_empty((x.shape[0], static.height * static.width, out_channels), dtype=static.dtype)
-        means = _project(tensors, static, *_expand(tensors, static), None, z, 0)
+        means = _project(tensors, static, hidden, None, z, 0)
         moments = group_statistics(z)
         normalize_rows(
             *(z, out, weight, bias, static.out_norm_eps),
@@ -212,29 +250,32 @@ def _batch_norm(tensors: Tensors, static: Static, index: int) -> tuple[Tensor | 
     return (*tensors[first : first + 4], static.bn_eps[index])
 
 
-def _expand(tensors: Tensors, static: Static) -> tuple[Tensor, Tensor]:
-    """The hidden map `[B, H*W, C_hidden]`, its rows padded with zeros to a length that vector loads like, and the
-    folded filter beside it.
-    """
+def _expand(tensors: Tensors, static: Static) -> Hidden:
     x, norm_weight, norm_bias, statistics, fc1_weight, fc1_bias = tensors[:6]
-    dw_weight, dw_bias = tensors[10:12]
-    assert x is not None and fc1_weight is not None and dw_weight is not None
-    hidden_channels, channels = fc1_weight.shape
+    dw_weight, dw_bias, fc2_weight = tensors[10], tensors[11], tensors[16]
+    assert x is not None and fc1_weight is not None and dw_weight is not None and fc2_weight is not None
+    (hidden_channels, channels), out_channels = fc1_weight.shape, fc2_weight.shape[0]
     taps = dw_weight.shape[-1] ** 2
     pixels = static.height * static.width
     num_rows = x.shape[0] * pixels
-    stride = triton.cdiv(hidden_channels, _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-    hidden = x.new_empty((x.shape[0], pixels, stride), dtype=static.dtype)
+    stride = triton.cdiv(hidden_channels, ALIGNMENT) * ALIGNMENT
+    rows = x.new_empty((x.shape[0], pixels, stride), dtype=static.dtype)
     folded = x.new_empty((taps + (3 if static.bn_after_activation else 1), stride), dtype=torch.float32)
+    padded = None
+    if stride != hidden_channels or fc2_weight.dtype != static.dtype:
+        padded = x.new_empty((out_channels, stride), dtype=static.dtype)
+    hidden = Hidden(rows, folded, fc2_weight if padded is None else padded)
     if num_rows == 0:
-        return hidden, folded
+        return hidden
     if static.norm == "group" and statistics is None:
         statistics = group_statistics(x, static.num_prefix_tokens)
     arithmetic = triton_support.arithmetic(static.dtype, x.device)
-    config = triton_support.config("linear", arithmetic, hidden_channels, channels)
+    config = triton_support.config("expansion", arithmetic, hidden_channels, channels)
+    row_tiles = triton.cdiv(num_rows, config.block_m)
+    copied_tiles = 0 if padded is None else triton.cdiv(out_channels, config.block_m)
     triton_support.launch(
         expand_kernel,
-        (1 + triton.cdiv(num_rows, config.block_m)) * triton.cdiv(stride, config.block_n),
+        (1 + copied_tiles + row_tiles) * triton.cdiv(stride, config.block_n),
         x.device,
         config,
         x,
@@ -245,11 +286,14 @@ def _expand(tensors: Tensors, static: Static) -> tuple[Tensor, Tensor]:
         (dw_weight, dw_bias),
         _batch_norm(tensors, static, 1),
         folded,
-        hidden,
+        fc2_weight,
+        padded,
+        rows,
         num_rows,
         channels,
         hidden_channels,
         stride,
+        out_channels,
         pixels,
         TAPS=taps,
         ADDS_INPUT=static.inner_residual == "before_activation",
@@ -259,64 +303,56 @@ def _expand(tensors: Tensors, static: Static) -> tuple[Tensor, Tensor]:
         EVEN_K=channels % config.block_k == 0,
         ARITHMETIC=arithmetic.constexpr(),
     )
-    return hidden, folded
+    return hidden
 
 
 def _project(
-    tensors: Tensors,
-    static: Static,
-    hidden: Tensor,
-    folded: Tensor,
-    residual: Tensor | None,
-    out: Tensor,
-    num_prefix_tokens: int,
+    tensors: Tensors, static: Static, hidden: Hidden, residual: Tensor | None, out: Tensor, num_prefix_tokens: int
 ) -> Tensor | None:
     """Write the branch and its residual into `out`; return the branch's mean over the pixels when that is asked for."""
-    dw_weight, fc2_weight, fc2_bias = tensors[10], tensors[16], tensors[17]
-    assert dw_weight is not None and fc2_weight is not None
-    out_channels, hidden_channels = fc2_weight.shape
-    batch, pixels, stride = hidden.shape
-    height, width = static.height, static.width
+    dw_weight, fc2_bias = tensors[10], tensors[17]
+    assert dw_weight is not None
+    out_channels, stride = hidden.weight.shape
+    batch, height, width = out.shape[0], static.height, static.width
     arithmetic = triton_support.arithmetic(static.dtype, out.device)
-    config = triton_support.config("depthwise_projection", arithmetic, out_channels, hidden_channels)
+    # Only the result's rows may be unaligned, which the tiles of fp32 bear.
+    columns = out_channels if arithmetic.kind == "half" else triton.cdiv(out_channels, ALIGNMENT) * ALIGNMENT
+    config = triton_support.config("depthwise_projection", arithmetic, columns)
     # The tiles of a mean are those of one image.
     runs = batch if static.summary == "mean" else 1
     run_rows = batch * height // max(runs, 1)
     strips = max(1, round(width / config.block_m**0.5))
     strip_width = triton.cdiv(width, strips)
-    strips = triton.cdiv(width, strip_width)
-    tiles = strips * triton.cdiv(run_rows * strip_width, config.block_m)
+    tiles = triton.cdiv(width, strip_width) * triton.cdiv(run_rows * strip_width, config.block_m)
     means = None
     if static.summary == "mean":
         means = out.new_empty((batch, tiles, out_channels), dtype=torch.float32)
-    if batch == 0:
-        return None if means is None else means.sum(1)
-    triton_support.launch(
-        project_kernel,
-        runs * tiles * triton.cdiv(out_channels, config.block_n),
-        out.device,
-        config,
-        hidden,
-        folded,
-        fc2_weight,
-        fc2_bias,
-        _batch_norm(tensors, static, 2),
-        residual,
-        out,
-        means,
-        height,
-        width,
-        run_rows,
-        strip_width,
-        hidden_channels,
-        stride,
-        out_channels,
-        KERNEL=dw_weight.shape[-1],
-        PREFIX=num_prefix_tokens,
-        ACTIVATION=static.activation,
-        SCALED=static.bn_after_activation and tensors[14] is not None,
-        ADDS_INPUT=static.inner_residual == "after_activation",
-        EVEN_K=hidden_channels % config.block_k == 0,
-        ARITHMETIC=arithmetic.constexpr(),
-    )
+    if batch > 0:
+        triton_support.launch(
+            project_kernel,
+            runs * tiles * triton.cdiv(out_channels, config.block_n),
+            out.device,
+            config,
+            hidden.rows,
+            hidden.filter,
+            hidden.weight,
+            fc2_bias,
+            _batch_norm(tensors, static, 2),
+            residual,
+            out,
+            means,
+            height,
+            width,
+            run_rows,
+            strip_width,
+            stride,
+            out_channels,
+            KERNEL=dw_weight.shape[-1],
+            PREFIX=num_prefix_tokens,
+            ACTIVATION=static.activation,
+            SCALED=static.bn_after_activation and tensors[14] is not None,
+            ADDS_INPUT=static.inner_residual == "after_activation",
+            EVEN_K=stride % config.block_k == 0,
+            ARITHMETIC=arithmetic.constexpr(),
+        )
     return None if means is None else means.sum(1)
