@@ -69,9 +69,9 @@ class Report:
 def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None = None) -> Report:
     """Run what this library knows inside `model` on fused kernels, in place, with the same results.
 
-    Known are transformers' CvT (patch embeddings and layers), PvtV2 and Segformer (layers), timm's PVTv2, Twins and Swin
-    (blocks, those of Swin without shift) and EfficientFormerV2 (MLPs), and this library's own modules where they are
-    pinned to the reference.
+    Known are transformers' CvT, PvtV2 and Segformer (patch embeddings and layers), timm's PVTv2 and Twins (patch
+    embeddings and blocks), Swin (blocks without shift) and EfficientFormerV2 (MLPs), and this library's own modules
+    where they are pinned to the reference.
     Only the class of an instance changes (of our own modules only their choice of backend): parameters, buffers, hooks,
     child modules and `state_dict` keys stay the same objects, so optimizers, EMA copies and checkpoints notice nothing.
 

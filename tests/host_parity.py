@@ -120,18 +120,46 @@ def assert_reversible(model, x):
         assert snapshot(model) == before and torch.equal(logits(model, x), expected)
 
 
-def operator_calls(model, x):
-    """The operators that ran, by module path."""
+def is_embedding(path):
+    """Whether a module is the convolution in front of a stage, by the names that hosts give it."""
+    return "embed" in path or path.endswith("downsample")
+
+
+def blocks(report):
+    """The paths of what was replaced, without patch embeddings."""
+    return [entry.path for entry in report.replaced if not is_embedding(entry.path)]
+
+
+def calls_in(explanation):
+    """The operators that ran outside patch embeddings, by module path."""
     calls = {}
-    for decision in fastvit_kernels.explain(model, x).decisions:
-        calls.setdefault(decision.module, []).append(decision.operator)
+    for decision in explanation.decisions:
+        if not is_embedding(decision.module):
+            calls.setdefault(decision.module, []).append(decision.operator)
     return calls
 
 
+def operator_calls(model, x):
+    return calls_in(fastvit_kernels.explain(model, x))
+
+
+def assert_embeddings_fuse(stock, x, paths):
+    """The patch embeddings at these paths run on the operator, unless something in them has hooks."""
+    fused, report = accelerated(stock)
+    assert [entry.path for entry in report.replaced if is_embedding(entry.path)] == paths
+    found = {d.module: d.operator for d in fastvit_kernels.explain(fused, x).decisions if d.module in paths}
+    assert found == dict.fromkeys(paths, "patch_embedding")
+    for model in (stock, fused):
+        model.get_submodule(paths[1]).proj.register_forward_hook(lambda module, args, output: 2 * output)
+    assert_same(stock, fused, x)
+    (remark,) = fastvit_kernels.explain(fused, x).unfused
+    assert remark.path == paths[1] and remark.reasons == ("the convolution has hooks",)
+
+
 def assert_repeats(model, x):
-    """Every accelerated module of the packed model records its calls, and repeats them with the same result."""
-    fused, _ = accelerated(model, inference=True)
-    states = [module.__dict__["_fastvit"] for module in fused.modules() if "_fastvit" in module.__dict__]
+    """Every accelerated block of the packed model records its calls, and repeats them with the same result."""
+    fused, report = accelerated(model, inference=True)
+    states = [fused.get_submodule(path).__dict__["_fastvit"] for path in blocks(report)]
     with torch.no_grad():
         results = [logits(fused, x) for _ in range(4)]
         assert all(state.repeater.recorded == 1 for state in states)

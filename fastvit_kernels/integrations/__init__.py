@@ -6,26 +6,35 @@ import importlib
 
 from fastvit_kernels.integrations.adapter import Adapter
 
-# A library is imported by nobody but its own instances: a row is used only when an instance of its class turns up.
+# Integrations by the module and the class of their library, which nobody imports but its own instances: a row is used
+# only when an instance of its class turns up.
 _HOSTS = {
-    "timm.models.efficientformer_v2.ConvMlpWithNorm": "timm_efficientformer_v2",
-    "timm.models.pvt_v2.Block": "timm_pvt_v2",
-    "timm.models.swin_transformer.SwinTransformerBlock": "timm_swin",
-    "timm.models.twins.Block": "timm_twins",
-    "transformers.models.cvt.modeling_cvt.CvtConvEmbeddings": "transformers_cvt_embeddings",
-    "transformers.models.cvt.modeling_cvt.CvtLayer": "transformers_cvt",
-    "transformers.models.pvt_v2.modeling_pvt_v2.PvtV2BlockLayer": "transformers_pvt_v2",
-    "transformers.models.segformer.modeling_segformer.SegformerLayer": "transformers_segformer",
+    "timm.models.efficientformer_v2": {"ConvMlpWithNorm": "timm_efficientformer_v2"},
+    "timm.models.pvt_v2": {"Block": "timm_pvt_v2", "OverlapPatchEmbed": "timm_pvt_v2_embeddings"},
+    "timm.models.swin_transformer": {"SwinTransformerBlock": "timm_swin"},
+    "timm.models.twins": {"Block": "timm_twins", "PatchEmbed": "timm_twins_embeddings"},
+    "transformers.models.cvt.modeling_cvt": {
+        "CvtConvEmbeddings": "transformers_cvt_embeddings",
+        "CvtLayer": "transformers_cvt",
+    },
+    "transformers.models.pvt_v2.modeling_pvt_v2": {
+        "PvtV2BlockLayer": "transformers_pvt_v2",
+        "PvtV2OverlapPatchEmbeddings": "transformers_pvt_v2_embeddings",
+    },
+    "transformers.models.segformer.modeling_segformer": {
+        "SegformerLayer": "transformers_segformer",
+        "SegformerOverlapPatchEmbeddings": "transformers_segformer_embeddings",
+    },
 }
 
-KNOWN = tuple(_HOSTS)
+KNOWN = tuple(f"{module}.{cls}" for module, classes in _HOSTS.items() for cls in classes)
 
 
 def adapter_of(cls: type) -> Adapter | None:
     """The adapter whose host or accelerated class `cls` is, exactly; None for any other class."""
     if cls.__module__.startswith(f"{__name__}."):
         integration = cls.__module__
-    elif (name := _HOSTS.get(f"{cls.__module__}.{cls.__qualname__}")) is not None:
+    elif (name := _HOSTS.get(cls.__module__, {}).get(cls.__qualname__)) is not None:
         integration = f"{__name__}.{name}"
     else:
         return None

@@ -11,10 +11,13 @@ from host_parity import (
     accelerated,
     assert_autocast_errs_no_more,
     assert_drops_the_same,
+    assert_embeddings_fuse,
     assert_repeats,
     assert_reversible,
     assert_same,
     assert_same_step,
+    blocks,
+    calls_in,
     image,
     logits,
     operator_calls,
@@ -48,7 +51,7 @@ def make(**options):
 def test_same_numbers(dtype, inference, options):
     stock = make(**options).to(dtype)
     fused, report = accelerated(stock, inference)
-    assert [entry.path for entry in report.replaced] == BLOCKS and not report.left_alone
+    assert blocks(report) == BLOCKS and not report.left_alone
     assert_same(stock, fused, image(2, 3, 32, 32, dtype=dtype), image(1, 3, 45, 31, dtype=dtype))
 
 
@@ -58,6 +61,10 @@ def test_every_block_runs_its_operators(linear):
     calls = operator_calls(fused, image(1, 3, 32, 32, dtype=torch.float32))
     assert list(calls) == BLOCKS and all(operators[-2:] == OPERATORS[1:] for operators in calls.values())
     assert linear or all(operators == OPERATORS for operators in calls.values())
+
+
+def test_embeddings():
+    assert_embeddings_fuse(make(), image(1, 3, 32, 32, dtype=torch.float32), ["patch_embed", "stages.1.downsample"])
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -75,18 +82,18 @@ def test_dropouts_draw_the_same_numbers(rate):
 @pytest.mark.parametrize(
     ("rate", "left", "reason"),
     [
-        ("attn_drop_rate", {"depthwise_mlp"}, "attention: attention dropout is active"),
-        ("proj_drop_rate", {"patch_embedding", "global_attention"}, "mlp: a dropout is active or has hooks"),
+        ("attn_drop_rate", ["depthwise_mlp"], "attention: attention dropout is active"),
+        ("proj_drop_rate", ["patch_embedding", "global_attention"], "mlp: a dropout is active or has hooks"),
     ],
 )
 def test_dropouts_run_a_half_unfused_in_training_only(rate, left, reason):
     model = make(**{rate: 0.3})
     report = fastvit_kernels.accelerate(model)
-    assert len(report.replaced) == 3 and not any(entry.remarks for entry in report.replaced)
+    assert blocks(report) == BLOCKS and not any(entry.remarks for entry in report.replaced)
     x = image(1, 3, 32, 32, dtype=torch.float32)
     assert all(operators == OPERATORS for operators in operator_calls(model, x).values())
     explanation = fastvit_kernels.explain(model.train(), x)
-    assert {decision.operator for decision in explanation.decisions} == left
+    assert calls_in(explanation) == dict.fromkeys(BLOCKS, left)
     assert [remark.reasons for remark in explanation.unfused] == [(reason,)] * 3
 
 

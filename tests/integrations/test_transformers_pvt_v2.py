@@ -11,10 +11,13 @@ from host_parity import (
     accelerated,
     assert_autocast_errs_no_more,
     assert_drops_the_same,
+    assert_embeddings_fuse,
     assert_repeats,
     assert_reversible,
     assert_same,
     assert_same_step,
+    blocks,
+    calls_in,
     image,
     logits,
     operator_calls,
@@ -62,14 +65,19 @@ def make(**options):
 def test_same_numbers(dtype, inference, options):
     stock = make(**options).to(dtype)
     fused, report = accelerated(stock, inference)
-    assert [entry.path for entry in report.replaced] == LAYERS and not report.left_alone
+    assert blocks(report) == LAYERS and not report.left_alone
     assert_same(stock, fused, image(2, 3, 32, 32, dtype=dtype), image(1, 3, 45, 31, dtype=dtype))
 
 
 def test_every_layer_runs_its_operators():
     fused, report = accelerated(make())
-    assert {entry.before for entry in report.replaced} == {"PvtV2BlockLayer"}
+    assert {entry.before for entry in report.replaced} == {"PvtV2BlockLayer", "PvtV2OverlapPatchEmbeddings"}
     assert operator_calls(fused, image(1, 3, 32, 32, dtype=torch.float32)) == dict.fromkeys(LAYERS, OPERATORS)
+
+
+def test_embeddings():
+    paths = [f"pvt_v2.encoder.layers.{index}.patch_embedding" for index in (0, 1)]
+    assert_embeddings_fuse(make(), image(1, 3, 32, 32, dtype=torch.float32), paths)
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -86,11 +94,11 @@ def test_dropouts_draw_the_same_numbers(rate):
 
 def test_dropouts_run_a_half_unfused_in_training_only():
     model = make(attention_probs_dropout_prob=0.3)
-    assert len(fastvit_kernels.accelerate(model).replaced) == 3
+    assert blocks(fastvit_kernels.accelerate(model)) == LAYERS
     x = image(1, 3, 32, 32, dtype=torch.float32)
     assert operator_calls(model, x) == dict.fromkeys(LAYERS, OPERATORS)
     explanation = fastvit_kernels.explain(model.train(), x)
-    assert {decision.operator for decision in explanation.decisions} == {"depthwise_mlp"}
+    assert calls_in(explanation) == dict.fromkeys(LAYERS, ["depthwise_mlp"])
     assert {remark.reasons for remark in explanation.unfused} == {("attention: attention dropout is active",)}
 
 
@@ -108,7 +116,7 @@ def test_a_call_for_attention_weights_runs_the_attention_unfused(inference):
         assert a.shape == b.shape and relative_l2(a, b) <= TOLERANCE[x.dtype]
     explanation = fastvit_kernels.explain(fused, x, output_attentions=True)
     assert [remark.reasons for remark in explanation.unfused] == [(WEIGHTS_WANTED,)] * 3
-    assert {decision.operator for decision in explanation.decisions} == {"depthwise_mlp"}
+    assert calls_in(explanation) == dict.fromkeys(LAYERS, ["depthwise_mlp"])
     # That was this one call's.
     assert not fastvit_kernels.explain(fused, x).unfused
 
@@ -136,7 +144,7 @@ def test_a_backbone():
     torch.manual_seed(0)
     stock = randomize(PvtV2Backbone(configuration(out_features=["stage1", "stage2"])))
     fused, report = accelerated(stock, inference=True)
-    assert len(report.replaced) == 3
+    assert len(blocks(report)) == 3
     x = image(1, 3, 32, 32, dtype=torch.float32)
     with torch.no_grad():
         for a, b in zip(fused(x).feature_maps, stock(x).feature_maps, strict=True):

@@ -14,10 +14,13 @@ from host_parity import (
     accelerated,
     assert_autocast_errs_no_more,
     assert_drops_the_same,
+    assert_embeddings_fuse,
     assert_repeats,
     assert_reversible,
     assert_same,
     assert_same_step,
+    blocks,
+    calls_in,
     image,
     logits,
     operator_calls,
@@ -76,7 +79,7 @@ def make_4(**options):
 def test_same_numbers(dtype, inference):
     stock = make().to(dtype)
     fused, report = accelerated(stock, inference)
-    assert [entry.path for entry in report.replaced] == LAYERS and not report.left_alone
+    assert blocks(report) == LAYERS and not report.left_alone
     assert_same(stock, fused, image(2, 3, 32, 32, dtype=dtype), image(1, 3, 45, 31, dtype=dtype))
 
 
@@ -85,7 +88,7 @@ def test_eager_attention():
     stock = make()
     stock.set_attn_implementation("eager")
     fused, report = accelerated(stock)
-    assert len(report.replaced) == 3
+    assert blocks(report) == LAYERS
     assert_same(stock, fused, image(1, 3, 45, 31, dtype=torch.float32))
 
 
@@ -104,6 +107,11 @@ def test_same_numbers_in_the_layout_of_4(transformers_4, dtype, inference):
 def test_every_layer_runs_its_operators():
     fused, _ = accelerated(make())
     assert operator_calls(fused, image(1, 3, 32, 32, dtype=torch.float32)) == dict.fromkeys(LAYERS, OPERATORS)
+
+
+def test_embeddings():
+    paths = [f"segformer.stages.{index}.patch_embeddings" for index in (0, 1)]
+    assert_embeddings_fuse(make(), image(1, 3, 32, 32, dtype=torch.float32), paths)
 
 
 def test_training_step():
@@ -131,11 +139,11 @@ def test_dropouts_draw_the_same_numbers_in_the_layout_of_4(transformers_4, rate)
 def test_attention_dropout_runs_the_attention_unfused_in_training_only():
     model = make(attention_probs_dropout_prob=0.3)
     report = fastvit_kernels.accelerate(model)
-    assert len(report.replaced) == 3 and not any(entry.remarks for entry in report.replaced)
+    assert blocks(report) == LAYERS and not any(entry.remarks for entry in report.replaced)
     x = image(1, 3, 32, 32, dtype=torch.float32)
     assert operator_calls(model, x) == dict.fromkeys(LAYERS, OPERATORS)
     explanation = fastvit_kernels.explain(model.train(), x)
-    assert {decision.operator for decision in explanation.decisions} == {"depthwise_mlp"}
+    assert calls_in(explanation) == dict.fromkeys(LAYERS, ["depthwise_mlp"])
     assert {remark.reasons for remark in explanation.unfused} == {("attention: attention dropout is active",)}
 
 
@@ -153,12 +161,13 @@ def test_a_call_for_attention_weights_runs_the_attention_unfused(inference):
         assert a.shape == b.shape and relative_l2(a, b) <= TOLERANCE[x.dtype]
     explanation = fastvit_kernels.explain(fused, x, output_attentions=True)
     assert [remark.reasons for remark in explanation.unfused] == [(WEIGHTS_WANTED,)] * 3
-    assert {decision.operator for decision in explanation.decisions} == {"depthwise_mlp"}
+    assert calls_in(explanation) == dict.fromkeys(LAYERS, ["depthwise_mlp"])
     # That was this one call's, though transformers leaves its hooks where they are.
     assert fused.get_submodule(LAYERS[0]).attention._forward_hooks
     explanation = fastvit_kernels.explain(fused, x)
-    assert not explanation.unfused and {d.operator for d in explanation.decisions} == set(OPERATORS)
-    assert len(fastvit_kernels.accelerate(fused, inference=inference).left_alone) == 3
+    assert not explanation.unfused
+    assert {path: calls[-2:] for path, calls in calls_in(explanation).items()} == dict.fromkeys(LAYERS, OPERATORS[-2:])
+    assert not fastvit_kernels.accelerate(fused, inference=inference)
 
 
 def test_attention_weights_asked_for_by_the_configuration():
@@ -312,7 +321,7 @@ def test_another_attention_implementation_is_left_alone():
     model = make()
     model.config._attn_implementation = "paged_attention_of_somebody"
     report = fastvit_kernels.accelerate(model)
-    assert not report and "known are 'eager' and 'sdpa'" in str(report)
+    assert not blocks(report) and "known are 'eager' and 'sdpa'" in str(report)
 
 
 def test_compiled():
