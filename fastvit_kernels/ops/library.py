@@ -216,7 +216,8 @@ def call(
     if chosen.name == "reference":
         return chosen.run(tensors, None, static)
     # The CPU kernels read weights only to pack them, and take them in any layout.
-    tensors = dense(tensors, operator.parameters + operator.any_layout if chosen.name == "cpu" else ())
+    on_cpu = chosen.name == "cpu"
+    tensors = dense(tensors, operator.parameters + operator.any_layout if on_cpu else operator.triton_any_layout)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if torch.compiler.is_compiling():
             tensors = _distinct(tensors)

@@ -37,6 +37,7 @@ class Operator:
         fake: shapes, strides and dtypes of the outputs, `(tensors, static) -> outputs`.
         packing: what of the static arguments decides how weights are packed, besides their dtype.
         any_layout: positions of activations that the CPU kernels take in any layout.
+        triton_any_layout: those that the Triton kernels do.
         backends: the alternatives to the reference, most preferred first.
     """
 
@@ -49,4 +50,5 @@ class Operator:
     fake: Callable[[Tensors, Any], Outputs]
     packing: Callable[[Any], tuple[Any, ...]] = lambda static: ()
     any_layout: tuple[int, ...] = ()
+    triton_any_layout: tuple[int, ...] = ()
     backends: list[Backend] = field(default_factory=list)

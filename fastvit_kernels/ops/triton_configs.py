@@ -77,6 +77,18 @@ CONFIGS: dict[str, dict[tuple[str, str], tuple[tuple[int, Config], ...]]] = {
         ("default", "unaligned"): ((ANY, Config(64, 64, 64, 8, 1)),),
         ("interpreter", "any"): _INTERPRETER,
     },
+    "embedding": {
+        ("default", "half"): (
+            (64, Config(128, 64, 64, 8, 3)),
+            (128, Config(64, 128, 64, 8, 3)),
+            (256, Config(64, 256, 32, 8, 3)),
+            (ANY, Config(64, 128, 64, 8, 3)),
+        ),
+        ("default", "tf32"): ((64, Config(64, 64, 32, 4, 2)), (ANY, Config(64, 128, 32, 8, 2))),
+        ("default", "ieee"): ((64, Config(64, 64, 16, 8, 2)), (ANY, Config(32, 128, 16, 8, 2))),
+        ("default", "unaligned"): ((64, Config(32, 64, 32, 4, 2)), (ANY, Config(32, 128, 32, 8, 2))),
+        ("interpreter", "any"): _INTERPRETER,
+    },
     "attention": {
         ("default", "half"): (
             (64, Config(64, 64, 0, 4, 2)),

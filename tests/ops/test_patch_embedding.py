@@ -36,7 +36,6 @@ def plain_pytorch(
 class TestPatchEmbedding(Contract, Rejection):
     cases = inputs.PATCH_EMBEDDING
     fused = ("patch_embedding",)
-    precisions = {"cpu": Contract.precisions["cpu"]}
     equivalent = staticmethod(plain_pytorch)
     resizable = frozenset({("x", 0), ("x", 2), ("x", 3)})
     reshaped = (

@@ -17,6 +17,8 @@ from fastvit_kernels.ops.global_attention import triton as global_attention
 from fastvit_kernels.ops.global_attention.reference import Static as GlobalAttentionStatic
 from fastvit_kernels.ops.local_attention import triton as local_attention
 from fastvit_kernels.ops.local_attention.reference import Static as LocalAttentionStatic
+from fastvit_kernels.ops.patch_embedding import triton as patch_embedding
+from fastvit_kernels.ops.patch_embedding.reference import Static as PatchEmbeddingStatic
 from fastvit_kernels.ops.pointwise_mlp import triton as pointwise_mlp
 from fastvit_kernels.ops.pointwise_mlp.reference import Static as PointwiseMLPStatic
 from fastvit_kernels.testing.triton_aot import REGISTERS, SHARED_MEMORY, Compiled, compile_launches, compiling_process
@@ -139,6 +141,25 @@ def make_local_attention(stage: Stage, precision: Precision) -> Callable[[], obj
     return lambda: local_attention.launch(tensors, static)
 
 
+def make_patch_embedding(stage: Stage, precision: Precision) -> Callable[[], object]:
+    """To a stage of twice the channels, between two norms."""
+    x, parameter = _makers(precision)
+    channels, out = stage.channels, 2 * stage.channels
+    weights = [parameter(out, channels, stage.kernel, stage.kernel), *(parameter(out) for _ in range(3))]
+    tensors = [x(stage.batch, stage.height, stage.width, channels), *weights, parameter(channels), parameter(channels)]
+    static = PatchEmbeddingStatic(1e-5, 1e-5, 2, stage.kernel // 2, precision.products, precision.activations)
+    return lambda: patch_embedding.launch(tensors, static)
+
+
+def make_stem(stage: Stage, precision: Precision) -> Callable[[], object]:
+    """From an image, channels first, to the stage."""
+    x, parameter = _makers(precision)
+    image = x(stage.batch, 3, 4 * stage.height, 4 * stage.width).permute(0, 2, 3, 1)
+    tensors = [image, parameter(stage.channels, 3, 7, 7), *(parameter(stage.channels) for _ in range(3)), None, None]
+    static = PatchEmbeddingStatic(1e-5, None, 4, 2, precision.products, precision.activations)
+    return lambda: patch_embedding.launch(tensors, static)
+
+
 def make_pointwise_mlp(stage: Stage, precision: Precision) -> Callable[[], object]:
     x, parameter = _makers(precision)
     channels, hidden = stage.channels, int(stage.hidden_ratio * stage.channels)
@@ -224,12 +245,14 @@ OPERATORS = {
     "global_attention": make_global_attention,
     "global_attention behind a norm": make_query_attention,
     "local_attention": make_local_attention,
+    "patch_embedding": make_patch_embedding,
+    "patch_embedding of images": make_stem,
     "pointwise_mlp": make_pointwise_mlp,
 }
 
 _OF_HAT_NET = ("depthwise_mlp between norms", "global_attention behind a norm", "local_attention")
 STAGES = {operator: HAT_NET if operator in _OF_HAT_NET else CVT for operator in OPERATORS}
-WITHOUT_PRODUCTS = ("prepare_kernel", "normalize_kernel", "moments_kernel", "merge_kernel")
+WITHOUT_PRODUCTS = ("prepare_kernel", "pack_kernel", "normalize_kernel", "moments_kernel", "merge_kernel")
 
 
 def compile_for(operator: str, stage: Stage, precision: str, architecture: str) -> list[Compiled]:

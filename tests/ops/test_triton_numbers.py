@@ -18,7 +18,14 @@ from fastvit_kernels.testing.calls import Call, as_list, differentiate
 from fastvit_kernels.testing.inputs import BF16, BF16_FP32, CASES, FP16, FP32, FP64, Case, Precision, pointwise_mlp_case
 from fastvit_kernels.testing.triton_interpreter import round_to_bfloat16
 
-OPERATORS = ("conv_projection", "depthwise_mlp", "global_attention", "local_attention", "pointwise_mlp")
+OPERATORS = (
+    "conv_projection",
+    "depthwise_mlp",
+    "global_attention",
+    "local_attention",
+    "patch_embedding",
+    "pointwise_mlp",
+)
 SMALL = {operator: [case for case in CASES[operator] if "published" not in case.tags] for operator in OPERATORS}
 
 
@@ -55,6 +62,8 @@ def test_forward(case: Case, precision: Precision) -> None:
         ("global_attention", "longer_keys"),
         ("local_attention", "plain"),
         ("local_attention", "window_16"),
+        ("patch_embedding", "contiguous"),
+        ("patch_embedding", "many_channels"),
         ("pointwise_mlp", "many_rows"),
     ],
 )
@@ -82,6 +91,23 @@ def test_autocast(operator: str, dtype: torch.dtype) -> None:
     """Over several draws: the few statistics of one call hang on how its roundings happen to add up."""
     with torch.autocast("cpu", dtype):
         check(*(SMALL[operator][0].call(FP32, seed) for seed in range(4)))
+
+
+@pytest.mark.parametrize("name", ["contiguous", "plain"])
+def test_maps_are_read_where_they_lie(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither channels first nor channels last is copied into the other layout."""
+    call = next(case for case in SMALL["patch_embedding"] if case.name == name).call(FP32)
+    read = []
+
+    def submit(kernel: object, grid: object, args: tuple[object, ...], options: object) -> None:
+        read.extend(a.data_ptr() for a in args if isinstance(a, torch.Tensor))
+        own(kernel, grid, args, options)
+
+    own = triton_support.submit
+    monkeypatch.setattr(triton_support, "submit", submit)
+    with use_backend("triton"), torch.no_grad():
+        call()
+    assert call.arguments["x"].data_ptr() in read
 
 
 def test_rows_far_from_zero() -> None:

@@ -16,7 +16,7 @@ from fastvit_kernels.ops.arguments import (
 )
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
 from fastvit_kernels.ops.packing import PackedWeights
-from fastvit_kernels.ops.patch_embedding import native
+from fastvit_kernels.ops.patch_embedding import native, triton
 from fastvit_kernels.ops.patch_embedding.reference import STATIC_SCHEMA, Static, output_size, reference
 
 __all__ = ["patch_embedding"]
@@ -38,9 +38,10 @@ OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     packing=lambda s: (s.norm_eps is None, s.in_norm_eps is None),
-    backends=[native.Cpu()],
+    triton_any_layout=(0,),
+    backends=[native.Cpu(), triton.Triton()],
 )
-library.register(OPERATOR)
+library.register(OPERATOR, triton.launch)
 
 
 def patch_embedding(
@@ -68,7 +69,7 @@ def patch_embedding(
         out = F.layer_norm(maps, (C_out,), norm_weight, norm_bias, norm_eps).permute(0, 3, 1, 2)
 
     Args:
-        x: `[B, C, H, W]`, free of a copy in `torch.channels_last`; fp64, fp32, bf16 or fp16.
+        x: `[B, C, H, W]`, on a CPU free of a copy in `torch.channels_last`; fp64, fp32, bf16 or fp16.
         weight: `[C_out, C, K, K]`; fp32 or x's dtype, like all parameters.
         bias: `[C_out]` or None.
         stride, padding: of the convolution, the same for both axes; padding is with zeros.
@@ -77,7 +78,7 @@ def patch_embedding(
         in_norm_weight, in_norm_bias: `[C]` or None.
         in_norm_eps: epsilon of the LayerNorm in front, which leaves the zero padding alone; None for no normalisation.
         packed: keeps the weights in the layout of the CPU kernels from call to call and repacks them when they change.
-        backend: runs this call on one backend; see `use_backend`. There are no GPU kernels of this operator.
+        backend: runs this call on one backend; see `use_backend`.
 
     Returns:
         `[B, C_out, H', W']` in channels-last memory, in x's dtype. Under autocast: autocast's dtype without a norm,

@@ -1,0 +1,218 @@
+"""Triton kernels of patch_embedding: the weight in the order of the gathered rows, then a product with them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvit_kernels.ops import library, triton_support
+from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.patch_embedding.reference import Static, output_size
+from fastvit_kernels.ops.primitives import dot, normalize, vector
+from fastvit_kernels.ops.triton_configs import ALIGNMENT
+from fastvit_kernels.ops.triton_normalization import normalize_rows
+
+
+@triton.jit
+def pack_kernel(
+    weight_ptr,
+    packed_ptr,
+    out_channels,
+    channels,
+    stride,
+    TAPS: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`[C_out, C, TAPS]` in another dtype, as rows of (channel, tap) or (tap, channel) with zeros up to `stride`."""
+    tiles = tl.cdiv(stride, BLOCK_K)
+    row = (tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    k = (tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+    source = k if CHANNELS_FIRST else k % channels * TAPS + k // channels
+    mask = (row < out_channels) & (k < channels * TAPS)
+    weight = tl.load(weight_ptr + row * (channels * TAPS) + source, mask=mask, other=0.0).to(tl.float32)
+    tl.store(packed_ptr + row * stride + k, weight, mask=(row < out_channels) & (k < stride))
+
+
+@triton.jit
+def row_normalize(x, norm, columns, mask, channels, BLOCK: tl.constexpr):
+    """LayerNorm of a tile that holds whole rows, in its first `channels` columns."""
+    weight_ptr, bias_ptr, eps = norm
+    x = tl.where(mask[None, :], x, 0.0)
+    mean = tl.sum(x, 1) / channels
+    deviation = tl.where(mask[None, :], x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(deviation * deviation, 1) / channels + eps)
+    return normalize(x, mean, rstd, weight_ptr, bias_ptr, columns, mask, BLOCK)
+
+
+@triton.jit(do_not_specialize=["num_rows", "height", "width", "out_height", "out_width"])
+def embed_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm,
+    out_ptr,
+    num_rows,
+    height,
+    width,
+    out_height,
+    out_width,
+    channels,
+    out_channels,
+    weight_stride,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr,
+    ONE_TAP: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_M pixels of the result and BLOCK_N of its channels, all of them where there is a norm.
+
+    A row of the product is the pixel's window of x: all taps of a channel behind each other with `CHANNELS_FIRST`,
+    otherwise all channels of a tap, where with `ONE_TAP` a block never holds two taps.
+    """
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    # Programs that share pixels are neighbours.
+    column_tiles = tl.cdiv(out_channels, BLOCK_N)
+    rows = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < num_rows
+    column_mask = columns < out_channels
+    top = rows // out_width % out_height * STRIDE - PADDING
+    left = rows % out_width * STRIDE - PADDING
+    first = (rows // out_width // out_height).to(tl.int64) * height * width * channels
+    if CHANNELS_FIRST:
+        pixels = x_ptr + (first + top * width + left)[:, None]
+    else:
+        pixels = x_ptr + (first + (top * width + left).to(tl.int64) * channels)[:, None]
+    weight_columns = weight_ptr + columns.to(tl.int64)[None, :] * weight_stride
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, channels * TAPS, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        if ONE_TAP:
+            tap = start // channels
+            off_y = tap // KERNEL
+            off_x = tap % KERNEL
+            inside = row_mask & (top + off_y >= 0) & (top + off_y < height)
+            inside = inside & (left + off_x >= 0) & (left + off_x < width)
+            source = (off_y * width + off_x).to(tl.int64) * channels + start % channels + tl.arange(0, BLOCK_K)
+            x = tl.load(pixels + source[None, :], mask=inside[:, None], other=0.0)
+            weight = tl.load(weight_columns + k[:, None], mask=column_mask[None, :], other=0.0)
+        else:
+            if CHANNELS_FIRST:
+                tap = k % TAPS
+                off_y = tap // KERNEL
+                off_x = tap % KERNEL
+                source = (k // TAPS).to(tl.int64) * height * width + off_y * width + off_x
+            else:
+                tap = k // channels
+                off_y = tap // KERNEL
+                off_x = tap % KERNEL
+                source = (off_y * width + off_x).to(tl.int64) * channels + k % channels
+            y = top[:, None] + off_y[None, :]
+            inside = row_mask[:, None] & (k < channels * TAPS)[None, :] & (y >= 0) & (y < height)
+            column = left[:, None] + off_x[None, :]
+            inside = inside & (column >= 0) & (column < width)
+            x = tl.load(pixels + source[None, :], mask=inside, other=0.0)
+            weight_mask = (k < weight_stride)[:, None] & column_mask[None, :]
+            weight = tl.load(weight_columns + k[:, None], mask=weight_mask, other=0.0)
+        accumulator = dot(x, weight, accumulator, ARITHMETIC)
+    y = accumulator + vector(bias_ptr, columns, column_mask, 0.0, BLOCK_N)[None, :]
+    if norm is not None:
+        y = row_normalize(y, norm, columns, column_mask, out_channels, BLOCK_N)
+    offsets = rows.to(tl.int64)[:, None] * out_channels + columns[None, :]
+    tl.store(out_ptr + offsets, y, mask=row_mask[:, None] & column_mask[None, :])
+
+
+def run(tensors: Tensors, static: Static) -> Outputs:
+    """The weight packed, the convolution as a product, and a norm in its epilogue where a tile holds whole rows.
+
+    Wider rows are normalised by a launch of their own, and so is x: its pixels are gathered more than once.
+    """
+    x, *rest = tensors
+    assert x is not None
+    weight, bias, norm_weight, norm_bias, in_norm_weight, in_norm_bias = library.dense(rest)
+    assert weight is not None
+    out_channels, channels, kernel, _ = weight.shape
+    batch, height, width, _ = x.shape
+    out_height, out_width = (output_size(size, kernel, static) for size in (height, width))
+    out = x.new_empty((batch, out_height, out_width, out_channels), dtype=static.out_dtype)
+    if out.numel() == 0:
+        return (out,)
+    channels_first = static.in_norm_eps is None and not x.is_contiguous() and x.permute(0, 3, 1, 2).is_contiguous()
+    if not channels_first:
+        x = x.contiguous()
+    if static.in_norm_eps is not None:
+        normed = torch.empty_like(x, dtype=static.dtype)
+        normalize_rows(x, normed, in_norm_weight, in_norm_bias, static.in_norm_eps)
+        x = normed
+    arithmetic = triton_support.arithmetic(static.dtype, x.device)
+    packed = _pack(weight, channels_first, static.dtype)
+    config = triton_support.config("embedding", arithmetic, out_channels, 0 if channels_first else channels)
+    whole_rows = static.norm_eps is not None and out_channels <= config.block_n
+    rows = out
+    if static.norm_eps is not None and not whole_rows:
+        rows = torch.empty_like(out, dtype=static.dtype)
+    num_rows = batch * out_height * out_width
+    triton_support.launch(
+        embed_kernel,
+        triton.cdiv(num_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),
+        x.device,
+        config,
+        x,
+        packed,
+        bias,
+        (norm_weight, norm_bias, static.norm_eps) if whole_rows else None,
+        rows,
+        num_rows,
+        height,
+        width,
+        out_height,
+        out_width,
+        channels,
+        out_channels,
+        packed.shape[1],
+        KERNEL=kernel,
+        STRIDE=static.stride,
+        PADDING=static.padding,
+        CHANNELS_FIRST=channels_first,
+        ONE_TAP=not channels_first and channels % config.block_k == 0,
+        ARITHMETIC=arithmetic.constexpr(),
+    )
+    if rows is not out:
+        assert static.norm_eps is not None
+        normalize_rows(rows, out, norm_weight, norm_bias, static.norm_eps)
+    return (out,)
+
+
+def _pack(weight: Tensor, channels_first: bool, dtype: torch.dtype) -> Tensor:
+    """The weight as `embed_kernel` reads it, its rows padded with zeros to a length that vector loads like."""
+    out_channels, channels, kernel, _ = weight.shape
+    length = channels * kernel**2
+    stride = triton.cdiv(length, ALIGNMENT) * ALIGNMENT
+    if stride == length and weight.dtype == dtype and (channels_first or kernel == 1):
+        return weight.flatten(1)
+    packed = weight.new_empty((out_channels, stride), dtype=dtype)
+    config = triton_support.config("normalize", triton_support.arithmetic(dtype, weight.device), stride)
+    triton_support.launch(
+        pack_kernel,
+        triton.cdiv(out_channels, config.block_m) * triton.cdiv(stride, config.block_k),
+        weight.device,
+        config,
+        weight,
+        packed,
+        out_channels,
+        channels,
+        stride,
+        TAPS=kernel**2,
+        CHANNELS_FIRST=channels_first,
+    )
+    return packed
