@@ -114,7 +114,9 @@ def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None
         own.pack(model)
     if not report.replaced and not report.left_alone:
         known = ", ".join(integrations.KNOWN)
-        report.notes.append(f"nothing in this model is known; known are {known} and the modules of fastvit_kernels")
+        report.notes.append(
+            f"nothing in this model is known; known are {known} (timm from 0.9 on) and the modules of fastvit_kernels"
+        )
     _note_compiled(report, model)
     return report
 

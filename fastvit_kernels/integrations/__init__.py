@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 from fastvit_kernels.integrations.adapter import Adapter
 
@@ -27,6 +28,9 @@ _HOSTS = {
     },
 }
 
+# Before, timm's modules take and hold something else under the same names.
+_OLDEST_TIMM = (0, 9)
+
 KNOWN = tuple(f"{module}.{cls}" for module, classes in _HOSTS.items() for cls in classes)
 
 
@@ -34,12 +38,19 @@ def adapter_of(cls: type) -> Adapter | None:
     """The adapter whose host or accelerated class `cls` is, exactly; None for any other class."""
     if cls.__module__.startswith(f"{__name__}."):
         integration = cls.__module__
-    elif (name := _HOSTS.get(cls.__module__, {}).get(cls.__qualname__)) is not None:
+    elif (name := _HOSTS.get(cls.__module__, {}).get(cls.__qualname__)) is not None and not _is_too_old(cls):
         integration = f"{__name__}.{name}"
     else:
         return None
     adapter: Adapter = importlib.import_module(integration).ADAPTER
     return adapter if cls in (adapter.host, adapter.fused) else None
+
+
+def _is_too_old(cls: type) -> bool:
+    if not cls.__module__.startswith("timm."):
+        return False
+    major, minor, *_ = sys.modules["timm"].__version__.split(".")
+    return (int(major), int(minor)) < _OLDEST_TIMM
 
 
 def known_base(cls: type) -> type | None:

@@ -205,6 +205,13 @@ def test_obstacles_that_come_later_are_noticed(change, index):
     assert entry.path == f"blocks.0.{index}" and any(OBSTACLES[change] in reason for reason in entry.reasons)
 
 
+def test_another_timm_is_not_known(monkeypatch):
+    monkeypatch.setattr(load_timm(), "__version__", "0.8.23.dev0")
+    model = make()
+    report = fastvit_kernels.accelerate(model)
+    assert not report and "timm from 0.9 on" in str(report) and type(model.blocks[0][0]) is twins.Block
+
+
 def test_compiled():
     stock = make()
     fused, _ = accelerated(stock, inference=True)
