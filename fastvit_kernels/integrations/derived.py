@@ -1,8 +1,8 @@
 """Tensors made of parameters, kept from call to call.
 
 Packed weights are known by the tensors they were made from. An operator that takes something computed from parameters
-(a table of biases that is spread over pairs of pixels, a scale folded into a batch norm) must therefore get the same
-tensor at each call as long as the parameters are the same.
+(a table of biases spread over pairs of pixels) must therefore get the same tensor at each call as long as the
+parameters are the same.
 """
 
 from __future__ import annotations
