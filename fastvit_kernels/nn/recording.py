@@ -33,6 +33,9 @@ class _Step(NamedTuple):
     is_tuple: bool
 
 
+_Layout = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
 class Recording(TorchDispatchMode):
     """Collects every operator call of the thread while it is active.
 
@@ -49,13 +52,17 @@ class Recording(TorchDispatchMode):
         self.obstacle: str | None = None
         self._steps: list[_Step] = []
         self._names = WeakTensorKeyDictionary()
+        self._views = WeakTensorKeyDictionary()
+        self._layouts: dict[str, _Layout] = {}
         self._bound: dict[str, Any] = {}
         self._sources: list[Tensor] = []
+        self._weights: list[Tensor] = []
         self._sites: dict[int, tuple[Operator, PackedWeights]] = {}
         self._count = 0
         for constant in constants:
             self._bind(constant)
         self._inputs = [self._names.setdefault(x, _Name(f"x{number}")) for number, x in enumerate(inputs)]
+        self._layouts |= {self._names[x]: _layout(x) for x in inputs}
         self._lasting = {t.untyped_storage().data_ptr() for t in self._names}
 
     def __enter__(self) -> Recording:
@@ -85,9 +92,12 @@ class Recording(TorchDispatchMode):
         if self.obstacle is not None:
             return None
         restructure = partial(tree_unflatten, treespec=structure)
-        return Program(self._source(results), self._bound, self._sources, restructure)
+        return Program(self._source(results), self._bound, self._sources, self._weights, restructure)
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        leaves = tree_flatten((args, kwargs, out))[0]
+        if not any(isinstance(leaf, Tensor) for leaf in leaves):
+            return  # a question about dtypes or devices
         named_args = _by_name(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags and not any(
             name in named_args and named_args[name] == value for name, value in _SWITCHED_OFF.items()
@@ -97,25 +107,43 @@ class Recording(TorchDispatchMode):
         if any(tag in func.tags for tag in _DEPENDS_ON_VALUES):
             self.obstacle = f"{func} lets Python see values"
             return
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         outs = list(out) if isinstance(out, (tuple, list)) else [out]
         if not all(o is None or isinstance(o, Tensor) for o in outs):
             self.obstacle = f"{func} returns values to Python"
         elif func._schema.is_mutable:
             self._check_writes(func, named_args)
-        elif tensors and self._is_view_of_constants(func, tensors):
-            for o in outs:
-                self._bind(o)
-            self._sources += tensors
+        elif self._note_views(func, args, outs):
             return
         function, call_args = self._function(func, args)
         templates = [self._template(value) for value in call_args]
         named = {key: self._template(value) for key, value in kwargs.items()}
         if self.obstacle is None:
             results = [None if o is None else self._name(o) for o in outs]
-            self._steps.append(
-                _Step(function, templates, named, results, function is library.repeat or isinstance(out, (tuple, list)))
-            )
+            is_tuple = function is library.repeat or isinstance(out, (tuple, list))
+            self._steps.append(_Step(function, templates, named, results, is_tuple))
+
+    def _note_views(self, func: Any, args: tuple[Any, ...], outs: list[Any]) -> bool:
+        """Whether the call only made views of its first argument (or handed it on).
+
+        Views of constants are made once and for all. Views of other tensors are made where something uses them, in one
+        step however many calls led there.
+        """
+        base = args[0] if args else None
+        if not isinstance(base, Tensor) or not any(a.alias_info is not None for a in func._schema.arguments):
+            return False
+        if not all(isinstance(o, Tensor) and _shares_memory(o, base) for o in outs):
+            return False
+        for o in outs:
+            if o is base:
+                continue
+            if self._names.get(base) in self._bound:
+                self._bind(o)
+                self._sources.append(base)
+            elif (root := self._views[base][0] if base in self._views else self._names.get(base)) is not None:
+                self._views[o] = root, _layout(o)
+            else:
+                return False
+        return True
 
     def _check_writes(self, func: Any, named_args: dict[str, Any]) -> None:
         for argument in func._schema.arguments:
@@ -124,15 +152,19 @@ class Recording(TorchDispatchMode):
                     if isinstance(t, Tensor) and t.untyped_storage().data_ptr() in self._lasting:
                         self.obstacle = f"{func} changes an input, a parameter or a buffer"
 
-    def _is_view_of_constants(self, func: Any, tensors: list[Tensor]) -> bool:
-        aliases = any(argument.alias_info is not None for argument in func._schema.arguments)
-        return aliases and all(self._names.get(t) in self._bound for t in tensors)
-
     def _function(self, func: Any, args: tuple[Any, ...]) -> tuple[Callable[..., Any], Sequence[Any]]:
-        """What the program calls, with which arguments; packed weights are asked for anew at every call."""
+        """What the program calls, with which arguments.
+
+        The packed weights are its own where they were made from constants (`Program.valid` watches those); else they
+        are asked for anew at every call.
+        """
         if func.namespace == library.NAMESPACE and len(args) > 1 and id(args[1]) in self._sites:
             operator, site = self._sites[id(args[1])]
-            return library.repeat, (operator, site, args[0], operator.static(*args[2:]))
+            weights = [args[0][index] for index in operator.parameters if args[0][index] is not None]
+            if not all(self._names.get(w) in self._bound for w in weights):
+                return library.repeat, (operator, site, args[0], operator.static(*args[2:]))
+            self._weights += weights
+            self._bind(args[1])
         return func, args
 
     def _hear_of_packing(self, packed: Tensor, operator: Operator, site: PackedWeights) -> None:
@@ -146,6 +178,12 @@ class Recording(TorchDispatchMode):
 
     def _variable(self, t: Tensor) -> Any:
         name = self._names.get(t)
+        if name is None and t in self._views:
+            root, layout = self._views[t]
+            if layout == self._layouts[root]:
+                return root
+            name = self._name(t)
+            self._steps.append(_Step(torch.as_strided, [root, *layout], {}, [name], False))
         if name is None and self.obstacle is None:
             self.obstacle = f"a tensor {list(t.shape)} comes from neither the inputs nor the module"
         return name
@@ -153,6 +191,7 @@ class Recording(TorchDispatchMode):
     def _name(self, t: Tensor) -> _Name:
         self._count += 1
         name: _Name = self._names.setdefault(t, _Name(f"t{self._count}"))
+        self._layouts.setdefault(name, _layout(t))
         return name
 
     def _bind(self, t: Tensor) -> None:
@@ -199,11 +238,21 @@ class Recording(TorchDispatchMode):
 class Program:
     """The calls of one recording.
 
-    `valid` says whether the memory is where it was of which it holds views (of parameters and buffers).
+    Args:
+        source: the text of its function `program`.
+        bound: what the names in it stand for.
+        sources: tensors of which it holds views.
+        weights: tensors of which it holds the packed form.
+        restructure: makes the output of the list that `program` returns.
     """
 
     def __init__(
-        self, source: str, bound: dict[str, Any], sources: list[Tensor], restructure: Callable[[list[Any]], Any]
+        self,
+        source: str,
+        bound: dict[str, Any],
+        sources: list[Tensor],
+        weights: list[Tensor],
+        restructure: Callable[[list[Any]], Any],
     ) -> None:
         namespace = dict(bound)
         exec(compile(source, "<recorded calls>", "exec"), namespace)
@@ -211,9 +260,12 @@ class Program:
         self._restructure = restructure
         self._sources = list({id(t): t for t in sources}.values())
         self._addresses = [t.data_ptr() for t in self._sources]
+        self._weights = list({id(t): t for t in weights}.values())
+        self._state = packing.state(self._weights)
 
     def valid(self) -> bool:
-        return [t.data_ptr() for t in self._sources] == self._addresses
+        """Whether the sources are where they were, and the weights besides have not been written to."""
+        return [t.data_ptr() for t in self._sources] == self._addresses and packing.state(self._weights) == self._state
 
     def run(self, inputs: Sequence[Tensor]) -> Any:
         """The recorded output's structure with the results of calling everything again on other inputs."""
@@ -225,6 +277,14 @@ def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     arguments = func._schema.arguments
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
     return {**defaults, **dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
+
+
+def _layout(t: Tensor) -> _Layout:
+    return tuple(t.shape), t.stride(), int(t.storage_offset())
+
+
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.dtype is b.dtype and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _names_in(template: Any) -> list[_Name]:

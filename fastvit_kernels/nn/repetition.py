@@ -129,7 +129,7 @@ def _key(inputs: tuple[Any, ...]) -> Any:
         if isinstance(x, Tensor):
             if type(x) is not Tensor or x.device.type != "cpu" or x.layout is not torch.strided or x.is_neg():
                 return None
-            found += [x.shape, x.stride(), x.dtype]
+            found += [x.shape, x.stride(), x.storage_offset(), x.dtype]
             # Two inputs that were one tensor are one variable of the program.
             addresses.append(id(x))
         else:

@@ -62,16 +62,16 @@ class PackedWeights:
         entry = self._entry
         packing = (static.dtype, *operator.packing(static))
         weights = tuple([tensors[index] for index in operator.parameters])
-        state = _state([t for t in weights if t is not None])
+        found = state([t for t in weights if t is not None])
         if (
             entry is None
-            or entry.state != state
+            or entry.state != found
             or entry.packing != packing
             or not (all(map(is_, entry.weights, weights)) or all(map(_alike, entry.weights, weights)))
         ):
             pack = getattr(torch.ops.fastvit, f"{operator.name}_pack").default
             with torch.no_grad():
-                entry = _Entry(packing, weights, state, pack(tensors, *static))
+                entry = _Entry(packing, weights, found, pack(tensors, *static))
             self._entry = entry
         if _local.listener is not None:
             _local.listener(entry.packed, operator, self)
@@ -93,7 +93,7 @@ def _alike(old: Tensor | None, new: Tensor | None) -> bool:
     return old.shape == new.shape and old.stride() == new.stride() and old.dtype is new.dtype
 
 
-def _state(weights: Sequence[Tensor]) -> list[int]:
+def state(weights: Sequence[Tensor]) -> list[int]:
     """Addresses and version counters: what an in-place update or a swap of `.data` changes."""
     addresses = [t.data_ptr() for t in weights]
     try:
