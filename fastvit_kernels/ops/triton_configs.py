@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[tuple[str, str], tuple[tuple[int, Config], ...]]] = {
         ("interpreter", "any"): _INTERPRETER,
     },
     "expansion": {
-        ("default", "half"): ((ANY, Config(128, 128, 32, 8, 2)),),
+        ("default", "half"): ((ANY, Config(128, 64, 64, 8, 2)),),
         ("default", "tf32"): ((ANY, Config(64, 64, 32, 4, 3)),),
         ("default", "ieee"): ((ANY, Config(64, 64, 16, 8, 2)),),
         ("default", "unaligned"): ((ANY, Config(32, 32, 32, 4, 2)),),
@@ -72,9 +72,9 @@ CONFIGS: dict[str, dict[tuple[str, str], tuple[tuple[int, Config], ...]]] = {
             (128, Config(64, 128, 64, 16, 1)),
             (ANY, Config(64, 256, 32, 8, 1)),
         ),
-        ("default", "tf32"): ((ANY, Config(64, 64, 32, 8, 1)),),
+        ("default", "tf32"): ((ANY, Config(32, 64, 32, 4, 1)),),
         ("default", "ieee"): ((ANY, Config(32, 64, 16, 4, 1)),),
-        ("default", "unaligned"): ((ANY, Config(64, 64, 64, 8, 1)),),
+        ("default", "unaligned"): ((ANY, Config(64, 64, 32, 8, 1)),),
         ("interpreter", "any"): _INTERPRETER,
     },
     "embedding": {
