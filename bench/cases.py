@@ -49,6 +49,7 @@ class Case:
         build: the stock module: fp32, eval mode, reference backend.
         make_inputs: its inputs in fp32.
         fuse: takes a copy of the stock module, returns it running on the fused kernels with packed weights.
+        settle: changes the stock module's random weights where they would make activations explode or vanish.
         products: positions of the inputs that matrix products make: autocast delivers them in bf16.
         attention: there is an attention in it.
         end_to_end: a whole model, held to the end-to-end rule in fp32.
@@ -62,6 +63,7 @@ class Case:
     build: Callable[[], nn.Module]
     make_inputs: Callable[[], tuple[Tensor, ...]]
     fuse: Callable[[nn.Module], nn.Module]
+    settle: Callable[[nn.Module], None] | None = None
     products: tuple[int, ...] = ()
     attention: bool = False
     end_to_end: bool = False
@@ -79,6 +81,8 @@ class Case:
             torch.manual_seed(0)
             module = self.build().eval().requires_grad_(False)
             _enliven(module)
+            if self.settle is not None:
+                self.settle(module)
         return module
 
     @cached_property

@@ -8,8 +8,12 @@ and parameters read once, outputs written once, everything in the compute dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 Grid = tuple[int, int]
 
@@ -37,6 +41,22 @@ class Cost:
 
     def nbytes(self, itemsize: int) -> int:
         return (self.weights + self.activations) * itemsize
+
+
+def macs(call: Callable[..., object], *inputs: Tensor) -> int:
+    """Multiply-adds of plain PyTorch called with these inputs; on the meta device it computes nothing."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def counted(module: nn.Module, *inputs: Tensor) -> Cost:
+    """Of a module in plain PyTorch that is called with these inputs, all of them on the meta device."""
+    with torch.no_grad():
+        found = module(*inputs)
+    outputs = (found,) if isinstance(found, Tensor) else tuple(found)
+    weights = sum(t.numel() for t in module.state_dict().values() if t.is_floating_point())
+    return Cost(macs(module, *inputs), weights, sum(t.numel() for t in (*inputs, *outputs)))
 
 
 def output_grid(grid: Grid, kernel: int, stride: int, padding: int) -> Grid:

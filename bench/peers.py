@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastvit_kernels.bench import plain_attention
 from fastvit_kernels.bench.cases import VARIANTS, Case, Outputs, as_outputs, as_user_has_it, inference
 from fastvit_kernels.ops import library
 from fastvit_kernels.ops.global_attention.reference import Static, reference
@@ -77,11 +78,12 @@ def _sdpa_reference(tensors: Tensors, static: Static) -> Outputs:
 
 @contextmanager
 def _sdpa_attention() -> Iterator[None]:
-    """The reference's explicit softmax replaced by `F.scaled_dot_product_attention`."""
+    """The explicit softmax of references and plain models replaced by `F.scaled_dot_product_attention`."""
     operator = library.operators["global_attention"]
     previous, operator.reference = operator.reference, _sdpa_reference
     try:
-        yield
+        with plain_attention.sdpa():
+            yield
     finally:
         operator.reference = previous
 

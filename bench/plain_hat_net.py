@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvit_kernels.bench.plain_attention import softmax_attention
+
 VARIANTS: dict[str, dict[str, object]] = {
     "hat_net_tiny": {"dims": (48, 96, 240, 384), "head_dim": 48, "depths": (2, 2, 6, 3)},
     "hat_net_small": {"dims": (64, 128, 320, 512), "depths": (2, 3, 8, 3)},
@@ -23,11 +25,6 @@ VARIANTS: dict[str, dict[str, object]] = {
 def group_norm(channels: int) -> nn.GroupNorm:
     """Mean and variance over all channels and pixels of a sample."""
     return nn.GroupNorm(1, channels, eps=1e-6)
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Rows `[..., N, d]`; the scale is that of a head, and goes on the queries."""
-    return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -43,7 +40,7 @@ def attend_in_windows(q: Tensor, k: Tensor, v: Tensor, heads: int, side: int) ->
 
     def cut(x: Tensor) -> Tensor:
         x = x.reshape(batch, heads, width_of_head, down, side, across, side)
-        return x.permute(0, 1, 3, 5, 4, 6, 2).reshape(-1, side * side, width_of_head)
+        return x.permute(0, 1, 3, 5, 4, 6, 2).reshape(batch, -1, side * side, width_of_head)
 
     out = softmax_attention(cut(q), cut(k), cut(v))
     out = out.reshape(batch, heads, down, across, side, side, width_of_head)

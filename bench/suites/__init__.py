@@ -7,13 +7,17 @@ from functools import partial
 
 from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.suites import (
+    cmt,
     conv_projection,
     cvt,
+    depthwise_mlp,
+    dhvt,
     global_attention,
     hat_net,
     local_attention,
     patch_embedding,
     pointwise_mlp,
+    pvt_v2,
     query_attention,
 )
 from fastvit_kernels.bench.suites.operators import Stage
@@ -21,22 +25,37 @@ from fastvit_kernels.bench.suites.operators import Stage
 Suite = Callable[[int], list[Case]]
 
 
-def _of_stages(case: Callable[[Stage, int], Case], batch: int) -> list[Case]:
+def _of_cvt(case: Callable[[Stage, int], Case], batch: int) -> list[Case]:
     return [case(stage, batch) for stage in cvt.stages()]
 
 
-def _of_hat_net(case: Callable[[hat_net.Stage, int], Case], two_levels_only: bool, batch: int) -> list[Case]:
-    return [case(stage, batch) for stage in hat_net.stages() if stage.window > 1 or not two_levels_only]
+def _local_attention(batch: int) -> list[Case]:
+    return [local_attention.case(stage, batch) for stage in hat_net.stages()]
+
+
+def _patch_embedding(batch: int) -> list[Case]:
+    shapes = [*cvt.embeddings(), *cmt.embeddings(), *pvt_v2.embeddings()]
+    return [patch_embedding.case(shape, batch) for shape in shapes]
+
+
+def _query_attention(batch: int) -> list[Case]:
+    shapes = [*hat_net.attentions(), *cmt.attentions(), *dhvt.attentions(), *pvt_v2.attentions()]
+    return [query_attention.case(shape, batch) for shape in shapes]
+
+
+def _depthwise_mlp(batch: int) -> list[Case]:
+    shapes = [*hat_net.mlps(), *cmt.mlps(), *dhvt.mlps(), *pvt_v2.mlps()]
+    return [depthwise_mlp.case(shape, batch) for shape in shapes]
 
 
 SUITES: dict[str, Suite] = {
-    **{name: partial(cvt.cases, name) for name in cvt.MODELS},
-    "patch_embedding": partial(_of_stages, patch_embedding.case),
-    "conv_projection": partial(_of_stages, conv_projection.case),
-    "global_attention": partial(_of_stages, global_attention.case),
-    "pointwise_mlp": partial(_of_stages, pointwise_mlp.case),
-    **{name: partial(hat_net.cases, name) for name in hat_net.MODELS},
-    "local_attention": partial(_of_hat_net, local_attention.case, False),
-    "query_attention": partial(_of_hat_net, query_attention.case, True),
+    **{name: partial(family.cases, name) for family in (cvt, hat_net, cmt, dhvt, pvt_v2) for name in family.MODELS},
+    "patch_embedding": _patch_embedding,
+    "conv_projection": partial(_of_cvt, conv_projection.case),
+    "global_attention": partial(_of_cvt, global_attention.case),
+    "pointwise_mlp": partial(_of_cvt, pointwise_mlp.case),
+    "local_attention": _local_attention,
+    "query_attention": _query_attention,
+    "depthwise_mlp": _depthwise_mlp,
 }
 """Suite name -> the cases for a batch size. Cases build their modules and inputs when first asked for them."""

@@ -9,8 +9,10 @@ from torch import nn
 
 from fastvit_kernels.bench import flops
 from fastvit_kernels.bench.cases import Case
+from fastvit_kernels.bench.suites import patch_embedding
 from fastvit_kernels.bench.suites.models import IMAGE, accelerated, images
 from fastvit_kernels.bench.suites.operators import Stage
+from fastvit_kernels.bench.suites.transformers_twins import Logits
 from fastvit_kernels.models import create_model
 from fastvit_kernels.models.cvt import ConvolutionalVisionTransformer
 from fastvit_kernels.models.cvt_keys import from_transformers
@@ -95,16 +97,9 @@ def stages() -> list[Stage]:
     return found
 
 
-class _Logits(nn.Module):
-    """A transformers classifier that returns its logits bare."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(x).logits
-        return logits
+def embeddings() -> list[patch_embedding.Shape]:
+    """The convolution in front of every stage."""
+    return [patch_embedding.Shape(*stage[:7]) for stage in stages()]
 
 
 def _transformers_twin(stock: nn.Module) -> nn.Module:
@@ -134,4 +129,4 @@ def _transformers_twin(stock: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, tensor in from_transformers(twin.state_dict()).items():
             tensor.copy_(weights[name])
-    return _Logits(twin)
+    return Logits(twin)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fastvit_kernels.bench import flops, plain_hat_net
 from fastvit_kernels.bench.cases import Case
-from fastvit_kernels.bench.suites.models import IMAGE, accelerated, images
+from fastvit_kernels.bench.suites import depthwise_mlp, query_attention
+from fastvit_kernels.bench.suites.models import IMAGE, accelerated, images, ours
 from fastvit_kernels.models import create_model
 from fastvit_kernels.models.hat_net import STEM_CHANNELS, HATNet
 
@@ -68,7 +69,7 @@ def case(name: str, batch: int, **overrides: Any) -> Case:
         cost=cost(sizes, batch),
         build=lambda: plain_hat_net.HATNet(**sizes),
         make_inputs=lambda: (images(batch, IMAGE),),
-        fuse=lambda plain: accelerated(_ours(name, plain, sizes)),
+        fuse=lambda plain: accelerated(ours(name, plain, **_names(sizes))),
         attention=True,
         end_to_end=True,
     )
@@ -99,6 +100,24 @@ def stages() -> list[Stage]:
     return found
 
 
+def mlps() -> list[depthwise_mlp.Shape]:
+    """Those of every stage, and HAT-Net-Medium's wider filters."""
+    found = [
+        depthwise_mlp.Shape(s.name, depthwise_mlp.HAT_NET, s.grid, s.channels, s.hidden, s.kernel) for s in stages()
+    ]
+    wide = [shape for shape in found if shape.name in ("hat_net_small-stage1", "hat_net_small-stage3")]
+    return found + [shape._replace(name=shape.name.replace("small", "medium"), kernel=5) for shape in wide]
+
+
+def attentions() -> list[query_attention.Shape]:
+    """The second level of every stage that has two: every pixel to the pooled map."""
+    return [
+        query_attention.Shape(s.name, s.queries, s.keys, s.channels, s.num_heads, "group", add_query_input=True)
+        for s in stages()
+        if s.window > 1
+    ]
+
+
 def cost(sizes: dict[str, Any], batch: int) -> flops.Cost:
     """Of a classifier with these sizes of the plain model."""
     with torch.device("meta"):
@@ -120,13 +139,6 @@ def cost(sizes: dict[str, Any], batch: int) -> flops.Cost:
     )
 
 
-def _ours(name: str, plain: nn.Module, sizes: dict[str, Any]) -> nn.Module:
-    """Our model with a plain model's weights, in its dtype and memory format."""
-    names = {"kernels": "kernel_sizes"}
-    with torch.device("meta"):
-        model = create_model(name, **{names.get(key, key): value for key, value in sizes.items()})
-    weights = plain.state_dict()
-    model.load_state_dict(weights, strict=True, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model.train(plain.training)
+def _names(sizes: dict[str, Any]) -> dict[str, Any]:
+    """The plain model's sizes under our names."""
+    return {"kernel_sizes" if key == "kernels" else key: value for key, value in sizes.items()}

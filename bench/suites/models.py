@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit_kernels import accelerate
+from fastvit_kernels.models import create_model
 
 IMAGE = 224
 
@@ -24,3 +27,11 @@ def accelerated(model: nn.Module) -> nn.Module:
     if not report or report.left_alone:
         raise RuntimeError(str(report))
     return model
+
+
+def ours(name: str, plain: nn.Module, **overrides: Any) -> nn.Module:
+    """Our model with a plain one's weights, in its dtype and memory format; `overrides` are for `create_model`."""
+    with torch.device("meta"):
+        model = create_model(name, **overrides)
+    model.load_state_dict(plain.state_dict(), strict=True, assign=True)
+    return model.requires_grad_(False).train(plain.training)

@@ -1,6 +1,8 @@
-"""The suite `query_attention`: `global_attention` with few keys, the queries' norm and linear and its sum included."""
+"""The suite `query_attention`: `global_attention` with the linear of the queries, and what else is fused around it."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,54 +10,95 @@ from torch import Tensor, nn
 from fastvit_kernels import ops
 from fastvit_kernels.bench import flops
 from fastvit_kernels.bench.cases import Case
-from fastvit_kernels.bench.suites.hat_net import Stage
 from fastvit_kernels.bench.suites.operators import OperatorModule, fuse
 
 
+class Shape(NamedTuple):
+    """The attention of one stage, behind whatever makes its keys; the defaults are PVTv2's.
+
+    Attributes:
+        queries, keys: rows of both.
+        norm: of the query rows, fused: `"layer"`, `"group"` or None.
+        add_query_input: the normalised query rows are added to the attention's result (HAT-Net).
+        separate_values: keys and values in two tensors (CMT).
+        table: added to the scores (CMT).
+        residual: added to the result.
+    """
+
+    name: str
+    queries: int
+    keys: int
+    channels: int
+    num_heads: int
+    norm: str | None = "layer"
+    add_query_input: bool = False
+    separate_values: bool = False
+    table: bool = False
+    residual: bool = True
+
+
 class QueryAttention(OperatorModule):
-    """HAT-Net's second level: every pixel to the pooled map."""
-
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.num_heads, self.scale = stage.num_heads, stage.head_dim**-0.5
-        self.norm = nn.GroupNorm(1, stage.channels, eps=1e-6)
-        self.q = nn.Linear(stage.channels, stage.channels)
-        self.proj = nn.Linear(stage.channels, stage.channels)
+        self.shape, channels = shape, shape.channels
+        self.norm: nn.LayerNorm | nn.GroupNorm | None = None
+        if shape.norm is not None:
+            self.norm = nn.LayerNorm(channels, 1e-6) if shape.norm == "layer" else nn.GroupNorm(1, channels, 1e-6)
+        self.q = nn.Linear(channels, channels)
+        self.proj = nn.Linear(channels, channels)
+        self.table = nn.Parameter(torch.empty(shape.num_heads, shape.queries, shape.keys)) if shape.table else None
 
-    def forward(self, rows: Tensor, keys: Tensor, residual: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, rows: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        shape, norm = self.shape, self.norm
         return ops.global_attention(
             rows,
-            keys,
-            num_heads=self.num_heads,
-            scale=self.scale,
-            norm="group",
-            norm_weight=self.norm.weight,
-            norm_bias=self.norm.bias,
-            norm_eps=self.norm.eps,
+            others[0],
+            others[1] if shape.separate_values else None,
+            num_heads=shape.num_heads,
+            scale=(shape.channels // shape.num_heads) ** -0.5,
+            norm=shape.norm,
+            norm_weight=None if norm is None else norm.weight,
+            norm_bias=None if norm is None else norm.bias,
+            norm_eps=None if norm is None else norm.eps,
             query_weight=self.q.weight,
             query_bias=self.q.bias,
-            add_query_input=True,
+            add_query_input=shape.add_query_input,
+            attn_bias=self.table,
             proj_weight=self.proj.weight,
             proj_bias=self.proj.bias,
-            residual=residual,
+            residual=others[-1] if shape.residual else None,
             packed=self.packed,
             backend=self.backend,
         )
 
 
-def case(stage: Stage, batch: int) -> Case:
-    def inputs() -> tuple[Tensor, ...]:
-        return stage.rows(batch), torch.randn(batch, stage.keys, 2 * stage.channels), stage.rows(batch)
+def case(shape: Shape, batch: int) -> Case:
+    def rows(count: int, width: int) -> Tensor:
+        return torch.randn(batch, count, width)
 
-    cost = flops.query_attention(batch, stage.queries, stage.keys, stage.channels)
+    def inputs() -> tuple[Tensor, ...]:
+        keys = [shape.channels] * 2 if shape.separate_values else [2 * shape.channels]
+        residual = [rows(shape.queries, shape.channels)] if shape.residual else []
+        return (rows(shape.queries, shape.channels), *(rows(shape.keys, width) for width in keys), *residual)
+
+    with torch.device("meta"):
+        cost = flops.counted(QueryAttention(shape), *inputs())
     return Case(
         "query_attention",
-        stage.name,
+        shape.name,
         batch,
         cost,
-        lambda: QueryAttention(stage),
+        lambda: QueryAttention(shape),
         inputs,
         fuse,
-        products=(1,),
+        settle=_settle,
+        products=(1, 2) if shape.separate_values else (1,),
         attention=True,
     )
+
+
+def _settle(module: nn.Module) -> None:
+    """A table that counts beside the scores."""
+    assert isinstance(module, QueryAttention)
+    if module.table is not None:
+        module.table.normal_()

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit_kernels.bench import flops
-from fastvit_kernels.bench.suites import SUITES, cvt
+from fastvit_kernels.bench.suites import SUITES, cvt, pvt_v2
 from fastvit_kernels.models import create_model
 
 
@@ -93,14 +93,77 @@ def test_model_reads_every_weight_once(name: str) -> None:
     assert cost.activations == 2 * (3 * 224 * 224 + 1000)
 
 
-# How many shapes each suite has: CvT's nine stages, or the different ones of the HAT-Nets.
+# Multiply-adds of one image, in units of 10^9, as published or counted from the papers' equations.
+@pytest.mark.parametrize(
+    ("name", "giga"),
+    [("cmt_s", 4.032), ("dhvt_small_imagenet_patch16", 5.033), ("pvt_v2_b2", 4.027), ("mit_b0", 0.452)],
+)
+def test_published_figures_of_counted_models(name: str, giga: float) -> None:
+    (case,) = SUITES[name](2)
+    assert round(case.cost.macs / 2e9, 3) == giga
+    assert case.cost.activations == 2 * (3 * 224 * 224 + 1000)
+
+
+def test_weights_of_counted_models_are_those_of_ours() -> None:
+    for name in ("cmt_s", "dhvt_small_imagenet_patch16", "pvt_v2_b2", "mit_b0", "segformer_b0"):
+        with torch.device("meta"):
+            state = create_model(name, 150 if name == "segformer_b0" else 1000).state_dict()
+        (case,) = SUITES[name](1)
+        assert case.cost.weights == sum(t.numel() for t in state.values() if t.is_floating_point())
+
+
+def test_segformers_floor_is_that_of_the_exchanged_head() -> None:
+    model = create_model("segformer_b0", 150, backend="reference").eval()
+    counted = flops.macs(model, torch.zeros(1, 3, 64, 64))
+    # The products of the head's matrices and biases do not depend on the image.
+    products = 256 * 256 * (32 + 64 + 160 + 256) + 4 * 256 * 256
+    assert pvt_v2.case("segformer_b0", 1, 64).cost.macs == counted - products
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "kernel"),
+    [("hat_net_small-stage1", 512, 3), ("hat_net_medium-stage3", 1280, 5), ("cmt_s-stage2", 512, 3)],
+)
+def test_depthwise_mlp_by_hand(name: str, hidden: int, kernel: int) -> None:
+    (case,) = (case for case in SUITES["depthwise_mlp"](2) if case.name == name)
+    pixels, channels = {"stage1": (56 * 56, 64), "stage2": (28 * 28, 128), "stage3": (14 * 14, 320)}[name[-6:]]
+    assert case.cost.macs == 2 * pixels * hidden * (2 * channels + kernel**2)
+    assert case.cost.activations == 2 * 2 * pixels * channels
+
+
+def test_prefix_rows_are_moved_and_not_multiplied() -> None:
+    (case,) = (case for case in SUITES["depthwise_mlp"](2) if case.name == "dhvt_small_imagenet_patch16")
+    assert case.cost.macs == 2 * 196 * 1536 * (2 * 384 + 9)
+    # Tokens in and out, and the mean of each channel.
+    assert case.cost.activations == 2 * 384 * (197 + 197 + 1)
+
+
+def test_query_attention_by_hand() -> None:
+    costs = {case.name: case.cost for case in SUITES["query_attention"](2)}
+    assert costs["hat_net_small-stage2"] == flops.query_attention(2, 28 * 28, 49, 128)
+    table = 4 * 196 * 49
+    cmt = flops.query_attention(2, 14 * 14, 49, 256)
+    assert costs["cmt_s-stage3"] == cmt + flops.Cost(0, table, 0)
+    # 196 patches, the class token and six heads; neither norm nor residual.
+    dhvt = flops.query_attention(2, 203, 203, 384)
+    assert costs["dhvt_small_imagenet_patch16"] == dhvt + flops.Cost(0, -2 * 384, -2 * 203 * 384)
+
+
+def test_reduction_of_keys_by_hand() -> None:
+    (case,) = (case for case in SUITES["patch_embedding"](2) if case.name == "pvt_v2_b2-stage2-keys")
+    expected = flops.patch_embedding(2, 128, 128, (28, 28), kernel=4, stride=4, padding=0)
+    assert case.cost == expected + flops.Cost(0, 2 * 128, 0)
+
+
+# How many shapes each suite has: CvT's nine stages, the different ones of the HAT-Nets, those of the others' models.
 SHAPES = {
-    "patch_embedding": 9,
+    "patch_embedding": 9 + 4 + 2 * (4 + 3),
     "conv_projection": 9,
     "global_attention": 9,
     "pointwise_mlp": 9,
     "local_attention": 9,
-    "query_attention": 6,
+    "query_attention": 6 + 4 + 3 + 2 * 4,
+    "depthwise_mlp": 9 + 2 + 4 + 3 + 2 * 4,
 }
 
 

@@ -1,10 +1,13 @@
-"""Every peer on a tiny CvT."""
+"""Every peer on a tiny CvT; the suites of all families on the peers that need no exporter."""
 
 from __future__ import annotations
 
+import copy
 import sys
+from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 from fastvit_kernels.bench import gate
@@ -12,8 +15,8 @@ from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.peers import PEERS, Unavailable
 from fastvit_kernels.bench.results import OK, UNAVAILABLE, Row
 from fastvit_kernels.bench.run import admit
-from fastvit_kernels.bench.suites import SUITES
-from fastvit_kernels.ops import library
+from fastvit_kernels.bench.suites import SUITES, cmt, dhvt, pvt_v2
+from fastvit_kernels.ops import dispatch, library
 from fastvit_kernels.ops.global_attention.reference import reference
 from fastvit_kernels.testing.numerics import relative_l2, to_fp64
 
@@ -86,10 +89,84 @@ def test_the_transformers_model_is_the_same_function(tiny: Case) -> None:
 
 def test_operator_suites_run_on_the_kernels() -> None:
     for suite in ("patch_embedding", "conv_projection", "global_attention", "pointwise_mlp"):
-        case = SUITES[suite](1)[2]
-        for variant in ("fp32", "autocast", "cast"):
-            row, _ = admit(_row(case, "fastvit", variant), case, PEERS["fastvit"], threads=1)
-            assert row.status == OK, row.reason
-        packed = case.fuse(case.stock())
+        _runs_on_the_kernels(SUITES[suite](1)[2])
+
+
+# One of each kind, the smallest maps.
+@pytest.mark.parametrize(
+    ("suite", "names"),
+    [
+        (
+            "depthwise_mlp",
+            (
+                "hat_net_tiny-stage4",
+                "cmt_s-stage4",
+                "dhvt_small_cifar_patch4",
+                "mit_b0-stage4",
+                "hat_net_medium-stage3",
+            ),
+        ),
+        ("query_attention", ("hat_net_tiny-stage3", "cmt_s-stage3", "dhvt_small_cifar_patch4", "mit_b0-stage3")),
+        ("patch_embedding", ("cmt_s-stage4", "mit_b0-stage3-keys", "mit_b0-stage4")),
+    ],
+)
+def test_suites_of_several_families_run_on_the_kernels(suite: str, names: tuple[str, ...]) -> None:
+    cases = {case.name: case for case in SUITES[suite](1)}
+    for name in names:
+        _runs_on_the_kernels(cases[name])
+
+
+def _runs_on_the_kernels(case: Case) -> None:
+    for variant in ("fp32", "autocast", "cast"):
+        row, _ = admit(_row(case, "fastvit", variant), case, PEERS["fastvit"], threads=1)
+        assert row.status == OK, row.reason
+    packed: Any = case.fuse(case.stock())
+    with dispatch.record(recorder := dispatch.Recorder()), torch.inference_mode():
         packed(*case.inputs())
-        assert packed.packed.nbytes > 0
+    assert packed.packed.nbytes > 0
+    assert [decision.chosen for decision in recorder.decisions] == ["cpu"]
+
+
+TINY_DEPTHS = {"depths": (1, 1, 1, 1), "num_classes": 10}
+
+
+def _tiny_models() -> list[Case]:
+    return [
+        cmt.case("cmt_s", 1, side=64, **TINY_DEPTHS),
+        dhvt.case("dhvt_small_imagenet_patch16", 1, side=64, depth=2, num_classes=10),
+        *(pvt_v2.case(name, 1, 64, **TINY_DEPTHS) for name in pvt_v2.MODELS),
+    ]
+
+
+def test_plain_models_and_ours_compute_the_same() -> None:
+    for case in _tiny_models():
+        for name in ("fastvit", "sdpa", "eager"):
+            for variant in ("fp32", "autocast"):
+                row, _ = admit(_row(case, name, variant), case, PEERS[name], threads=1)
+                assert row.status == OK, (case.title, name, row.reason)
+
+
+def test_transformers_pyramids_are_the_same_functions() -> None:
+    for case in _tiny_models()[2:]:
+        assert case.twin is not None
+        twin = case.twin(case.stock()).eval()
+        assert relative_l2(copy.deepcopy(twin).double()(*to_fp64(case.inputs())), case.exact[0]) < 1e-12
+        row, _ = admit(_row(case, "transformers+fastvit", "fp32"), case, PEERS["transformers+fastvit"], threads=1)
+        assert row.status == OK, row.reason
+
+
+def test_sdpa_replaces_the_plain_models_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = F.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["attn_mask"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    case = cmt.case("cmt_s", 1, side=64, **TINY_DEPTHS)
+    sdpa, eager = (PEERS[name].prepare(case, "fp32", 1) for name in ("sdpa", "eager"))
+    eager()
+    assert calls == []
+    sdpa()
+    assert len(calls) == 4 and all(table is not None for table in calls)

@@ -6,13 +6,13 @@ import copy
 import functools
 
 import parity
-import plain_cmt
 import pytest
 import torch
 from cvt_pairs import image
 from torch import nn
 
 from fastvit_kernels import ops
+from fastvit_kernels.bench import plain_cmt
 from fastvit_kernels.models import create_model
 from fastvit_kernels.nn import IRFFN
 from fastvit_kernels.testing import relative_l2

@@ -6,13 +6,13 @@ import copy
 import functools
 
 import parity
-import plain_dhvt
 import pytest
 import torch
 from cvt_pairs import image
 from torch import nn
 
 from fastvit_kernels import ops
+from fastvit_kernels.bench import plain_dhvt
 from fastvit_kernels.models import create_model
 from fastvit_kernels.nn import DAFF, HIMHSA
 from fastvit_kernels.testing import relative_l2

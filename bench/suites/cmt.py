@@ -1,0 +1,96 @@
+"""The suite `cmt_s`: a whole classifier; and the stages of CMT-S."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvit_kernels.bench import flops, plain_cmt
+from fastvit_kernels.bench.cases import Case
+from fastvit_kernels.bench.suites import depthwise_mlp, patch_embedding, query_attention
+from fastvit_kernels.bench.suites.models import accelerated, images, ours
+
+MODELS = ("cmt_s",)
+
+
+def cases(name: str, batch: int) -> list[Case]:
+    """The one case of the suite `name`."""
+    return [case(name, batch)]
+
+
+def case(name: str, batch: int, **overrides: Any) -> Case:
+    """A classifier; `overrides` of the plain model's sizes."""
+    sizes = {**plain_cmt.VARIANTS[name], **overrides}
+    side, same = sizes["side"], {key: value for key, value in sizes.items() if key in ("depths", "num_classes")}
+
+    def build() -> nn.Module:
+        return plain_cmt.CMT(**sizes)
+
+    def inputs() -> tuple[Tensor, ...]:
+        return (images(batch, side),)
+
+    with torch.device("meta"):
+        cost = flops.counted(build().eval(), torch.empty(batch, 3, side, side))
+    return Case(
+        suite=name,
+        name=name,
+        batch=batch,
+        cost=cost,
+        build=build,
+        make_inputs=inputs,
+        fuse=lambda plain: accelerated(ours(name, plain, img_size=side, **same)),
+        settle=_settle,
+        attention=True,
+        end_to_end=True,
+    )
+
+
+def _settle(plain: nn.Module) -> None:
+    """Tables as large as they are initialised; a local perception that does not double the variance in every block."""
+    for module in plain.modules():
+        if isinstance(module, plain_cmt.Block):
+            module.proj.weight.mul_(0.3)
+    for name, parameter in plain.named_parameters():
+        if name.startswith("relative_pos_"):
+            parameter.normal_()
+
+
+def _stages() -> list[tuple[str, tuple[int, int], plain_cmt.Block]]:
+    with torch.device("meta"):
+        plain = plain_cmt.CMT(**plain_cmt.VARIANTS["cmt_s"])
+    found = []
+    for index, letter in enumerate(plain_cmt.STAGES):
+        side = plain_cmt.VARIANTS["cmt_s"]["side"] >> (2 + index)
+        found.append((f"cmt_s-stage{index + 1}", (side, side), getattr(plain, f"blocks_{letter}")[0]))
+    return found
+
+
+def mlps() -> list[depthwise_mlp.Shape]:
+    """Those of CMT-S, by stage."""
+    return [
+        depthwise_mlp.Shape(name, depthwise_mlp.CMT, grid, block.norm2.weight.numel(), block.mlp.proj.in_channels)
+        for name, grid, block in _stages()
+    ]
+
+
+def attentions() -> list[query_attention.Shape]:
+    """Those of CMT-S, by stage."""
+    found = []
+    for name, grid, block in _stages():
+        keys = flops.tokens(grid) // block.attn.reduction**2
+        sizes = (flops.tokens(grid), keys, block.norm1.weight.numel(), block.attn.heads)
+        found.append(query_attention.Shape(name, *sizes, separate_values=True, table=True))
+    return found
+
+
+def embeddings() -> list[patch_embedding.Shape]:
+    """Those of CMT-S, by stage."""
+    found = []
+    channels = plain_cmt.VARIANTS["cmt_s"]["stem"]
+    for name, (height, width), block in _stages():
+        dim = block.norm1.weight.numel()
+        found.append(patch_embedding.Shape(name, channels, (2 * height, 2 * width), 2, 2, 0, dim))
+        channels = dim
+    return found
