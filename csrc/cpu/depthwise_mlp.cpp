@@ -267,6 +267,8 @@ Tensor prepare(const Mlp& m, const std::optional<Tensor>& packed, fk_depthwise_m
 void choose_tiles(fk_depthwise_mlp* p) {
   const int64_t reach = p->kernel / 2, panel = kernels().panel, size = p->expand.low_precision ? 2 : 4;
   const int64_t hidden = (p->expand.n + panel - 1) / panel * panel;
+  // A cache line behind each row, so that power-of-two widths do not fall into one cache set.
+  p->sums_stride = (p->project.n + panel - 1) / panel * panel + 16;
   p->chunk = std::min<int64_t>(hidden, std::max<int64_t>(panel, 64));
   auto bytes = [&](int64_t rows) {
     const int64_t in = std::min(p->height, rows + 2 * reach) * p->width * p->channels * size;
@@ -277,8 +279,14 @@ void choose_tiles(fk_depthwise_mlp* p) {
   constexpr int64_t kMost = 880 * 1024;
   int64_t rows = p->height;
   while (rows > 1 && bytes(rows) > kMost) --rows;
-  p->rows_per_task = rows_per_image_task(p->batch, p->height, rows);
+  // Bands of one small map would compute a good part of it twice, and two of seven rows are not even. Which calls are
+  // sliced depends on the sizes alone: slices change the order of a sum, and the threads must not.
+  const int64_t pixels = p->height * p->width;
+  p->slices = p->batch == 1 && rows == p->height && pixels <= 256 && hidden >= 4 * p->chunk ? 2 : 1;
+  p->rows_per_task = rows_per_image_task(p->batch * p->slices, p->height, rows);
   p->tasks_per_image = blocks(p->height, p->rows_per_task);
+  p->pixels_per_sum = p->slices > 1 ? rows_per_image_task(p->batch, pixels, 64) : p->rows_per_task * p->width;
+  p->sums_per_image = blocks(pixels, p->pixels_per_sum);
 }
 
 // Mean over the pixels of the branch, behind its norm if it has one, from the sums of the tasks.
@@ -288,8 +296,8 @@ Tensor mean_of_branch(const Mlp& m, const fk_depthwise_mlp& p, int64_t pixels, c
   for (int64_t image = 0; image < m.batch; ++image)
     for (int64_t n = 0; n < m.out; ++n) {
       double mean = 0.0;
-      for (int64_t task = 0; task < p.tasks_per_image; ++task)
-        mean += p.means[(image * p.tasks_per_image + task) * m.out + n];
+      for (int64_t sum = 0; sum < p.sums_per_image; ++sum)
+        mean += p.means[(image * p.sums_per_image + sum) * m.out + n];
       mean /= static_cast<double>(pixels);
       if (norm.kind == FK_GROUP_NORM)
         mean = (mean - norm.groups[2 * image]) * norm.groups[2 * image + 1] * norm.weight[n] + norm.bias[n];
@@ -324,15 +332,20 @@ std::tuple<Tensor, Tensor> run_checked(TensorList& t, const std::optional<Tensor
   choose_tiles(&p);
   const bool normed = out_norm.kind == FK_GROUP_NORM;
   const bool wants_statistics = o.summary == "statistics", wants_mean = o.summary == "mean";
-  Moments moments(wants_statistics || normed ? m.batch : 0, p.tasks_per_image);
+  Moments moments(wants_statistics || normed ? m.batch : 0, p.sums_per_image);
   p.moments = wants_statistics || normed ? moments.data() : nullptr;
-  std::vector<double> means(wants_mean ? static_cast<size_t>(m.batch * p.tasks_per_image * m.out) : 0);
+  std::vector<double> means(wants_mean ? static_cast<size_t>(m.batch * p.sums_per_image * m.out) : 0);
   p.means = wants_mean ? means.data() : nullptr;
   Tensor raw = normed ? empty({m.batch, pixels, m.out}, ScalarType::Float) : no_statistics();
   p.raw = normed ? static_cast<float*>(raw.mutable_data_ptr()) : nullptr;
   const fk_table& k = kernels();
-  run_tasks(m.batch * p.tasks_per_image, k.scratch_depthwise_mlp(&p),
+  Tensor partial =
+      p.slices > 1 ? empty({p.slices, m.batch * pixels, p.sums_stride}, ScalarType::Float) : no_statistics();
+  p.partial = p.slices > 1 ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr;
+  run_tasks(m.batch * p.tasks_per_image * p.slices, k.scratch_depthwise_mlp(&p),
             [&](int64_t task, void* memory) { k.depthwise_mlp(&p, task, memory); });
+  if (p.slices > 1)
+    run_tasks(m.batch * p.sums_per_image, 0, [&](int64_t task, void*) { k.depthwise_mlp_sum(&p, task); });
   Tensor summary = wants_statistics && !normed ? moments.tensor(pixels, m.out) : no_statistics();
   if (normed) set_group_statistics(&out_norm, moments.finish(pixels, m.out), &out_groups);
   if (wants_mean) summary = mean_of_branch(m, p, pixels, out_norm);

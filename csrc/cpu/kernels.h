@@ -130,8 +130,13 @@ struct fk_depthwise_mlp {
   int64_t rows_per_task, tasks_per_image;  // rows of the map
   int64_t chunk;                           // hidden channels at a time, a multiple of the panel
   float* raw;                              // [B, H * W, N]: the branch before its own GroupNorm; null: there is none
-  double* moments;                         // per task [3], of the result (of raw where there is one); null: not wanted
-  double* means;                           // per task [N], sums of the branch over pixels; null: not wanted
+  int64_t slices;                          // tasks that share the hidden channels of a band; 1: every band is one task
+  float* partial;                          // with several slices their sums [slices][B * H * W][sums_stride]; else null
+  int64_t sums_stride;                     // N and padding
+  // Tasks of the second step, which adds the slices up; with one slice bands take their place.
+  int64_t pixels_per_sum, sums_per_image;
+  double* moments;  // per sum [3], of the result (of raw where there is one); null: not wanted
+  double* means;    // per sum [N], sums of the branch over pixels; null: not wanted
 };
 
 // out = GroupNorm(raw) + residual for rows of images.
@@ -174,6 +179,7 @@ struct fk_table {
   void (*local_attention)(const struct fk_local_attention*, int64_t task, void* scratch);
   int64_t (*scratch_depthwise_mlp)(const struct fk_depthwise_mlp*);
   void (*depthwise_mlp)(const struct fk_depthwise_mlp*, int64_t task, void* scratch);
+  void (*depthwise_mlp_sum)(const struct fk_depthwise_mlp*, int64_t task);
   void (*group_norm_rows)(const struct fk_group_norm_rows*, int64_t task);
   void (*moments)(const struct fk_moments*, int64_t task);
   void (*pack_panel)(const struct fk_pack_linear*, int64_t panel);

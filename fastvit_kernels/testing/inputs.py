@@ -590,6 +590,9 @@ DEPTHWISE_MLP = [
     depthwise_mlp_case("one_column", grid=(9, 1)),
     depthwise_mlp_case("odd_hidden", hidden=165, channels=23, **_IRFFN),
     depthwise_mlp_case("odder_hidden", hidden=331, grid=(3, 3)),
+    # One small map with many hidden channels: the CPU kernels share those out.
+    depthwise_mlp_case("shared_channels", batch=1, grid=(3, 4), hidden=260, **_DAFF),
+    depthwise_mlp_case("shared_between_norms", batch=1, grid=(3, 4), hidden=256, return_statistics=True, **_HAT),
     depthwise_mlp_case("wide_filter", kernel=5, grid=(6, 4)),
     depthwise_mlp_case("wider_filter", kernel=7, grid=(5, 5), hidden_activation="quick_gelu"),
     depthwise_mlp_case("pointwise_filter", kernel=1, activation="relu"),

@@ -9,13 +9,15 @@ namespace {
 
 // The band of output rows of a task, and the input rows it needs: those of the map within the filter's reach.
 struct MlpBand {
-  int64_t image, first, rows;
+  int64_t image, slice, first, rows;
   int64_t top, in_rows;  // first input row, and how many
   int64_t reach;
 };
 FK_INLINE MlpBand mlp_band(const struct fk_depthwise_mlp& p, int64_t task) {
   MlpBand b;
   b.reach = p.kernel / 2;
+  b.slice = task % p.slices;
+  task /= p.slices;
   b.image = task / p.tasks_per_image;
   b.first = task % p.tasks_per_image * p.rows_per_task;
   b.rows = min64(p.rows_per_task, p.height - b.first);
@@ -29,7 +31,7 @@ struct DepthwiseScratch {
   A* normed;      // [in_rows * width][lda]
   float* hidden;  // [rows + 2 reach][width + 2 reach][chunk], zero outside the map
   A* activated;   // [rows * width][ldh]
-  float* sums;    // [rows * width][lds]
+  float* sums;    // [rows * width][lds]; slices have theirs in p.partial
   int64_t lda, ldh, lds, columns, bytes;
 
   FK_INLINE DepthwiseScratch layout(const struct fk_depthwise_mlp& p, void* base) {
@@ -39,7 +41,7 @@ struct DepthwiseScratch {
     s.columns = p.width + 2 * reach;
     s.lda = round_up(p.channels, 2) + kRowPad;
     s.ldh = p.chunk + kRowPad;
-    s.lds = round_up(p.project.n, kPanel) + kRowPad;
+    s.lds = p.sums_stride;
     char* at = (char*)base;
     s.normed = (A*)at;
     at += round_up(in_pixels * s.lda * (int64_t)sizeof(A), 64);
@@ -48,7 +50,7 @@ struct DepthwiseScratch {
     s.activated = (A*)at;
     at += round_up(pixels * s.ldh * (int64_t)sizeof(A), 64);
     s.sums = (float*)at;
-    at += pixels * s.lds * 4;
+    at += p.slices > 1 ? 0 : pixels * s.lds * 4;
     s.bytes = at - (char*)base;
     return s;
   }
@@ -179,16 +181,6 @@ FK_INLINE void filter_band(const struct fk_depthwise_mlp& p, const MlpBand& b, c
     filter_band<Activation, false>(p, b, s, column, channels);
 }
 
-// Sums of the branch over a band's pixels, per output channel.
-template <class A>
-FK_INLINE void sum_branch(const struct fk_depthwise_mlp& p, const DepthwiseScratch<A>& s, int64_t pixels, double* to) {
-  for (int64_t n = 0; n < p.project.n; ++n) {
-    double total = 0.0;
-    for (int64_t i = 0; i < pixels; ++i) total += s.sums[i * s.lds + n];
-    to[n] = total + (double)pixels * p.project.bias[n];
-  }
-}
-
 // Prefix rows skip the branch: what is left is the residual.
 FK_INLINE void write_prefix(const struct fk_depthwise_mlp& p, int64_t image) {
   const int64_t n = p.project.n, tokens = p.prefix + p.height * p.width;
@@ -204,12 +196,52 @@ FK_INLINE void write_prefix(const struct fk_depthwise_mlp& p, int64_t image) {
   }
 }
 
+// The branch of `pixels` pixels of an image from `first` on, complete in `sums`: bias, residual, summary.
+// `sum` is the number of the summary's share.
+FK_INLINE void finish_pixels(const struct fk_depthwise_mlp& p, int64_t image, int64_t first, int64_t pixels,
+                             const float* sums, int64_t sum) {
+  const int64_t n = p.project.n, lds = p.sums_stride, map = p.height * p.width;
+  if (p.means)
+    for (int64_t c = 0; c < n; ++c) {
+      double total = 0.0;
+      for (int64_t i = 0; i < pixels; ++i) total += sums[i * lds + c];
+      p.means[sum * n + c] = total + (double)pixels * p.project.bias[c];
+    }
+  const struct fk_array none = {nullptr, FK_F32, 0};
+  const int64_t raw_start = image * map + first, out_start = image * (p.prefix + map) + p.prefix + first;
+  for (int64_t c = 0; c < n; c += kPanel)
+    if (p.raw)
+      write_tile(sums + c, lds, pixels, raw_start, c, p.project, p.raw, FK_F32, none);
+    else
+      write_tile(sums + c, lds, pixels, out_start, c, p.project, p.out, p.out_dtype, p.residual);
+  if (!p.moments) return;
+  double* to = p.moments + 3 * sum;
+  to[0] = to[1] = to[2] = 0.0;
+  if (p.raw)
+    add_rows(p.raw, FK_F32, raw_start * n, pixels, n, to);
+  else
+    add_rows(p.out, p.out_dtype, out_start * n, pixels, n, to);
+}
+
+// The second step behind slices: their sums added in order.
+void depthwise_mlp_sum(const struct fk_depthwise_mlp* p, int64_t task) {
+  const int64_t map = p->height * p->width, lds = p->sums_stride, image = task / p->sums_per_image;
+  const int64_t first = task % p->sums_per_image * p->pixels_per_sum;
+  const int64_t pixels = min64(p->pixels_per_sum, map - first);
+  float* sums = p->partial + (image * map + first) * lds;
+  for (int64_t slice = 1; slice < p->slices; ++slice) {
+    const float* more = sums + slice * p->batch * map * lds;
+    for (int64_t i = 0; i < pixels * lds; i += FK_VL) store(sums + i, load(sums + i) + load(more + i));
+  }
+  finish_pixels(*p, image, first, pixels, sums, task);
+}
+
 template <class A>
 FK_INLINE void depthwise_task(const struct fk_depthwise_mlp& p, int64_t task, void* scratch) {
   const DepthwiseScratch<A> s = DepthwiseScratch<A>::layout(p, scratch);
   const MlpBand b = mlp_band(p, task);
   const int64_t tokens = p.prefix + p.height * p.width, start = b.image * tokens + p.prefix;
-  if (b.first == 0) write_prefix(p, b.image);
+  if (b.first == 0 && b.slice == 0) write_prefix(p, b.image);
   const int64_t in_pixels = b.in_rows * p.width, pixels = b.rows * p.width;
   for (int64_t i = 0; i < in_pixels; ++i)
     any_norm_row(p.x, (start + b.top * p.width + i) * p.channels, p.channels, round_up(p.channels, 2), p.norm, b.image,
@@ -218,10 +250,14 @@ FK_INLINE void depthwise_task(const struct fk_depthwise_mlp& p, int64_t task, vo
   const int64_t depth = round_up(p.expand.k, kStep<A>), hidden_depth = round_up(p.project.k, kStep<A>);
   const int64_t hidden_panels = ceil_div(p.expand.n, kPanel), out_panels = ceil_div(p.project.n, kPanel);
   const int64_t chunk = p.chunk / kPanel;
+  const int64_t share = round_up(ceil_div(hidden_panels, p.slices), chunk), begin = b.slice * share;
+  const int64_t end = min64(begin + share, hidden_panels), first_pixel = b.first * p.width;
+  float* sums =
+      p.slices > 1 ? p.partial + ((b.slice * p.batch + b.image) * p.height * p.width + first_pixel) * s.lds : s.sums;
   const A* expand = (const A*)p.expand.panels;
   const RowTiles tiles = row_tiles(pixels);
-  for (int64_t h = 0; h < hidden_panels; h += chunk) {
-    const int64_t h_end = min64(h + chunk, hidden_panels), column = h * kPanel;
+  for (int64_t h = begin; h < end; h += chunk) {
+    const int64_t h_end = min64(h + chunk, end), column = h * kPanel;
     const A* project = (const A*)p.project.panels + column * kPanel;
     with_activation(p.hidden_activation, [&](auto activation) {
       product(s.normed, s.lda, in_pixels, expand, depth, h, h_end, project,
@@ -239,28 +275,12 @@ FK_INLINE void depthwise_task(const struct fk_depthwise_mlp& p, int64_t task, vo
           n + 1 < out_panels ? panel + hidden_depth * kPanel : expand + h_end % hidden_panels * depth * kPanel;
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t row = tile_start(tiles, t);
-        tile(tile_height(tiles, t), s.activated + row * s.ldh, s.ldh, panel, k, s.sums + row * s.lds + n * kPanel,
-             s.lds, h > 0, fetch_ahead(next, k, tiles, t));
+        tile(tile_height(tiles, t), s.activated + row * s.ldh, s.ldh, panel, k, sums + row * s.lds + n * kPanel, s.lds,
+             h > begin, fetch_ahead(next, k, tiles, t));
       }
     }
   }
-  if (p.means) sum_branch(p, s, pixels, p.means + task * p.project.n);
-  const struct fk_array none = {nullptr, FK_F32, 0};
-  const int64_t raw_start = (b.image * p.height + b.first) * p.width, out_start = start + b.first * p.width;
-  for (int64_t n = 0; n < out_panels; ++n)
-    if (p.raw)
-      write_tile(s.sums + n * kPanel, s.lds, pixels, raw_start, n * kPanel, p.project, p.raw, FK_F32, none);
-    else
-      write_tile(s.sums + n * kPanel, s.lds, pixels, out_start, n * kPanel, p.project, p.out, p.out_dtype, p.residual);
-  if (p.moments) {
-    double* sums = p.moments + 3 * task;
-    sums[0] = sums[1] = sums[2] = 0.0;
-    const int64_t n = p.project.n;
-    if (p.raw)
-      add_rows(p.raw, FK_F32, raw_start * n, pixels, n, sums);
-    else
-      add_rows(p.out, p.out_dtype, out_start * n, pixels, n, sums);
-  }
+  if (p.slices == 1) finish_pixels(p, b.image, first_pixel, pixels, sums, task);
 }
 
 int64_t scratch_depthwise_mlp(const struct fk_depthwise_mlp* p) {

@@ -29,6 +29,7 @@
       local_attention,                                \
       scratch_depthwise_mlp,                          \
       depthwise_mlp,                                  \
+      depthwise_mlp_sum,                              \
       group_norm_rows,                                \
       moments,                                        \
       pack_panel,                                     \
