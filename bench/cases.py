@@ -51,7 +51,7 @@ class Case:
         fuse: takes a copy of the stock module, returns it running on the fused kernels with packed weights.
         settle: changes the stock module's random weights where they would make activations explode or vanish.
         products: positions of the inputs that matrix products make: autocast delivers them in bf16.
-        attention: there is an attention in it.
+        attention: there is an attention in it that `F.scaled_dot_product_attention` can stand in for.
         end_to_end: a whole model, held to the end-to-end rule in fp32.
         twin: takes the stock module, returns transformers' module with the same weights; None where it has none.
     """

@@ -61,5 +61,4 @@ def case(stage: Stage, batch: int) -> Case:
         lambda: LocalAttention(stage),
         lambda: (stage.rows(batch),),
         fuse,
-        attention=True,
     )

@@ -118,8 +118,9 @@ def test_suites_of_several_families_run_on_the_kernels(suite: str, names: tuple[
 
 def _runs_on_the_kernels(case: Case) -> None:
     for variant in ("fp32", "autocast", "cast"):
-        row, _ = admit(_row(case, "fastvit", variant), case, PEERS["fastvit"], threads=1)
-        assert row.status == OK, row.reason
+        for peer in (PEERS["fastvit"], PEERS["sdpa"]) if case.attention else (PEERS["fastvit"],):
+            row, _ = admit(_row(case, peer.name, variant), case, peer, threads=1)
+            assert row.status == OK, row.reason
     packed: Any = case.fuse(case.stock())
     with dispatch.record(recorder := dispatch.Recorder()), torch.inference_mode():
         packed(*case.inputs())
