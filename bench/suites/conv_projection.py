@@ -47,5 +47,11 @@ class ConvProjection(OperatorModule):
 def case(stage: Stage, batch: int) -> Case:
     cost = flops.conv_projection(batch, stage.channels, stage.grid, num_prefix_tokens=stage.num_prefix_tokens)
     return Case(
-        "conv_projection", stage.name, batch, cost, lambda: ConvProjection(stage), lambda: (stage.rows(batch),), fuse
+        "conv_projection",
+        stage.name,
+        batch,
+        lambda: cost,
+        lambda: ConvProjection(stage),
+        lambda: (stage.rows(batch),),
+        fuse,
     )

@@ -34,7 +34,7 @@ def case(name: str, batch: int, size: int = IMAGE, **overrides: Any) -> Case:
         suite=name,
         name=name,
         batch=batch,
-        cost=cost(_shapes(name, **overrides), batch, size),
+        count=lambda: cost(_shapes(name, **overrides), batch, size),
         build=lambda: create_model(name, backend="reference", **overrides),
         make_inputs=lambda: (images(batch, size),),
         fuse=accelerated,

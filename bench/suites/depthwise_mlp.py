@@ -143,6 +143,8 @@ def case(shape: Shape, batch: int) -> Case:
     def inputs() -> tuple[Tensor, ...]:
         return (torch.randn(batch, flops.tokens(shape.grid, shape.family.num_prefix_tokens), shape.channels),)
 
-    with torch.device("meta"):
-        cost = flops.counted(DepthwiseMLP(shape).eval(), *inputs())
-    return Case("depthwise_mlp", shape.name, batch, cost, lambda: DepthwiseMLP(shape), inputs, fuse)
+    def count() -> flops.Cost:
+        with torch.device("meta"):
+            return flops.counted(DepthwiseMLP(shape).eval(), *inputs())
+
+    return Case("depthwise_mlp", shape.name, batch, count, lambda: DepthwiseMLP(shape), inputs, fuse)

@@ -31,13 +31,15 @@ def case(name: str, batch: int, **overrides: Any) -> Case:
     def inputs() -> tuple[Tensor, ...]:
         return (images(batch, side),)
 
-    with torch.device("meta"):
-        cost = flops.counted(build().eval(), torch.empty(batch, 3, side, side))
+    def count() -> flops.Cost:
+        with torch.device("meta"):
+            return flops.counted(build().eval(), torch.empty(batch, 3, side, side))
+
     return Case(
         suite=name,
         name=name,
         batch=batch,
-        cost=cost,
+        count=count,
         build=build,
         make_inputs=inputs,
         fuse=lambda plain: accelerated(ours(name, plain, **same)),

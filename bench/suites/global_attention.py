@@ -44,7 +44,7 @@ def case(stage: Stage, batch: int) -> Case:
         "global_attention",
         stage.name,
         batch,
-        cost,
+        lambda: cost,
         lambda: GlobalAttention(stage),
         inputs,
         fuse,

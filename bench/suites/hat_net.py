@@ -66,7 +66,7 @@ def case(name: str, batch: int, **overrides: Any) -> Case:
         suite=name,
         name=name,
         batch=batch,
-        cost=cost(sizes, batch),
+        count=lambda: cost(sizes, batch),
         build=lambda: plain_hat_net.HATNet(**sizes),
         make_inputs=lambda: (images(batch, IMAGE),),
         fuse=lambda plain: accelerated(ours(name, plain, **_names(sizes))),

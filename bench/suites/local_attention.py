@@ -57,7 +57,7 @@ def case(stage: Stage, batch: int) -> Case:
         "local_attention",
         stage.name,
         batch,
-        cost,
+        lambda: cost,
         lambda: LocalAttention(stage),
         lambda: (stage.rows(batch),),
         fuse,

@@ -59,6 +59,8 @@ def case(shape: Shape, batch: int) -> Case:
     def inputs() -> tuple[Tensor, ...]:
         return (torch.randn(batch, shape.in_channels, *shape.in_grid),)
 
-    with torch.device("meta"):
-        cost = flops.counted(PatchEmbedding(shape), *inputs())
-    return Case("patch_embedding", shape.name, batch, cost, lambda: PatchEmbedding(shape), inputs, fuse)
+    def count() -> flops.Cost:
+        with torch.device("meta"):
+            return flops.counted(PatchEmbedding(shape), *inputs())
+
+    return Case("patch_embedding", shape.name, batch, count, lambda: PatchEmbedding(shape), inputs, fuse)

@@ -39,5 +39,11 @@ class PointwiseMLP(OperatorModule):
 def case(stage: Stage, batch: int) -> Case:
     cost = flops.pointwise_mlp(batch * stage.queries, stage.channels, RATIO * stage.channels)
     return Case(
-        "pointwise_mlp", stage.name, batch, cost, lambda: PointwiseMLP(stage), lambda: (stage.rows(batch),), fuse
+        "pointwise_mlp",
+        stage.name,
+        batch,
+        lambda: cost,
+        lambda: PointwiseMLP(stage),
+        lambda: (stage.rows(batch),),
+        fuse,
     )

@@ -37,7 +37,7 @@ def case(name: str, batch: int, size: int | None = None, **overrides: Any) -> Ca
         suite=name,
         name=name,
         batch=batch,
-        cost=cost(name, sizes, batch, side),
+        count=lambda: cost(name, sizes, batch, side),
         build=lambda: _plain(name, sizes),
         make_inputs=inputs,
         fuse=lambda model: accelerated(ours(name, model, eps="transformers", **same) if _is_plain(model) else model),

@@ -81,13 +81,15 @@ def case(shape: Shape, batch: int) -> Case:
         residual = [rows(shape.queries, shape.channels)] if shape.residual else []
         return (rows(shape.queries, shape.channels), *(rows(shape.keys, width) for width in keys), *residual)
 
-    with torch.device("meta"):
-        cost = flops.counted(QueryAttention(shape), *inputs())
+    def count() -> flops.Cost:
+        with torch.device("meta"):
+            return flops.counted(QueryAttention(shape), *inputs())
+
     return Case(
         "query_attention",
         shape.name,
         batch,
-        cost,
+        count,
         lambda: QueryAttention(shape),
         inputs,
         fuse,
