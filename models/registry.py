@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fastvit_kernels.ops.dispatch import BACKENDS
+
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 _builders: dict[str, Callable[..., nn.Module]] = {}
 
@@ -49,11 +51,13 @@ def create_model(
         **overrides: further arguments of the model's class, in place of the variant's own.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name or backend.
         TypeError: an override that the model's class does not have.
     """
     if name not in _builders:
         similar = difflib.get_close_matches(name, _builders, n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
         raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(list_models())}{hint}")
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")
     return _builders[name](num_classes=num_classes, features_only=features_only, backend=backend, **overrides)

@@ -38,7 +38,7 @@ class ConvProjectionAttention(nn.Module):
         backend: runs this module's operators on one backend; None for the usual choice.
 
     Raises:
-        ValueError: an unknown `method`, or `num_heads` does not divide `dim_out`.
+        ValueError: an unknown `method`, a `kernel_size` below 1, or `num_heads` does not divide `dim_out`.
 
     Source: Wu et al., "CvT: Introducing Convolutions to Vision Transformers", section 3.2. The softmax scale is
     `dim_out ** -0.5`, as in the official code, whatever the number of heads.
@@ -67,6 +67,8 @@ class ConvProjectionAttention(nn.Module):
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         if num_heads < 1 or dim_out % num_heads:
             raise ValueError(f"num_heads: {num_heads} does not divide dim_out = {dim_out}")
+        if kernel_size < 1:
+            raise ValueError(f"kernel_size: expected at least 1, got {kernel_size}")
         self.method = method
         self.num_heads = num_heads
         self.scale = dim_out**-0.5

@@ -308,6 +308,8 @@ def test_overrides_that_do_not_fit(overrides, message):
 def test_unknown_overrides_and_names():
     with pytest.raises(TypeError, match="window_size"):
         create_model("cvt_13", window_size=7)
+    with pytest.raises(ValueError, match="backend: unknown backend 'gpu', expected one of auto, "):
+        create_model("cvt_13", backend="gpu")
     with pytest.raises(ValueError, match="name: unknown model 'cvt13', expected one of .*; did you mean cvt_13"):
         create_model("cvt13")
 

@@ -219,6 +219,7 @@ def test_small_and_empty_batches(shape):
         ({"method": "dw"}, r"method: expected one of dw_bn, avg, linear, got 'dw'"),
         ({"num_heads": 5}, r"num_heads: 5 does not divide dim_out = 24"),
         ({"num_heads": 0}, r"num_heads: 0 does not divide"),
+        ({"kernel_size": 0}, "kernel_size: expected at least 1, got 0"),
     ],
 )
 def test_constructor_errors(change, message):
