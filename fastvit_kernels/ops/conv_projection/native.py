@@ -9,7 +9,6 @@ from fastvit_kernels.ops.conv_projection.reference import Static
 from fastvit_kernels.ops.native import cpu_reasons
 from fastvit_kernels.ops.operator import Outputs, Tensors
 
-
 # What the C++ kernels take; they hold a row of the padded map.
 _MOST_PADDING = 64
 
