@@ -172,14 +172,15 @@ def test_operator_cases_equal_torch_counter(suite: str) -> None:
     cases = SUITES[suite](2)
     assert len(cases) == SHAPES[suite]
     for case in cases:
+        cost = case.cost
         with FakeTensorMode():
             module, inputs = case.build().eval(), case.make_inputs()
-            assert _counted(module, *inputs) == case.cost.macs
+            assert _counted(module, *inputs) == cost.macs
             outputs = module(*inputs)
         weights = [t for t in module.state_dict().values() if t.is_floating_point()]
-        assert sum(t.numel() for t in weights) == case.cost.weights
+        assert sum(t.numel() for t in weights) == cost.weights
         results = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-        assert sum(t.numel() for t in (*inputs, *results)) == case.cost.activations
+        assert sum(t.numel() for t in (*inputs, *results)) == cost.activations
 
 
 def test_long_keys_are_measured() -> None:
