@@ -17,6 +17,7 @@ FILES = sorted(HERE.glob("test_*.py"))
 ORDER = ("generic", "avx2", "avx512", "avx512bf16")
 # Below what this process runs, which is the machine's best unless the environment says otherwise.
 LOWER = ORDER[: ORDER.index(torch.ops.fastvit.cpu_isa())]
+ISAS = LOWER or ("generic",)
 # The kernels choose at their first call, once for a process.
 PROGRAM = """
 import sys
@@ -26,16 +27,30 @@ sys.exit(pytest.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize("isa", LOWER or ("generic",))
-def test_forward_keeps_the_numerics_rule(isa):
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """By instruction set, a process that runs the contracts' forward tests with it, and its output; side by side."""
     contracts = [file for file in FILES if "Contract" in file.read_text() and file != Path(__file__)]
     assert len(contracts) >= 4
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, isa, "-q", "-p", "no:cacheprovider", "-k", "test_forward and cpu", *contracts],
-        env={**os.environ, "FASTVIT_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
-    passed = int(run.stdout.strip().splitlines()[-1].split(" passed")[0].split()[-1])
+    options = ["-q", "-p", "no:cacheprovider", "-k", "test_forward and cpu"]
+    started = {}
+    for isa in ISAS:
+        output = tmp_path_factory.mktemp(isa) / "output"
+        with output.open("w") as file:
+            command = [sys.executable, "-c", PROGRAM, isa, *options, *contracts]
+            environment = {**os.environ, "FASTVIT_CPU_ISA": isa}
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        started[isa] = process, output
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_forward_keeps_the_numerics_rule(isa, processes):
+    process, output = processes[isa]
+    status, said = process.wait(), output.read_text()
+    assert status == 0, said[-4000:]
+    passed = int(said.strip().splitlines()[-1].split(" passed")[0].split()[-1])
     assert passed > 100
