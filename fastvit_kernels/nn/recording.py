@@ -92,7 +92,10 @@ class Recording(TorchDispatchMode):
         if self.obstacle is not None:
             return None
         restructure = partial(tree_unflatten, treespec=structure)
-        return Program(self._source(results), self._bound, self._sources, self._weights, restructure)
+        source = self._source(results)
+        used = {name for step in self._steps for name in _names_in((step.args, step.kwargs))}
+        read = [t for name, t in self._bound.items() if name in used and isinstance(t, Tensor)]
+        return Program(source, self._bound, [*read, *self._sources], self._weights, restructure)
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         leaves = tree_flatten((args, kwargs, out))[0]
@@ -241,7 +244,7 @@ class Program:
     Args:
         source: the text of its function `program`.
         bound: what the names in it stand for.
-        sources: tensors of which it holds views.
+        sources: tensors that it reads, or of which it holds views.
         weights: tensors of which it holds the packed form.
         restructure: makes the output of the list that `program` returns.
     """
@@ -259,13 +262,13 @@ class Program:
         self._run = namespace["program"]
         self._restructure = restructure
         self._sources = list({id(t): t for t in sources}.values())
-        self._addresses = [t.data_ptr() for t in self._sources]
+        self._places = _places(self._sources)
         self._weights = list({id(t): t for t in weights}.values())
         self._state = packing.state(self._weights)
 
     def valid(self) -> bool:
-        """Whether the sources are where they were, and the weights besides have not been written to."""
-        return [t.data_ptr() for t in self._sources] == self._addresses and packing.state(self._weights) == self._state
+        """Whether the sources lie where and as they did, and the weights besides have not been written to."""
+        return _places(self._sources) == self._places and packing.state(self._weights) == self._state
 
     def run(self, inputs: Sequence[Tensor]) -> Any:
         """The recorded output's structure with the results of calling everything again on other inputs."""
@@ -277,6 +280,10 @@ def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     arguments = func._schema.arguments
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
     return {**defaults, **dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
+
+
+def _places(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
 
 
 def _layout(t: Tensor) -> _Layout:

@@ -8,8 +8,9 @@ records which operators its forward calls, and as long as nothing has changed ca
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +27,28 @@ _MOST_PROGRAMS = 8
 _MOST_WASTED = 3
 
 
+class _Records(NamedTuple):
+    """The programs of a module for several inputs, and what they rest on."""
+
+    owner: weakref.ref[nn.Module]
+    watch: Watch
+    programs: dict[Any, Program | None]
+
+
 class Repeater:
     """Records and repeats the calls of one module's forward.
 
     The second call in a row with inputs of the same shapes, dtypes and memory layouts is recorded, and the record is
     kept if it gives the same result to the bit. It is used as long as nothing that the forward could look at has
     changed (`Watch`), no gradient is wanted and nobody traces, compiles or explains. In-place changes of parameters
-    need no attention: the operators read them anew.
+    need no attention: the operators read them anew. Nothing is recorded where submodules are of a class that somebody
+    else wrote, because such code may look at anything.
 
-    Copies and pickles start empty.
+    It belongs to the first module that it records; copies and pickles start empty.
     """
 
     def __init__(self) -> None:
-        self._watch: Watch | None = None
-        self._programs: dict[Any, Program | None] = {}
+        self._records: _Records | None = None
         self._latest: Any = None
         self._wasted = 0
 
@@ -50,28 +59,44 @@ class Repeater:
         """
         if not dispatch.repeatable() or (key := _key(inputs)) is None:
             return compute(*inputs)
-        if self._watch is not None and not self._watch.unchanged():
-            if self._watch.hooked():
+        # Other threads may replace the records meanwhile; these stay what they are.
+        records = self._records
+        if records is not None:
+            if records.owner() is not module:
                 return compute(*inputs)
-            self._watch, self._programs = None, {}
-            self._wasted += 1
-        if key in self._programs:
-            program = self._programs[key]
-            if program is None:
-                return compute(*inputs)
-            if program.valid():
-                self._wasted = 0
-                return _run(program, inputs)
-            del self._programs[key]
+            if not records.watch.unchanged():
+                if records.watch.hooked():
+                    return compute(*inputs)
+                records = self._records = None
+                self._wasted += 1
+            elif key in records.programs:
+                program = records.programs.get(key)
+                if program is None:
+                    return compute(*inputs)
+                if program.valid():
+                    self._wasted = 0
+                    return _run(program, inputs)
+                records.programs.pop(key, None)
         if self._latest != key or self._wasted >= _MOST_WASTED:
             self._latest = key
             return compute(*inputs)
-        return self._record(module, compute, inputs, key)
+        if records is None:
+            records = _Records(weakref.ref(module), Watch(list(module.modules())), {})
+        return self._record(records, module, compute, inputs, key)
 
-    def _record(self, module: nn.Module, compute: Callable[..., Any], inputs: tuple[Any, ...], key: Any) -> Any:
-        if self._watch is None:
-            self._watch = Watch(list(module.modules()))
-        if self._watch.hooked():
+    def _record(
+        self,
+        records: _Records,
+        module: nn.Module,
+        compute: Callable[..., Any],
+        inputs: tuple[Any, ...],
+        key: Any,
+    ) -> Any:
+        if records.watch.hooked():
+            return compute(*inputs)
+        if not records.watch.knows_everything():
+            records.programs[key] = None
+            self._records = records
             return compute(*inputs)
         recording = Recording(_tensors(inputs), _constants(module))
         cached = torch.is_autocast_cache_enabled()
@@ -85,15 +110,16 @@ class Repeater:
         program = recording.program(output)
         if program is not None and not _same(_run(program, inputs), output):
             program = None
-        if len(self._programs) >= _MOST_PROGRAMS:
-            self._programs = {}
-        self._programs[key] = program
+        if len(records.programs) >= _MOST_PROGRAMS:
+            records.programs.clear()
+        records.programs[key] = program
+        self._records = records
         return output
 
     @property
     def recorded(self) -> int:
         """How many different calls would be repeated."""
-        return sum(program is not None for program in self._programs.values())
+        return 0 if self._records is None else sum(p is not None for p in list(self._records.programs.values()))
 
     def __reduce__(self) -> tuple[type[Repeater], tuple[()]]:
         return Repeater, ()
@@ -134,7 +160,12 @@ def _key(inputs: tuple[Any, ...]) -> Any:
             addresses.append(id(x))
         else:
             found.append(x)
-    return (*found, *map(addresses.index, addresses))
+    key = (*found, *map(addresses.index, addresses))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
 
 
 def _run(program: Program, inputs: tuple[Any, ...]) -> Any:

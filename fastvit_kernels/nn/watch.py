@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+_TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DICTS = itemgetter(*_TABLES, *_HOOKS)
+# Whose modules keep everything that their forwards look at in parameters, buffers, children and public settings.
+_KNOWN_CODE = {"fastvit_kernels", "timm", "torch", "transformers"}
+
 
 class Watch:
     """Notices whatever could change what a module computes: classes, children, parameters (as objects), settings,
     mode, hooks of its submodules, a `forward` replaced on an instance. In-place changes of tensors are the matter of
-    `PackedWeights`.
+    whoever uses them.
+
+    It cannot see what code of other origin may look at (private attributes, the contents of a list, globals): ask
+    `knows_everything`.
 
     `modules` starts with the module itself, whose own hooks are called around it in any case.
     """
@@ -22,19 +31,11 @@ class Watch:
         self._modules = modules
         self._types = [type(module) for module in modules]
         self._dicts = [module.__dict__ for module in modules]
-        self._hooks = tuple(
-            hooks
-            for module in modules[1:]
-            for hooks in (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                module._backward_hooks,
-                module._backward_pre_hooks,
-            )
-        )
-        names = ("_parameters", "_buffers", "_modules")
-        self._tables: list[dict[str, Any]] = [d[name] for d in self._dicts for name in names if d[name]]
-        self._values = list(chain.from_iterable(map(dict.values, self._tables)))
+        self._parts = list(chain.from_iterable(map(_DICTS, self._dicts)))
+        self._hooks = [attributes[name] for attributes in self._dicts[1:] for name in _HOOKS]
+        self._tables: list[dict[str, Any]] = [attributes[name] for attributes in self._dicts for name in _TABLES]
+        self._filled = [table for table in self._tables if table]
+        self._values = list(chain.from_iterable(map(dict.values, self._filled)))
         self._keys = [list(attributes) for attributes in self._dicts]
         names_of = [[key for key in attributes if not key.startswith("_")] for attributes in self._dicts]
         found = [(attributes, key) for attributes, keys in zip(self._dicts, names_of, strict=True) for key in keys]
@@ -42,6 +43,10 @@ class Watch:
         self._objects = [(attributes, key) for attributes, key in found if not _compares(attributes[key])]
         self._setting_values = [attributes[key] for attributes, key in self._settings]
         self._object_values = [attributes[key] for attributes, key in self._objects]
+
+    def knows_everything(self) -> bool:
+        """Whether all modules are of libraries whose code is known; a user's own class may look at anything."""
+        return all(cls.__module__.partition(".")[0] in _KNOWN_CODE for cls in self._types)
 
     def hooked(self) -> bool:
         """Whether somebody expects the submodules to be called."""
@@ -59,8 +64,9 @@ class Watch:
             not self.hooked()
             and list(map(type, self._modules)) == self._types
             and list(map(list, self._dicts)) == self._keys
+            and all(map(is_, chain.from_iterable(map(_DICTS, self._dicts)), self._parts))
             and sum(map(len, self._tables)) == len(self._values)
-            and all(map(is_, chain.from_iterable(map(dict.values, self._tables)), self._values))
+            and all(map(is_, chain.from_iterable(map(dict.values, self._filled)), self._values))
             and [attributes[key] for attributes, key in self._settings] == self._setting_values
             and all(map(is_, [attributes[key] for attributes, key in self._objects], self._object_values))
         )

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import threading
+import time
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -164,7 +168,9 @@ def test_maps_come_back_in_their_list(stock):
 
 
 class Watched(Repeating):
-    """A module with a forward of the test's choice."""
+    """A module with a forward of the test's choice, said to be one of ours."""
+
+    __module__ = "fastvit_kernels.somewhere"
 
     def __init__(self, compute):
         super().__init__()
@@ -434,6 +440,171 @@ def test_a_module_that_changes_at_every_call_is_not_recorded_for_ever():
         for number in range(20):
             assert torch.equal(module(x), x * (number + 1))
     assert len(recorded) <= 3
+
+
+class Adapted(nn.Linear):
+    """A user's class: what it computes depends on things that nobody can watch."""
+
+    factor = 1.0
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self._enabled = True
+        self.scaling = {"a": 2.0}
+
+    def forward(self, x):
+        y = super().forward(x) * self.factor * self.scaling["a"]
+        if not self._enabled:
+            return -y
+        return y if y.detach().numpy().max() > 0 else y + 3
+
+
+def disable(head):
+    head._enabled = False
+
+
+def rescale(head):
+    head.scaling["a"] = 5.0
+
+
+def change_the_class(head):
+    Adapted.factor = 3.0
+
+
+@pytest.mark.parametrize("change", [disable, rescale, change_the_class])
+def test_code_of_users_is_always_called(stock, monkeypatch, change):
+    monkeypatch.setattr(Adapted, "factor", 1.0)
+    torch.manual_seed(0)
+    stock.head = Adapted(48, 7)
+    fast = copy.deepcopy(stock)
+    fastvit_kernels.accelerate(fast, inference=True)
+    x = image(2, 3, 64, 48)
+    for _ in range(3):
+        assert_same(stock, fast, x)
+    assert_same(stock, fast, -x)
+    change(stock.head)
+    change(fast.head)
+    assert_same(stock, fast, x)
+    assert fast._repeater.recorded == 0
+
+
+def cut_the_classes(model):
+    model.head.weight.data = model.head.weight.data[:5]
+    model.head.bias.data = model.head.bias.data[:5]
+
+
+def turn_a_weight(model):
+    weight = block_of(model).attn.proj.weight
+    weight.data = weight.data.t()
+
+
+def widen_a_norm(model):
+    model.norm.bias.data = model.norm.bias.data[:1].expand(48)
+
+
+def lay_out_anew(model):
+    model.stage0.patch_embed.proj.weight.data = model.stage0.patch_embed.proj.weight.data.contiguous(
+        memory_format=torch.channels_last
+    )
+
+
+def replace_the_hooks(model):
+    for module in model.modules():
+        module._forward_hooks = OrderedDict()
+    model.head.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def replace_the_parameters(model):
+    model.head._parameters = {name: nn.Parameter(p * 3) for name, p in model.head._parameters.items()}
+
+
+def replace_the_children(model):
+    model._modules = {**model._modules, "head": nn.Identity()}
+
+
+def fill_an_empty_list(model):
+    model.stage0.blocks.append(copy.deepcopy(model.stage0.blocks[0]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        cut_the_classes,
+        turn_a_weight,
+        widen_a_norm,
+        lay_out_anew,
+        replace_the_hooks,
+        replace_the_parameters,
+        replace_the_children,
+        fill_an_empty_list,
+    ],
+)
+def test_a_change_behind_the_modules_backs_is_noticed(stock, fast, change):
+    x = image(2, 3, 64, 48)
+    change(stock)
+    change(fast)
+    for _ in range(4):
+        assert_same(stock, fast, x)
+
+
+def test_a_head_without_bias_that_lost_classes(stock):
+    stock.head = nn.Linear(48, 7, bias=False)
+    fast = copy.deepcopy(stock)
+    fastvit_kernels.accelerate(fast, inference=True)
+    x = image(2, 3, 64, 48)
+    record(fast, x)
+    for model in (stock, fast):
+        model.head.weight.data = model.head.weight.data[:5]
+    assert_same(stock, fast, x)
+
+
+def test_a_shallow_copy_does_not_take_the_records(stock, fast):
+    x = image(2, 3, 64, 48)
+    other = copy.copy(fast)
+    other._modules = {**fast._modules, "head": nn.Identity()}
+    for _ in range(3):
+        with torch.no_grad():
+            assert other(x).shape == (2, 48)
+        assert repeats(fast, x)
+    assert_same(stock, fast, x)
+
+
+def test_inputs_that_cannot_be_compared():
+    module = Watched(lambda module, x, factors: x * factors[0])
+    module.prepare_repetition(True)
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        for factor in (2, 2, 2, 3):
+            assert torch.equal(module(x, [factor]), x * factor)
+    assert module._repeater.recorded == 0
+
+
+def test_changes_while_other_threads_repeat(fast):
+    x, stop, block = image(1, 3, 33, 33), threading.Event(), block_of(fast)
+
+    def run(number):
+        with torch.no_grad():
+            while not stop.is_set():
+                fast(x)
+        return True
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            running = pool.map(run, range(3))
+            try:
+                for number in range(60):
+                    block.norm1.eps = 1e-5 * (1 + number % 2)
+                    fast._repeater._wasted = 0
+                    with torch.no_grad():
+                        block.mlp.fc1.weight.mul_(1.0)
+                    time.sleep(0.01)
+            finally:
+                stop.set()
+            assert all(running)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_an_attribute_exchanged_for_another(fast):
