@@ -85,9 +85,11 @@ def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None
         model: any module; compiled, `DataParallel` and `DistributedDataParallel` wrappers are searched like others. A
             compiled model compiles again at its next call.
         inference: also keep the weights of each operator packed for the CPU kernels (about their memory again). Weights
-            that change later are noticed, except by a write behind PyTorch's back (through `.data` or NumPy) that
-            misses the few elements of each weight that are looked at. Training is not affected. Compiled and exported
-            graphs do not use packed weights.
+            that change later are noticed, with one exception: of a write behind PyTorch's back (through `.data` or
+            NumPy) only eight elements of each weight are looked at, so one that leaves most of them as they were
+            (zeroing a row, a sparse mask) can pass unnoticed. Write in place under `torch.no_grad()` instead, or call
+            `accelerate` with `inference=False` and again. Training is not affected. Compiled and exported graphs do
+            not use packed weights.
         backend: run the known modules on this backend; None for the usual choice. See `use_backend`.
 
     Returns:

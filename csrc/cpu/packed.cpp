@@ -11,7 +11,7 @@ namespace fk {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-constexpr int kSamples = 4;
+constexpr int kSamples = 8;
 
 uint64_t mix(uint64_t state, uint64_t value) {
   state = (state ^ value) * 0x9e3779b97f4a7c15ull;

@@ -47,7 +47,8 @@ def stock_model(
     Args:
         host: `"fastvit"` for this package's reference path, `"transformers"` for that library's classes.
         name: a registered model.
-        checkpoint: weights in the official or the `transformers` format; a `config.json` beside it names its classes.
+        checkpoint: weights in the official or the `transformers` format, which run with the activation that they have
+            there; a `config.json` beside it names its classes.
         num_classes: width of the classifier; by default what that `config.json` says, else 1000.
         calibration: `[B, 3, H, W]` batches.
 
@@ -63,7 +64,13 @@ def stock_model(
         _calibrate(model, calibration)
         stock = Stock(model, RANDOM_WEIGHTS)
     else:
-        stock = Stock(model, f"weights of {checkpoint.name}", labels, _load(model, host, name, classes, checkpoint))
+        report = _load(model, host, name, classes, checkpoint)
+        notes = report.notes
+        if host == "fastvit" and report.source == "transformers" and getattr(model, "activation", "gelu") != "gelu":
+            model = _own_model(name, classes, activation="gelu")
+            _load(model, host, name, classes, checkpoint)
+            notes = ["transformers' names: the model has the exact GELU that transformers gives these weights"]
+        stock = Stock(model, f"weights of {checkpoint.name}", labels, notes)
     model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return stock
 
@@ -97,8 +104,8 @@ def _calibrate(model: nn.Module, batches: Sequence[Tensor]) -> None:
         norm.momentum = momentum
 
 
-def _load(model: nn.Module, host: str, name: str, num_classes: int, checkpoint: Path) -> list[str]:
-    """Fill the model from the file, whichever of the two formats either has; returns what to know about the weights."""
+def _load(model: nn.Module, host: str, name: str, num_classes: int, checkpoint: Path) -> CheckpointReport:
+    """Fill the model from the file, whichever of the two formats either has."""
     # Names are translated towards our own model, so transformers' is filled from one of ours.
     target = _own_model(name, num_classes, activation="gelu") if host == "transformers" else model
     try:
@@ -116,7 +123,7 @@ def _load(model: nn.Module, host: str, name: str, num_classes: int, checkpoint: 
         values = target.state_dict()
         for key, entry in from_transformers(model.state_dict()).items():
             entry.copy_(values[key])
-    return report.notes
+    return report
 
 
 def _one_line(text: object) -> str:

@@ -51,7 +51,7 @@ def read_photo(path: Path) -> Photo:
         UserError: there is no such file, or it is not an image that Pillow can read.
     """
     if not path.is_file():
-        raise UserError(f"image {path}: no such file")
+        raise UserError(f"image {path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")

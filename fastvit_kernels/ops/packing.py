@@ -46,7 +46,7 @@ class PackedWeights:
     They are made at the first call and again whenever a weight has changed: another tensor, an in-place update, another
     compute dtype. What these checks cannot see (a write through `.data`, an update of a tensor made in inference mode)
     the kernel notices by comparing samples of the weights with those taken when packing; it then reads the weights
-    themselves. A write of that kind to a few elements only can escape the samples.
+    themselves. A write of that kind that leaves most elements as they were can escape the eight samples.
 
     Copies and pickles start empty: the layout belongs to this machine.
     """
