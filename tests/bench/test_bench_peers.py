@@ -171,3 +171,32 @@ def test_sdpa_replaces_the_plain_models_attention(monkeypatch: pytest.MonkeyPatc
     assert calls == []
     sdpa()
     assert len(calls) == 4 and all(table is not None for table in calls)
+
+
+def test_activations_neither_vanish_nor_explode() -> None:
+    """At the published depths: what a branch adds must count beside what it is added to, up to the last block."""
+    cases = [
+        cmt.case("cmt_s", 1, side=64),
+        dhvt.case("dhvt_small_imagenet_patch16", 1, side=64),
+        *(pvt_v2.case(name, 1, 64) for name in pvt_v2.MODELS),
+    ]
+    for case in cases:
+        spreads = _spreads(model := case.stock())
+        (image,) = case.inputs()
+        with torch.inference_mode():
+            logits, mirrored = model(image), model(image.flip(3))
+        branches, blocks = (
+            [value for kind, value in spreads if (kind == "block") is wanted] for wanted in (False, True)
+        )
+        assert min(branches) > 0.1 and max(blocks) < 20 * min(branches), case.title
+        assert 0.1 < float(logits.std()) < 10 and relative_l2(mirrored, logits) > 0.01, case.title
+
+
+def _spreads(model: Any) -> list[tuple[str, float]]:
+    """Standard deviations of what blocks and their two branches return, filled when the model is called."""
+    found: list[tuple[str, float]] = []
+    for module in model.modules():
+        if hasattr(module, "attn") and hasattr(module, "mlp"):
+            for kind, part in (("block", module), ("attn", module.attn), ("mlp", module.mlp)):
+                part.register_forward_hook(lambda _, inputs, out, kind=kind: found.append((kind, float(out.std()))))
+    return found
