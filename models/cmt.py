@@ -216,7 +216,8 @@ class CMT(Repeating):
         for letter in STAGES:
             x = self.get_submodule(f"patch_embed_{letter}")(x)
             h, w = x.shape[2:]
-            table = self.get_parameter(f"relative_pos_{letter}")
+            # Not get_parameter: under torch.func a plain tensor stands in its place.
+            table = getattr(self, f"relative_pos_{letter}")
             rows = self.pos_drop(_rows(x))
             blocks = self.get_submodule(f"blocks_{letter}")
             assert isinstance(blocks, nn.ModuleList)
