@@ -18,7 +18,7 @@ from torch import nn
 import fastvit_kernels
 from fastvit_kernels import cli
 from fastvit_kernels.bench.measure import Plan, Times
-from fastvit_kernels.demo import hosts, images, picture
+from fastvit_kernels.demo import digits, hosts, images, picture
 from fastvit_kernels.demo import run as demo
 from fastvit_kernels.demo.errors import Disagreement, UserError
 from fastvit_kernels.demo.measure import REST, BlockTime, logits, measure, precision
@@ -445,6 +445,7 @@ def test_a_run_on_the_users_image_and_checkpoint(weights, picture_file, tmp_path
         "peak resident memory",
         "logits identical bit for bit",
         "weights of weights.safetensors",
+        "360 held-out handwritten digits",
     ):
         assert text in out
     assert "random weights" not in out
@@ -458,6 +459,23 @@ def test_the_command_in_its_own_process(tmp_path):
     assert "random weights: the classes mean nothing, the numbers must agree" in " ".join(done.stdout.split())
     assert "flower.jpg" in done.stdout and "stage2.blocks.9" in done.stdout
     _check_picture(tmp_path / "demo_output" / "comparison.png")
+
+
+def test_held_out_digits_are_recognised_both_ways():
+    result = digits.recognise()
+    assert len(result.labels) == 360 and min(result.right(v) for v in (STOCK, ACCELERATED)) >= 0.97 * 360
+    assert torch.equal(result.found[STOCK], result.found[ACCELERATED])
+
+
+def test_a_network_that_recognises_other_digits_stops_the_run(tmp_path, monkeypatch):
+    def spoil(model, inference):
+        with torch.no_grad():
+            model.get_submodule("head").bias[3] += 100
+
+    monkeypatch.setattr(digits, "accelerate", spoil)
+    monkeypatch.setattr(demo, "peak_memory", lambda *_: Memory(1, 2))
+    with pytest.raises(Disagreement, match="other handwritten digits"):
+        _quiet_run(tmp_path)
 
 
 def _quiet_run(tmp_path: Path, **options) -> Results:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastvit_kernels import accelerate, explain, restore
 from fastvit_kernels.bench.measure import Plan
-from fastvit_kernels.demo import images, tables
+from fastvit_kernels.demo import digits, images, tables
 from fastvit_kernels.demo.errors import Disagreement, UserError
 from fastvit_kernels.demo.hosts import stock_model
 from fastvit_kernels.demo.measure import logits, measure, precision
@@ -134,6 +134,11 @@ def _run(options: Options, progress: Progress) -> Results:
     with _step(progress, "Restoring the copy"):
         _check_restored(accelerated, stock.model, x, options.dtype)
     say("restore: the copy is the stock model again, logits identical bit for bit")
+    with _step(progress, "Reading handwritten digits"):
+        recognised = digits.recognise()
+    say(tables.digits_table(recognised))
+    if not torch.equal(recognised.found[ACCELERATED], recognised.found[STOCK]):
+        raise Disagreement("the accelerated network recognises other handwritten digits than the stock network")
     picture, figures = folder / "comparison.png", folder / "results.json"
     with _step(progress, "Drawing"):
         draw(results, crops, stock.labels, picture)

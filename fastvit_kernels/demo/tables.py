@@ -10,10 +10,12 @@ from rich.table import Table
 
 from fastvit_kernels import Explanation, Report
 from fastvit_kernels.bench.measure import Times
+from fastvit_kernels.demo.digits import DigitsResult
 from fastvit_kernels.demo.hosts import RANDOM_WEIGHTS
 from fastvit_kernels.demo.memory import METHOD
 from fastvit_kernels.demo.results import ACCELERATED, FP32_LIMIT, STOCK, TOP, Agreement, Results, Setup
 
+SHOWN_DIGITS = 16
 _MIB = 2**20
 
 
@@ -123,6 +125,23 @@ def memory_table(results: Results) -> Table:
     for variant, memory in results.memory.items():
         cells = (f"{value / _MIB:.0f}" for value in (memory.resting, memory.peak, memory.rise))
         table.add_row(variant, *cells)
+    return table
+
+
+def digits_table(result: DigitsResult) -> Table:
+    """Accuracy on the held-out digits, and the first of them as each variant sees them."""
+    count = len(result.labels)
+    table = _table(
+        f"{count} held-out handwritten digits, seen by a {result.model} of {result.parameters / 1e3:.0f} k parameters "
+        "trained with examples/train.py",
+        "",
+        "accuracy",
+        f"the first {SHOWN_DIGITS}",
+    )
+    for name, digits in (("written", result.labels), *result.found.items()):
+        shown = " ".join(str(digit) for digit in digits[:SHOWN_DIGITS].tolist())
+        accuracy = f"{result.right(name) / count:.2%}" if name in result.found else ""
+        table.add_row(name, accuracy, shown)
     return table
 
 

@@ -30,6 +30,7 @@ def test_everything_is_inside_the_package(names):
 
 def test_contents(names):
     needed = ("__init__.py", "py.typed", "_fk_cpu.so", "_build.json", "models/__init__.py", "bench/__init__.py")
+    needed += ("demo/digits.safetensors",)
     assert {f"fastvit_kernels/{name}" for name in needed} <= names
     assert not [name for name in names if "bench/results/" in name or name.endswith((".cpp", ".cu", ".h", ".pyc"))]
 
