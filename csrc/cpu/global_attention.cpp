@@ -54,11 +54,13 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, int64_t head
   STD_TORCH_CHECK(
       heads > 0 && a.channels > 0 && a.value_channels > 0 && a.channels % heads == 0 && a.value_channels % heads == 0,
       "num_heads: does not divide the channels");
+  STD_TORCH_CHECK(a.q_channels > 0, "q: expected at least one channel");
   STD_TORCH_CHECK(!add_query_input || a.q_channels == a.value_channels, "add_query_input: widths differ");
   a.out = a.value_channels;
   if (t[kProj].has_value()) {
     STD_TORCH_CHECK(t[kProj]->dim() == 2, "proj_weight: expected 2 dimensions");
     a.out = t[kProj]->size(0);
+    STD_TORCH_CHECK(a.out > 0, "proj_weight: expected at least one row");
   }
   a.norm = norm_kind(norm);
   a.norm_eps = norm_eps;

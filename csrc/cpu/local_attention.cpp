@@ -41,6 +41,7 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, const std::s
   a.tokens = x.size(1);
   a.in_channels = x.size(2);
   a.heads = heads;
+  STD_TORCH_CHECK(a.in_channels > 0, "x: expected at least one channel");
   check_grid(a.tokens, 0, height, width);
   // Larger windows than the map would be padding only; their square must not overflow.
   STD_TORCH_CHECK(window > 0 && window <= 4096, "window_size: expected 1 to 4096");
@@ -65,6 +66,7 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, const std::s
   if (t[kProj].has_value()) {
     STD_TORCH_CHECK(t[kProj]->dim() == 2, "proj_weight: expected 2 dimensions");
     a.out = t[kProj]->size(0);
+    STD_TORCH_CHECK(a.out > 0, "proj_weight: expected at least one row");
   }
   a.norm = norm_kind(norm);
   STD_TORCH_CHECK(a.norm == FK_NO_NORM || t[kQkv].has_value(), "norm: expected a qkv_weight behind it");

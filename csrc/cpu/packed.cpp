@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -80,14 +81,21 @@ const float* Packer::table(const fk_array& source, int64_t heads, int64_t querie
   return to;
 }
 
+// A bias in units of log2. The lowest finite number is a common mask, and must not become infinite here.
+static float in_log2(float bias) {
+  constexpr float kLog2E = 1.44269504f, kMost = 3e38f;
+  if (std::isinf(bias)) return bias;
+  const float scaled = bias * kLog2E;
+  return scaled > kMost ? kMost : scaled < -kMost ? -kMost : scaled;
+}
+
 void Packer::fill() const {
-  constexpr float kLog2E = 1.44269504f;
   for (const Table& t : tables_)
     for (int64_t h = 0; h < t.heads; ++h)
       for (int64_t k = 0; k < t.keys; ++k)
         for (int64_t q = 0; q < t.stride; ++q)
           t.to[(h * t.keys + k) * t.stride + q] =
-              q < t.queries ? element(t.source, (h * t.queries + q) * t.keys + k) * kLog2E : 0.0f;
+              q < t.queries ? in_log2(element(t.source, (h * t.queries + q) * t.keys + k)) : 0.0f;
   for (const Vector& v : vectors_)
     for (int64_t i = 0; i < v.padded; ++i) v.to[i] = i < v.n && v.source.data ? element(v.source, i) : v.fill;
   for (const fk_pack_linear& linear : linears_) {

@@ -37,6 +37,19 @@ def dot(a, b, accumulator, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
+def in_log2(bias):
+    """A bias of softmax in units of log2. The lowest finite number is a common mask and must not become infinite."""
+    scaled = tl.minimum(tl.maximum(bias * 1.4426950408889634, -3e38), 3e38)
+    return tl.where(tl.abs(bias) == float("inf"), bias, scaled)
+
+
+@triton.jit
+def finite_maximum(maximum):
+    """0 for the maximum of scores that are all -inf so far: -inf - -inf would be NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
 def vector(pointer, columns, mask, DEFAULT: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK entries of a per-channel parameter; `DEFAULT` everywhere when the parameter is None."""
     if pointer is None:

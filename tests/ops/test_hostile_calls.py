@@ -69,3 +69,22 @@ for kernel, padding in ((1, 16), (1, 40), (3, 64), (3, 500), (1, 100)):
 """
     environment = {**os.environ, "MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "85"}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_projections_without_rows_or_columns(dtype):
+    """Their memory is null, which must not pass for an absent weight."""
+    x, k, packed = torch.randn(1, 16, 8), torch.randn(1, 4, 16), torch.randn(24, 8)
+    nothing, empty = torch.randn(0, 8), torch.randn(1, 16, 0)
+    window = ("none", 0.0, 4, 4, 4, 1, 1.0, "none", False, dtype)
+    everywhere = (1, 1.0, "none", 0.0, False, False, dtype)
+    local, whole = torch.ops.fastvit.local_attention.default, torch.ops.fastvit.global_attention.default
+    calls = [
+        (local, [x, *[None] * 5, packed, None, None, nothing, None, None], window),
+        (local, [empty, *[None] * 5, torch.randn(24, 0), *[None] * 5], window),
+        (whole, [x, k, None, nothing, *[None] * 8], everywhere),
+        (whole, [empty, k, *[None] * 5, torch.randn(8, 0), *[None] * 4], everywhere),
+    ]
+    for function, tensors, static in calls:
+        with pytest.raises(RuntimeError, match="expected at least one"):
+            function([None if t is None else t.to(dtype) for t in tensors], None, *static)

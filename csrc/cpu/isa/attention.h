@@ -223,10 +223,15 @@ static __attribute__((noinline)) void attend(const AttentionShape& p, const A* k
     }
     for (int j = 0; j < FK_NV; ++j) {
       float* column = s.scores + j * FK_VL;
-      vf m = column_maximum(column, n, scale);
+      vf m = column_maximum(column, n, scale), before = m;
       if (first > 0) {
-        const vf before = load(maximum + j * FK_VL);
+        before = load(maximum + j * FK_VL);
         m = vmax(m, before);
+      }
+      store(maximum + j * FK_VL, m);
+      // Until a key is seen whose bias is finite the maximum is -inf, and -inf - -inf would be NaN.
+      m = m == splat(-__builtin_inff()) ? splat(0.0f) : m;
+      if (first > 0) {
         const vf shrink = exp2v<false>(before - m);
         store(total + j * FK_VL, load(total + j * FK_VL) * shrink);
         float factor[FK_VL];
@@ -237,7 +242,6 @@ static __attribute__((noinline)) void attend(const AttentionShape& p, const A* k
             store(at, load(at) * splat(factor[q]));
           }
       }
-      store(maximum + j * FK_VL, m);
       const vf sums = exponentiate(column, n, scale, m, weights_of(s, j * FK_VL));
       store(total + j * FK_VL, first > 0 ? load(total + j * FK_VL) + sums : sums);
     }

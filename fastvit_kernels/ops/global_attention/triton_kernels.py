@@ -14,7 +14,7 @@ from fastvit_kernels.ops.global_attention.reference import Static
 from fastvit_kernels.ops.normalization import normalize_by
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.precision import wide
-from fastvit_kernels.ops.primitives import dot
+from fastvit_kernels.ops.primitives import dot, finite_maximum, in_log2
 from fastvit_kernels.ops.triton_linear import linear
 from fastvit_kernels.ops.triton_moments import group_statistics
 
@@ -45,7 +45,7 @@ def block_scores(
     scores = dot(q, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), ARITHMETIC) * scale
     if bias_rows is not None:
         bias = tl.load(bias_rows[:, None] + n[None, :], mask=m_mask[:, None] & (n < keys)[None, :], other=0.0)
-        scores += bias.to(tl.float32) * 1.4426950408889634
+        scores += in_log2(bias.to(tl.float32))
     return tl.where((n < keys)[None, :], scores, float("-inf"))
 
 
@@ -119,8 +119,9 @@ def attention_kernel(
                 q, k_ptr, start, keys, channels, scale, bias_rows, m_mask, WIDTH, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_D
             )
             larger = tl.maximum(largest, tl.max(scores, 1))
-            rescale = tl.exp2(largest - larger)
-            p = tl.exp2(scores - larger[:, None])
+            shift = finite_maximum(larger)
+            rescale = tl.exp2(largest - shift)
+            p = tl.exp2(scores - shift[:, None])
             total = total * rescale + tl.sum(p, 1)
             v = block_values(v_ptr, start, keys, value_channels, VALUE_WIDTH, BLOCK_N, BLOCK_V)
             accumulator = dot(p, v, accumulator * rescale[:, None], ARITHMETIC)

@@ -12,7 +12,7 @@ from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.local_attention.reference import Static
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.precision import wide
-from fastvit_kernels.ops.primitives import dot
+from fastvit_kernels.ops.primitives import dot, finite_maximum, in_log2
 from fastvit_kernels.ops.triton_linear import linear
 from fastvit_kernels.ops.triton_moments import group_statistics
 
@@ -65,7 +65,7 @@ def block_scores(
     if bias_ptr is not None:
         places = (m < WINDOW * WINDOW)[:, None] & (n < WINDOW * WINDOW)[None, :]
         bias = tl.load(bias_ptr + m[:, None] * (WINDOW * WINDOW) + n[None, :], mask=places, other=0.0)
-        scores += bias.to(tl.float32) * 1.4426950408889634
+        scores += in_log2(bias.to(tl.float32))
     return tl.where(keys[None, :], scores, float("-inf"))
 
 
@@ -133,7 +133,6 @@ def window_attention_kernel(
     q_mask = inside[:, None] & (d < WIDTH)[None, :]
     q = tl.load(q_ptr + rows.to(tl.int64)[:, None] * row_stride + d[None, :], mask=q_mask, other=0.0)
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    # The first block holds the window's first pixel, which is always one of the map: the maximum is finite.
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, WINDOW * WINDOW, BLOCK_N):
@@ -142,8 +141,9 @@ def window_attention_kernel(
             q, m, start, k_ptrs, k_inside, bias_ptr, scale, WINDOW, MASK, WIDTH, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_D
         )
         larger = tl.maximum(largest, tl.max(scores, 1))
-        rescale = tl.exp2(largest - larger)
-        p = tl.exp2(scores - larger[:, None])
+        shift = finite_maximum(larger)
+        rescale = tl.exp2(largest - shift)
+        p = tl.exp2(scores - shift[:, None])
         total = total * rescale + tl.sum(p, 1)
         v_ptrs, v_inside = block_rows(start, v_ptr, zero_v_ptr, top, left, height, width, value_stride, WINDOW, BLOCK_N)
         v = tl.load(v_ptrs[:, None] + e[None, :], mask=v_inside[:, None] & (e < VALUE_WIDTH)[None, :], other=0.0)
