@@ -6,7 +6,9 @@ For every operator `name` this defines
 * `fastvit::name.triton(Tensor?[] tensors, ...)`: the Triton kernels (on a CPU they run under Triton's interpreter);
 * `fastvit::name_pack(Tensor?[] tensors, ...)`: weights in the layout the CPU kernels read;
 * `fastvit::name_backward(Tensor[] grads, Tensor?[] tensors, bool[] needs, ...)`: gradients, recomputed through the
-  reference.
+  reference;
+* `fastvit::name_backward.native` and `fastvit::name_backward.triton`, where there are such kernels: the same gradients
+  from C++ (CPU and CUDA dispatch keys) and from Triton.
 
 `...` stands for the operator's static arguments. The tensors of a call travel as one list in a documented order, so
 that the autograd, fake and packing code below exists once for all operators.
@@ -23,10 +25,12 @@ from torch import Tensor
 from torch.library import Library
 
 from fastvit_kernels.ops import dispatch
-from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
+from fastvit_kernels.ops.operator import Backend, BackwardBackend, Operator, Outputs, Tensors
 from fastvit_kernels.ops.packing import PackedWeights
 
 NAMESPACE = "fastvit"
+Launcher = Callable[[Tensors, Any], Outputs]
+BackwardLauncher = Callable[[Sequence[Tensor], Tensors, Sequence[bool], Any], list[Tensor]]
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 library = Library(NAMESPACE, "DEF")
@@ -34,6 +38,7 @@ library.define("cpu_isa() -> str")
 library.define("cpu_peak(str kind, float seconds) -> float")
 library.define("cpu_bandwidth(float seconds) -> float")
 operators: dict[str, Operator] = {}
+_NATIVE = ("cpu", "cuda")
 _functions: dict[str, Any] = {}
 _cpu_ops: dict[str, Any] = {}
 
@@ -56,13 +61,21 @@ def define_statistics(name: str, static_schema: str, fake: Callable[..., Tensor]
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
 
 
-def register(operator: Operator, triton_launcher: Callable[[Tensors, Any], Outputs] | None = None) -> None:
-    """Define `operator`'s schemas and register its fakes, its Triton kernels (if any) and its backward."""
+def register(
+    operator: Operator,
+    triton_launcher: Launcher | None = None,
+    triton_backward: BackwardLauncher | None = None,
+) -> None:
+    """Define `operator`'s schemas and register its fakes, its Triton kernels (if any) and its backward.
+
+    Args:
+        operator: its `"cpu"` or `"cuda"` backend must be a `BackwardBackend` for `name_backward.native` to exist.
+        triton_launcher, triton_backward: what the `.triton` overloads run.
+    """
     name, statics = operator.name, operator.static_schema
     returns = "Tensor" if operator.returns == 1 else "(" + ", ".join(["Tensor"] * operator.returns) + ")"
     _define(f"{name}(Tensor?[] tensors, Tensor? packed, {statics}) -> {returns}")
     _define(f"{name}_pack(Tensor?[] tensors, {statics}) -> Tensor")
-    _define(f"{name}_backward(Tensor[] grads, Tensor?[] tensors, bool[] needs, {statics}) -> Tensor[]")
 
     def fake(tensors: Tensors, packed: Tensor | None, *static: Any) -> Tensor | Outputs:
         _check_one_device(name, [*tensors, packed])
@@ -72,21 +85,24 @@ def register(operator: Operator, triton_launcher: Callable[[Tensors, Any], Outpu
         # The layout, and with it the size, depends on the instruction set found at run time.
         return torch.empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
-    def fake_backward(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
-        wanted = zip(tensors, needs, strict=True)
-        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in wanted if n and t is not None]
-
     def run_backward(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
         with _autograd_inside_kernel():
             found = recompute_gradients(operator, grads, tensors, needs, operator.static(*static), create_graph=False)
         # Gradients leave as fresh dense tensors, whatever autograd returned: the fake promises it.
         return [g.clone(memory_format=torch.contiguous_format) for g in found if g is not None]
 
-    fakes = ((name, fake), (f"{name}_pack", fake_pack), (f"{name}_backward", fake_backward))
-    for overload, function in fakes:
+    for overload, function in ((name, fake), (f"{name}_pack", fake_pack)):
         torch.library.register_fake(f"{NAMESPACE}::{overload}", function, lib=library)
-    for key in ("CPU", "CUDA"):
-        library.impl(f"{name}_backward", run_backward, key)
+    _register_backward(operator, "", run_backward)
+    if any(b.name in _NATIVE and isinstance(b, BackwardBackend) for b in operator.backends):
+        _register_backward(operator, ".native")
+    if triton_backward is not None:
+        launch_backward = triton_backward
+
+        def run_triton(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
+            return launch_backward(grads, tensors, needs, operator.static(*static))
+
+        _register_backward(operator, ".triton", run_triton)
     if triton_launcher is not None:
         _register_triton(operator, triton_launcher, f"Tensor?[] tensors, {statics}", returns)
     operators[name] = operator
@@ -101,9 +117,23 @@ def _check_one_device(name: str, tensors: Tensors) -> None:
         raise ValueError(f"{name}: expected tensors on one device, got {', '.join(sorted(devices))}")
 
 
-def _register_triton(
-    operator: Operator, launcher: Callable[[Tensors, Any], Outputs], arguments: str, returns: str
-) -> None:
+def _register_backward(operator: Operator, overload: str, run: Callable[..., list[Tensor]] | None = None) -> None:
+    """Define `name_backward` or one of its overloads; without `run` C++ brings the kernels."""
+    name = f"{operator.name}_backward{overload}"
+    _define(f"{name}(Tensor[] grads, Tensor?[] tensors, bool[] needs, {operator.static_schema}) -> Tensor[]")
+
+    def fake(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
+        _check_one_device(name, [*grads, *tensors])
+        wanted = zip(tensors, needs, strict=True)
+        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in wanted if n and t is not None]
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    if run is not None:
+        for key in ("CPU", "CUDA"):
+            library.impl(name, run, key)
+
+
+def _register_triton(operator: Operator, launcher: Launcher, arguments: str, returns: str) -> None:
     overload = f"{operator.name}.triton"
     _define(f"{overload}({arguments}) -> {returns}")
 
@@ -165,13 +195,13 @@ def _make_function(operator: Operator) -> Any:
     backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward").default
 
     class Fused(torch.autograd.Function):
-        """A backend's forward; the backward recomputes through the reference."""
+        """A backend's forward and, where it has one for the gradients in question, its backward."""
 
         @staticmethod
-        def forward(ctx: Any, run: Any, static: Any, *tensors: Tensor | None) -> Any:
+        def forward(ctx: Any, backend: Backend, static: Any, *tensors: Tensor | None) -> Any:
             ctx.save_for_backward(*tensors)
-            ctx.static = static
-            return _unwrap(run(tensors, None, static))
+            ctx.backend, ctx.static = backend, static
+            return _unwrap(backend.run(tensors, None, static))
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -180,12 +210,22 @@ def _make_function(operator: Operator) -> Any:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 found = recompute_gradients(operator, grads, tensors, needs, static, create_graph=True)
             else:
-                remaining = iter(backward_op(list(grads), list(tensors), needs, *static))
+                rows = row_major(grads)
+                backend = ctx.backend
+                if isinstance(backend, BackwardBackend) and not backend.supports_backward(rows, tensors, needs, static):
+                    remaining = iter(backend.run_backward(rows, tensors, needs, static))
+                else:
+                    remaining = iter(backward_op(rows, list(tensors), needs, *static))
                 found = [next(remaining) if n else None for n in needs]
             return (None, None, *found)
 
     Fused.__name__ = Fused.__qualname__ = f"Fused[{operator.name}]"
     return Fused
+
+
+def row_major(grads: Sequence[Tensor]) -> list[Tensor]:
+    """The output gradients as kernels read them."""
+    return [g.contiguous() for g in grads]
 
 
 def dense(tensors: Tensors, except_at: Sequence[int] = ()) -> list[Tensor | None]:
@@ -221,7 +261,7 @@ def call(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if torch.compiler.is_compiling():
             tensors = _distinct(tensors)
-        return _as_tuple(_functions[operator.name].apply(chosen.run, static, *tensors))
+        return _as_tuple(_functions[operator.name].apply(chosen, static, *tensors))
     prepared = packed.get(operator, tensors, static) if packed is not None and chosen.name == "cpu" else None
     return chosen.run(tensors, prepared, static)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -13,7 +13,11 @@ Outputs = tuple[Tensor, ...]
 
 
 class Backend(Protocol):
-    """One way to run an operator. `supports` lists every reason it cannot (an empty list: it can)."""
+    """One way to run an operator. `supports` lists every reason it cannot (an empty list: it can).
+
+    A backend that is a `BackwardBackend`, too, has kernels for the gradients; all others train by recomputing through
+    the reference.
+    """
 
     @property
     def name(self) -> str: ...
@@ -21,6 +25,24 @@ class Backend(Protocol):
     def supports(self, tensors: Tensors, static: Any) -> list[str]: ...
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Any) -> Outputs: ...
+
+
+@runtime_checkable
+class BackwardBackend(Protocol):
+    """The gradients of one way to run an operator.
+
+    `supports_backward` lists every reason it cannot compute the wanted ones, beyond those of `supports`. `run_backward`
+    returns one fresh dense tensor for each tensor that `needs` asks for, in order, of its shape and dtype. `grads` are
+    the row-major gradients of the outputs, `tensors` those of the forward.
+    """
+
+    def supports_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
+    ) -> list[str]: ...
+
+    def run_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
+    ) -> list[Tensor]: ...
 
 
 @dataclass(eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -10,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastvit_kernels import ops
 from fastvit_kernels.ops import library
 from fastvit_kernels.testing import inputs
-from fastvit_kernels.testing.calls import as_list, differentiate
+from fastvit_kernels.testing.calls import as_list, cotangents, differentiate
 from fastvit_kernels.testing.contract.base import check, expected
 from fastvit_kernels.testing.raw import raw_call
 
@@ -25,6 +27,28 @@ def _op(name, suffix=""):
     return getattr(torch.ops.fastvit, f"{name}{suffix}").default
 
 
+def _backwards(name):
+    """The recomputing backward and the overloads with kernels."""
+    packet = getattr(torch.ops.fastvit, f"{name}_backward")
+    return [getattr(packet, overload) for overload in packet.overloads()]
+
+
+def _supported(overload, grads, tensors, needs, static):
+    if overload._overloadname == "default":
+        return True
+    wanted = {"native": "cpu", "triton": "triton"}[overload._overloadname]
+    operator = library.operators[overload._schema.name.split("::")[1].removesuffix("_backward")]
+    backend = next(b for b in operator.backends if b.name == wanted)
+    return not backend.supports_backward(grads, tensors, needs, static)
+
+
+def _backward_arguments(name, case, precision):
+    """What a backward that wants every gradient gets."""
+    tensors, static = raw_call(case.call(precision))
+    grads = cotangents(as_list(_op(name)(tensors, None, *static)))
+    return grads, tensors, [t is not None for t in tensors], static
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_registered_kernels(name):
     def has(operator, key):
@@ -33,6 +57,9 @@ def test_registered_kernels(name):
     for operator in (name, f"{name}_pack", f"{name}_backward"):
         assert has(operator, "CPU") and has(operator, "Meta"), operator
     assert has(f"{name}_backward", "CUDA")
+    for overload in _backwards(name)[1:]:
+        full = f"{name}_backward.{overload._overloadname}"
+        assert has(full, "CPU") and has(full, "Meta"), full
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -45,6 +72,103 @@ def test_fakes_have_the_shapes_strides_and_dtypes_of_the_kernels(name):
             fake = as_list(_op(name)(on_meta, None, *static))
             for a, b in zip(found, fake, strict=True):
                 assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), case.name
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradients_are_fresh_and_as_their_fakes(name):
+    cases = [(c, p) for c in inputs.CASES[name] for p in (inputs.FP32, inputs.BF16, inputs.BF16_FP32)]
+    for case, precision in cases:
+        grads, tensors, needs, static = _backward_arguments(name, case, precision)
+        on_meta = [None if t is None else t.to("meta") for t in tensors]
+        for overload in _backwards(name):
+            slow = overload._overloadname == "triton" and "smallest" not in case.tags
+            if slow or not _supported(overload, grads, tensors, needs, static):
+                continue
+            found = overload(grads, tensors, needs, *static)
+            fake = overload([g.to("meta") for g in grads], on_meta, needs, *static)
+            for a, b in zip(found, fake, strict=True):
+                assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), (overload, case.name)
+            own, given = _storages(found), _storages([*grads, *tensors])
+            assert len(set(own)) == len(own) and not set(own) & set(given), f"{overload}, {case.name}: shared memory"
+
+
+def _storages(tensors):
+    return [t.untyped_storage().data_ptr() for t in tensors if t is not None and t.numel()]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_backward_operators(name):
+    """Each is a lawful operator, whichever backend would be chosen."""
+    grads, tensors, needs, static = _backward_arguments(name, _case(name), inputs.FP32)
+    overloads = [o for o in _backwards(name) if _supported(o, grads, tensors, needs, static)]
+    for overload in overloads:
+        torch.library.opcheck(overload, (grads, tensors, needs, *static))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_raw_backward_refuses_what_would_read_out_of_bounds(name):
+    grads, tensors, needs, static = _backward_arguments(name, _case(name), inputs.FP32)
+    wrong = [(grads, tensors[:-1], needs), (grads[:-1], tensors, needs), ([*grads, grads[0]], tensors, needs)]
+    wrong += [(grads, tensors, needs[:-1]), (grads, tensors, [*needs, True]), (grads, [None, *tensors[1:]], needs)]
+    for index, t in enumerate(tensors):
+        for other in _spoilt(t) if t is not None else []:
+            wrong.append((grads, [*tensors[:index], other, *tensors[index + 1 :]], needs))
+    for index, g in enumerate(grads):
+        for other in _spoilt(g) if g.numel() else []:
+            wrong.append(([*grads[:index], other, *grads[index + 1 :]], tensors, needs))
+    native = [o for o in _backwards(name) if o._overloadname == "native"]
+    default = next(o for o in _backwards(name) if o._overloadname == "default")
+    for overload in native:
+        for bad in wrong:
+            try:
+                found = overload(*bad, *static)
+            except (RuntimeError, ValueError, NotImplementedError):
+                continue
+            # What it takes must make sense.
+            for a, b in zip(found, default(*bad, *static), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    with pytest.raises((RuntimeError, ValueError)):
+        default(grads, tensors, needs[:-1], *static)
+
+
+def _spoilt(t):
+    others = [t[:0], t[..., :-1].contiguous(), t[None], t.flatten(), t.new_zeros(()), t.double(), t.long(), t.bool()]
+    return [*others, t.to(torch.complex64), t.to(torch.int8), t.to("meta"), t[..., None].expand(*t.shape, 2)[..., 0]]
+
+
+def _strided_cotangents(outputs):
+    return [g.mT.contiguous().mT for g in cotangents(outputs)]
+
+
+@pytest.mark.parametrize("reasons", [[], ["another time"]])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_backend_brings_its_own_backward(reasons, compiled):
+    """It is asked with row-major gradients, and passed by when it says why not."""
+    operator = library.operators["pointwise_mlp"]
+    asked = []
+
+    class Trained(type(operator.backends[0])):
+        def supports_backward(self, grads, tensors, needs, static):
+            if not torch.compiler.is_compiling():
+                asked.append(([g.is_contiguous() for g in grads], len(tensors), list(needs)))
+            return reasons
+
+        def run_backward(self, grads, tensors, needs, static):
+            found = torch.ops.fastvit.pointwise_mlp_backward.default(list(grads), list(tensors), needs, *static)
+            return [2 * g for g in found]
+
+    call = _case("pointwise_mlp").call()
+    del call.arguments["norm_weight"]
+    wanted = differentiate(call).gradients
+    with mock.patch.object(operator, "backends", [Trained(), *operator.backends[1:]]):
+        run = torch.compile(call.function, fullgraph=True, backend="aot_eager") if compiled else call.function
+        found = differentiate(
+            call, lambda c: run(**c.arguments), lambda o: [g.mT.contiguous().mT for g in cotangents(o)]
+        )
+    needs = [True, False, True, True, True, True, True, True]
+    assert asked == ([] if compiled else [([True], 8, needs)])
+    for key, gradient in found.gradients.items():
+        torch.testing.assert_close(gradient, wanted[key] * (1 if reasons else 2), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -133,13 +133,13 @@ def _ignores_strides(outputs, tensors, static):
 
 @contextmanager
 def gradients(change):
-    """The recomputed gradients, changed."""
+    """A backend that has no kernels for the gradients, and the recomputed ones changed."""
     original = library.recompute_gradients
 
     def changed(*args, **kwargs):
         return change(original(*args, **kwargs))
 
-    with mock.patch.object(library, "recompute_gradients", changed):
+    with backend(), mock.patch.object(library, "recompute_gradients", changed):
         yield
 
 
@@ -199,7 +199,8 @@ def _misreads_gradients():
         ]
         return original(operator, read, *args, **kwargs)
 
-    with mock.patch.object(library, "recompute_gradients", misread):
+    as_they_come = mock.patch.object(library, "row_major", list)
+    with backend(), as_they_come, mock.patch.object(library, "recompute_gradients", misread):
         yield
 
 

@@ -9,13 +9,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit_kernels import use_backend
+from fastvit_kernels.ops import library
 from fastvit_kernels.testing.calls import Call, Results, as_list, cotangents, differentiate
 from fastvit_kernels.testing.inputs import BF16, BF16_FP32, FP16, FP32, Case, Precision, tagged
 from fastvit_kernels.testing.numerics import NumericsError, assert_within_rule
 
 Grads = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+NAMESPACE = f"{library.NAMESPACE}."
 
 # How much larger than the reference's the noise in a gradient that is exactly zero may be. Both are random.
 _NOISE = 4.0
@@ -111,6 +115,26 @@ def forward(call: Call, backend: str) -> Results:
     with use_backend(backend), torch.no_grad():
         outputs = as_list(call())
     return Results(outputs, {}, call.buffers())
+
+
+def operator_calls(call: Call, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The registered operators, with arguments, that one forward and backward call."""
+    found: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if str(func).startswith(NAMESPACE):
+                found.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with use_backend(backend), Listen():  # type: ignore[no-untyped-call]
+        differentiate(call)
+    return found
+
+
+def backward_operators(call: Call, backend: str) -> set[str]:
+    """Names of the operators, with their overloads, that the backward calls."""
+    return {str(op) for op, _ in operator_calls(call, backend) if "_backward." in str(op)}
 
 
 @lru_cache(maxsize=512)

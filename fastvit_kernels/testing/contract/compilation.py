@@ -12,18 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.testing import AotEagerAndRecordGraphs
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit_kernels import use_backend
 from fastvit_kernels.ops import library
 from fastvit_kernels.testing.calls import Call, Results, as_list, differentiate
-from fastvit_kernels.testing.contract.base import ContractBase, forward, on_cases, run
+from fastvit_kernels.testing.contract.base import (
+    NAMESPACE,
+    ContractBase,
+    backward_operators,
+    forward,
+    on_cases,
+    operator_calls,
+    run,
+)
 from fastvit_kernels.testing.inputs import FP32, Case
 from fastvit_kernels.testing.numerics import relative_l2
 
 # Relative L2: a generated kernel may sum in another order.
 _INDUCTOR_ROUNDING = 1e-6
-_NAMESPACE = f"{library.NAMESPACE}."
 _OVERLOADS = {"cpu": "default", "triton": "triton"}
 
 
@@ -40,10 +46,12 @@ class Compilation(ContractBase):
             _assert_equal(found, _eager(call, with_gradients, backend))
             targets = _targets(recorder.fw_graphs)
             for name in self.fused:
-                assert f"{_NAMESPACE}{name}.{_OVERLOADS[backend]}" in targets, f"{name} is not in {targets}"
+                assert f"{NAMESPACE}{name}.{_OVERLOADS[backend]}" in targets, f"{name} is not in {targets}"
             if with_gradients:
                 backward = _targets(recorder.bw_graphs)
-                assert all(f"{_NAMESPACE}{name}_backward.default" in backward for name in self.fused), backward
+                # The same overloads as without the compiler: kernels where they can, else the recomputing one.
+                assert {t for t in backward if "_backward." in t} == backward_operators(call, backend)
+                assert all(any(t.startswith(f"{NAMESPACE}{name}_backward.") for t in backward) for name in self.fused)
 
     @on_cases("inductor")
     def test_compiled_by_inductor(self, case: Case) -> None:
@@ -79,14 +87,14 @@ class Compilation(ContractBase):
             for backend in ("cpu", "reference", "cpu"):
                 with use_backend(backend):
                     compiled(**call.arguments)
-        fused = [any(t.startswith(_NAMESPACE) for t in _targets([g])) for g in recorder.fw_graphs]
+        fused = [any(t.startswith(NAMESPACE) for t in _targets([g])) for g in recorder.fw_graphs]
         assert fused == [True, False]
 
     @on_cases("smallest", "map")
     def test_exported_graph_is_plain_pytorch(self, case: Case) -> None:
         exportable = _Exportable(case.call(FP32).fresh())
         program = torch.export.export(exportable, exportable.examples())
-        assert not [t for t in _targets([program.graph_module]) if t.startswith(_NAMESPACE)]
+        assert not [t for t in _targets([program.graph_module]) if t.startswith(NAMESPACE)]
         with torch.no_grad():
             outputs = as_list(program.module()(*exportable.examples()))
         _assert_equal(Results(outputs, {}, {}), forward(case.call(FP32), "reference"))
@@ -105,7 +113,7 @@ class Compilation(ContractBase):
     @on_cases("smallest", "empty")
     def test_operator_registrations(self, case: Case, backend: str) -> None:
         """torch.library.opcheck on every registered operator the call runs, forward and backward."""
-        calls = _operator_calls(case.call(FP32), backend)
+        calls = operator_calls(case.call(FP32), backend)
         assert {str(op).split(".")[1] for op, _ in calls} >= set(self.fused)
         for op, arguments in calls:
             torch.library.opcheck(op, arguments)
@@ -174,21 +182,6 @@ def _run(call: Call, with_gradients: bool, run: Callable[[Call], Any], fresh: bo
 
 def _targets(graphs: Sequence[torch.fx.GraphModule]) -> list[str]:
     return [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
-
-
-def _operator_calls(call: Call, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The registered operators, with arguments, that one forward and backward call."""
-    found: list[tuple[Any, tuple[Any, ...]]] = []
-
-    class Listen(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if str(func).startswith(_NAMESPACE):
-                found.append((func, args))
-            return func(*args, **(kwargs or {}))
-
-    with use_backend(backend), Listen():  # type: ignore[no-untyped-call]
-        differentiate(call)
-    return found
 
 
 @contextmanager

@@ -8,11 +8,19 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvit_kernels import use_backend
 from fastvit_kernels.testing.calls import Call, Results, as_list, cotangents, differentiate
-from fastvit_kernels.testing.contract.base import ContractBase, check, forward, on_cases, pooled, run
+from fastvit_kernels.testing.contract.base import (
+    ContractBase,
+    backward_operators,
+    check,
+    forward,
+    on_cases,
+    pooled,
+    run,
+)
 from fastvit_kernels.testing.inputs import FP32, FP64, Case, Precision
 from fastvit_kernels.testing.poison import on_poisoned_memory
 
@@ -28,6 +36,19 @@ class Execution(ContractBase):
         alone = _with_threads(1, call, backend)
         for threads in (2, 3, 1):
             again = on_poisoned_memory(partial(_with_threads, threads, call, backend))
+            _assert_same_bits(alone, again)
+
+    def test_gradient_bits_do_not_depend_on_the_thread_count(
+        self, case: Case, precision: Precision, backend: str
+    ) -> None:
+        """On new memory each time; where PyTorch's own operators compute gradients, they repeat on one thread."""
+        call = case.call(precision)
+        of_kernels = not isinstance(call.function, nn.Module) and not any(
+            name.endswith(".default") for name in backward_operators(call, backend)
+        )
+        alone = _gradients_with_threads(1, call, backend)
+        for threads in (2, 3, 1) if of_kernels else (1,):
+            again = on_poisoned_memory(partial(_gradients_with_threads, threads, call, backend))
             _assert_same_bits(alone, again)
 
     @on_cases("smallest")
@@ -94,6 +115,11 @@ class Execution(ContractBase):
 def _with_threads(count: int, call: Call, backend: str) -> list[Tensor]:
     with _threads(count):
         return forward(call, backend).outputs
+
+
+def _gradients_with_threads(count: int, call: Call, backend: str) -> list[Tensor | None]:
+    with _threads(count):
+        return list(run(call, backend).gradients.values())
 
 
 def _exact(call: Call, like: Sequence[Tensor]) -> Results:

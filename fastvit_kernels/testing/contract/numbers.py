@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -74,9 +74,12 @@ class Numbers(ContractBase):
 
     @on_cases("smallest")
     def test_some_gradients_only(self, case: Case, backend: str) -> None:
-        """A gradient does not depend on which others are asked for."""
-        for name in case.call(FP32).leaves():
-            self.hold(case, FP32, partial(_one_gradient, name, backend))
+        """A gradient does not depend on which others are asked for: one alone, all but one, none of the parameters."""
+        names = set(case.call(FP32).leaves())
+        activations = {name for name in names if not _is_parameter(name)}
+        for wanted in [*({name} for name in names), *(names - {name} for name in names), activations]:
+            if wanted:
+                self.hold(case, FP32, partial(_some_gradients, wanted, backend))
 
     @on_cases("smallest")
     def test_double_backward(self, case: Case, backend: str) -> None:
@@ -97,18 +100,24 @@ def _laid_out(layout: Callable[[Tensor], Tensor], call: Call) -> Call:
     return call.with_leaves(arguments)
 
 
-def _one_gradient(name: str, backend: str, call: Call) -> Results:
+def _is_parameter(leaf: str) -> bool:
+    return leaf.startswith("module.") or "weight" in leaf or "bias" in leaf
+
+
+def _some_gradients(wanted: Collection[str], backend: str, call: Call) -> Results:
     call = call.fresh()
-    for other, leaf in call.leaves().items():
-        leaf.requires_grad_(other == name)
+    leaves = call.leaves()
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name in wanted)
     with use_backend(backend):
         outputs = as_list(call())
-    # An output that does not depend on the leaf has no history.
+    # An output that depends on none of the leaves has no history.
     pairs = [(o, g) for o, g in zip(outputs, cotangents(outputs), strict=True) if o.requires_grad]
-    (found,) = torch.autograd.grad(
-        [o for o, _ in pairs], [call.leaves()[name]], [g for _, g in pairs], allow_unused=True
+    names = [name for name in leaves if name in wanted]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs], [leaves[name] for name in names], [g for _, g in pairs], allow_unused=True
     )
-    return Results([o.detach() for o in outputs], {name: found}, {})
+    return Results([o.detach() for o in outputs], dict(zip(names, found, strict=True)), {})
 
 
 def _laid_out_cotangents(layout: Callable[[Tensor], Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
