@@ -98,6 +98,20 @@ struct fk_patch_embedding {
   int64_t rows_per_task;
 };
 
+struct fk_pooled_projection {
+  struct fk_array x;       // [B, H * W, C]
+  struct fk_norm in_norm;  // of x, by its statistics
+  struct fk_norm norm;     // of the pooled map
+  struct fk_linear linear;
+  float* pooled;  // [B, pooled_h * pooled_w, C], behind in_norm
+  void* out;      // [B, pooled_h * pooled_w, N]
+  fk_dtype out_dtype;
+  int64_t batch, height, width, channels, kernel, pooled_h, pooled_w;
+  int64_t pixels_per_pool, pools_per_image;              // tasks of the first step
+  int64_t rows_per_task, tasks_per_image, panel_groups;  // tasks of the second
+  double* moments;                                       // per task of the first step [3]; null: not wanted
+};
+
 struct fk_local_attention {
   struct fk_array x, k, v;  // [B, H * W, ...]; x holds q beside k and v, else what `qkv` takes, else q, k and v
   struct fk_array residual;
@@ -175,6 +189,9 @@ struct fk_table {
   void (*pointwise_mlp)(const struct fk_pointwise_mlp*, int64_t task, void* scratch);
   int64_t (*scratch_patch_embedding)(const struct fk_patch_embedding*);
   void (*patch_embedding)(const struct fk_patch_embedding*, int64_t task, void* scratch);
+  void (*pool)(const struct fk_pooled_projection*, int64_t task);
+  int64_t (*scratch_pooled_projection)(const struct fk_pooled_projection*);
+  void (*pooled_projection)(const struct fk_pooled_projection*, int64_t task, void* scratch);
   int64_t (*scratch_local_attention)(const struct fk_local_attention*);
   void (*local_attention)(const struct fk_local_attention*, int64_t task, void* scratch);
   int64_t (*scratch_depthwise_mlp)(const struct fk_depthwise_mlp*);

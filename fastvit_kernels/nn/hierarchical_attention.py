@@ -13,11 +13,11 @@ from fastvit_kernels.nn import fused
 from fastvit_kernels.ops.arguments import compute_dtype
 from fastvit_kernels.ops.normalization import group_statistics, normalize_by
 from fastvit_kernels.ops.packing import PackedWeights
-from fastvit_kernels.ops.precision import wide
+from fastvit_kernels.ops.pooling import average_pool
 
 EPS = 1e-6
 PADS = ("none", "mask")
-OPERATORS = ("local_attention", "global_attention", "patch_embedding")
+OPERATORS = ("local_attention", "global_attention", "pooled_projection")
 # Up to this side a square map is attended to as one window; others take the operator for any number of keys.
 _LARGEST_WINDOW = 16
 
@@ -220,7 +220,7 @@ class HierarchicalAttention(nn.Module):
         proj_weight, proj_bias = fused.linear_of(modules["proj"])
         return ops.global_attention(
             mixed,
-            self._pooled_keys(mixed, mixed_statistics, grid, compute_dtype(rows)),
+            self._pooled_keys(mixed, mixed_statistics, grid),
             num_heads=self.num_heads,
             scale=self.scale,
             norm_statistics=mixed_statistics,
@@ -236,28 +236,28 @@ class HierarchicalAttention(nn.Module):
             **grid_norm,
         )
 
-    def _pooled_keys(self, mixed: Tensor, statistics: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Keys and values of the second step, from the first step's rows in front of `grid_norm`.
-
-        Averages of a normalised map are the normalised averages, so the map itself need not be normalised for them.
-        """
+    def _pooled_keys(self, mixed: Tensor, statistics: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Keys and values of the second step, from the first step's rows in front of `grid_norm`."""
         modules: dict[str, Any] = self._modules
-        pooled = _tokens(modules["avg_pool"](_map(mixed, grid)))
-        pooled = pooled.to(wide(pooled.dtype))
-        mean, var = statistics[:, None, None].unbind(-1)
-        pooled = _affine(pooled - mean, modules["grid_norm"], torch.rsqrt(var + modules["grid_norm"].eps))
-        # The LayerNorm over rows and channels is the GroupNorm without its weights.
-        normalized = F.layer_norm(pooled.flatten(1), (pooled.shape[1] * pooled.shape[2],), eps=modules["ds_norm"].eps)
-        normalized = _affine(normalized.view_as(pooled), modules["ds_norm"])
-        normalized = normalized.to(dtype)
-        kv, packing = modules["kv"], self._packing("patch_embedding")
-        if packing is None:
-            return _linear(normalized, *fused.linear_of(kv))
-        # The same linear as a convolution, for the sake of its packed weights.
-        weight, bias = kv._parameters["weight"], kv._parameters["bias"]
-        pixels = normalized.transpose(1, 2).unsqueeze(2)
-        out = ops.patch_embedding(pixels, weight, bias, stride=1, packed=packing, backend=self.backend)
-        return out.squeeze(2).transpose(1, 2)
+        weight, bias = fused.linear_of(modules["kv"])
+        in_norm, norm = (fused.group_norm_arguments(modules[name]) for name in ("grid_norm", "ds_norm"))
+        return ops.pooled_projection(
+            mixed,
+            weight,
+            bias,
+            grid=grid,
+            kernel_size=modules["avg_pool"].kernel_size,
+            ceil_mode=isinstance(modules["avg_pool"], _PoolOfAnySize),
+            in_norm_weight=in_norm["norm_weight"],
+            in_norm_bias=in_norm["norm_bias"],
+            in_norm_eps=in_norm["norm_eps"],
+            in_norm_statistics=statistics,
+            norm_weight=norm["norm_weight"],
+            norm_bias=norm["norm_bias"],
+            norm_eps=norm["norm_eps"],
+            packed=self._packing("pooled_projection"),
+            backend=self.backend,
+        )
 
     def _fuse_one_level(
         self,
@@ -342,20 +342,11 @@ class HierarchicalAttention(nn.Module):
 
 
 class _PoolOfAnySize(nn.AvgPool2d):
-    """Average pooling whose squares at the right and at the bottom hold the pixels that are there.
-
-    So does `ceil_mode=True`, but torch.compile then makes a wrong gradient of it (seen in torch 2.13).
-    """
+    """Average pooling whose squares at the right and at the bottom hold the pixels that are there."""
 
     def forward(self, x: Tensor) -> Tensor:
-        side = self.kernel_size
-        assert isinstance(side, int)
-        right, bottom = -x.shape[3] % side, -x.shape[2] % side
-        if right == 0 and bottom == 0:
-            return super().forward(x)
-        padding = (0, right, 0, bottom)
-        shares = super().forward(F.pad(x.new_ones((1, 1, *x.shape[2:])), padding))
-        return super().forward(F.pad(x, padding)) / shares
+        assert isinstance(self.kernel_size, int)
+        return average_pool(x, self.kernel_size, ceil_mode=True)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -368,22 +359,18 @@ def _map(rows: Tensor, grid: tuple[int, int]) -> Tensor:
     return rows.transpose(1, 2).unflatten(2, grid)
 
 
-def _affine(x: Tensor, norm: nn.GroupNorm, scale: Tensor | None = None) -> Tensor:
-    """`x * scale * weight + bias`, of the norm's weight and bias."""
-    weight = norm.weight.to(x.dtype)
-    return torch.addcmul(norm.bias.to(x.dtype), x, weight if scale is None else scale * weight)
-
-
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _pooling_obstacles(pool: nn.AvgPool2d) -> list[str]:
-    """Why the average of a normalised map would not be the normalised average."""
+    """Why the pooling is none that the operator knows."""
     if type(pool) not in (nn.AvgPool2d, _PoolOfAnySize):
         return [f"is a {type(pool).__name__}, expected AvgPool2d"]
     if fused.has_hooks(pool):
         return ["has hooks"]
-    if pool.padding not in (0, (0, 0)) or pool.divisor_override is not None:
+    if not isinstance(pool.kernel_size, int) or pool.stride != pool.kernel_size:
+        return [f"has kernel_size={pool.kernel_size} and stride={pool.stride}, expected one number for both"]
+    if pool.padding not in (0, (0, 0)) or pool.ceil_mode or pool.divisor_override is not None:
         return ["does not return averages of pixels alone"]
     return []

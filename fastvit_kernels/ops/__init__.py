@@ -7,6 +7,7 @@ from fastvit_kernels.ops.global_attention import global_attention
 from fastvit_kernels.ops.local_attention import local_attention
 from fastvit_kernels.ops.patch_embedding import patch_embedding
 from fastvit_kernels.ops.pointwise_mlp import pointwise_mlp
+from fastvit_kernels.ops.pooled_projection import pooled_projection
 
 __all__ = [
     "BatchNorm",
@@ -17,4 +18,5 @@ __all__ = [
     "local_attention",
     "patch_embedding",
     "pointwise_mlp",
+    "pooled_projection",
 ]

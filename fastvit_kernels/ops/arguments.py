@@ -106,6 +106,16 @@ def check_residual(value: object, shape: tuple[int, ...], like: Tensor) -> Tenso
     return residual
 
 
+def check_map(grid: object, x: Tensor) -> tuple[int, int]:
+    """The height and width of the map that all tokens of x make."""
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise ValueError(f"grid: expected (H, W), got {grid!r}")
+    height, width = check_integer("grid", grid[0], 1), check_integer("grid", grid[1], 1)
+    if height * width != x.shape[1]:
+        raise ValueError(f"grid: {height} x {width} do not make the {x.shape[1]} tokens of x")
+    return height, width
+
+
 def check_integer(name: str, value: object, least: int) -> int:
     """A Python integer, or what stands for one while a graph is made, of at least this."""
     traced = isinstance(value, Tensor) and torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
@@ -142,6 +152,18 @@ def check_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: f
     return norm_eps
 
 
+def check_statistics(name: str, value: object, x: Tensor) -> None:
+    """Mean and variance of each sample of x, `[B, 2]`, as operators return them."""
+    statistics = check_tensor(name, value)
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    if statistics.shape != (x.shape[0], 2) or statistics.dtype is not dtype:
+        raise ValueError(
+            f"{name}: expected {short(dtype)} of shape {(x.shape[0], 2)}, "
+            f"got {short(statistics.dtype)} of shape {tuple(statistics.shape)}"
+        )
+    check_device(name, statistics, x)
+
+
 def check_norm_kind(
     kind: str | None,
     weight: Tensor | None,
@@ -165,13 +187,7 @@ def check_norm_kind(
         check_tensor("norm_statistics", statistics)
         if kind != "group":
             raise ValueError(f'norm_statistics: expected them with norm="group" only, got norm={kind!r}')
-        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-        if statistics.shape != (x.shape[0], 2) or statistics.dtype is not dtype:
-            raise ValueError(
-                f"norm_statistics: expected {short(dtype)} of shape {(x.shape[0], 2)}, "
-                f"got {short(statistics.dtype)} of shape {tuple(statistics.shape)}"
-            )
-        check_device("norm_statistics", statistics, x)
+        check_statistics("norm_statistics", statistics, x)
     return kind, check_eps("norm_eps", eps)
 
 

@@ -695,6 +695,69 @@ PATCH_EMBEDDING = [
     patch_embedding_case("cvt_13_stage_3", "published", batch=1, size=(28, 28), channels=192, out=384),
 ]
 
+
+def _pooled_projection(
+    maker: Maker,
+    *,
+    batch: int = 2,
+    grid: tuple[int, int] = (6, 8),
+    channels: int = 24,
+    out: int = 40,
+    kernel: int = 2,
+    ceil_mode: bool = False,
+    bias: bool = True,
+    in_norm: bool = True,
+    norm: bool = True,
+    norm_affine: bool = True,
+    statistics: bool = True,
+) -> Call:
+    arguments: dict[str, Any] = {
+        "x": maker.activation(batch, grid[0] * grid[1], channels, scale=1.5, shift=0.5),
+        "weight": maker.weight(out, channels),
+        "bias": maker.vector(out) if bias else None,
+        "grid": grid,
+        "kernel_size": kernel,
+        "ceil_mode": ceil_mode,
+    }
+    for name, wanted, eps in (("in_norm", in_norm, 1e-3), ("norm", norm, 1e-5)):
+        if wanted:
+            arguments[f"{name}_eps"] = eps
+            if norm_affine:
+                arguments |= {f"{name}_weight": maker.positive(channels), f"{name}_bias": maker.vector(channels)}
+    if in_norm and statistics:
+        arguments["in_norm_statistics"] = maker.statistics(batch)
+    return Call(ops.pooled_projection, arguments)
+
+
+def pooled_projection_case(name: str, *tags: str, **options: Any) -> Case:
+    """A call of `pooled_projection` with these options of `_pooled_projection`."""
+    return Case(name, lambda maker: _pooled_projection(maker, **options), frozenset(tags))
+
+
+POOLED_PROJECTION = [
+    pooled_projection_case("plain", "smallest", "inductor"),
+    pooled_projection_case("own_statistics", "smallest", statistics=False),
+    pooled_projection_case("empty_batch", "empty", batch=0),
+    pooled_projection_case("one_square", batch=1, grid=(3, 3), kernel=3),
+    pooled_projection_case("one_pixel", batch=1, grid=(1, 1), kernel=1, norm=False),
+    pooled_projection_case("unread_border", grid=(7, 9), kernel=4),
+    pooled_projection_case("ceil_mode", "smallest", grid=(7, 9), kernel=4, ceil_mode=True),
+    pooled_projection_case("larger_than_the_map", grid=(3, 5), kernel=8, ceil_mode=True),
+    pooled_projection_case("no_pooling", kernel=1),
+    pooled_projection_case("odd_channels", channels=13, out=7),
+    pooled_projection_case("one_channel", channels=1, out=1, norm=False),
+    pooled_projection_case("many_channels", batch=1, grid=(4, 6), channels=165, out=331),
+    pooled_projection_case("many_squares", grid=(34, 30), kernel=2, channels=8, out=16),
+    pooled_projection_case("no_bias", bias=False),
+    pooled_projection_case("no_in_norm", in_norm=False),
+    pooled_projection_case("no_norm", norm=False),
+    pooled_projection_case("norms_without_affine", norm_affine=False, statistics=False),
+    pooled_projection_case("bare", in_norm=False, norm=False, bias=False),
+    pooled_projection_case(
+        "hat_net_small_stage_2", "published", batch=1, grid=(28, 28), channels=128, out=256, kernel=4
+    ),
+]
+
 CASES = {
     "conv_projection": CONV_PROJECTION,
     "depthwise_mlp": DEPTHWISE_MLP,
@@ -702,6 +765,7 @@ CASES = {
     "local_attention": LOCAL_ATTENTION,
     "patch_embedding": PATCH_EMBEDDING,
     "pointwise_mlp": POINTWISE_MLP,
+    "pooled_projection": POOLED_PROJECTION,
 }
 
 

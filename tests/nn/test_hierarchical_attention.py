@@ -228,7 +228,11 @@ def test_accelerate_packs_and_restore_forgets(configuration):
     report = accelerate(model, inference=True)
     assert [row.path for row in report.replaced] == ["0"] and not report.left_alone and report.replaced[0].remarks == ()
     assert ours.backend is None
-    used = ("local_attention", "global_attention") if configuration == "stage 2" else ("local_attention",)
+    used = (
+        ("local_attention", "pooled_projection", "global_attention")
+        if configuration == "stage 2"
+        else ("local_attention",)
+    )
     assert all(ours._packed[name].nbytes for name in used)
     with torch.no_grad():
         assert relative_l2(model(x), expected) <= 1e-5
@@ -289,6 +293,8 @@ def test_dropout_drops_channels_before_the_residual():
         ("kv", nn.Conv2d(DIM, 2 * DIM, 1, groups=2), "kv does more than mix the channels of a pixel"),
         ("proj", nn.Sequential(nn.Conv2d(DIM, DIM, 1)), "proj is a Sequential, expected Conv2d"),
         ("avg_pool", nn.MaxPool2d(2), "avg_pool is a MaxPool2d, expected AvgPool2d"),
+        ("avg_pool", nn.AvgPool2d(2, 1), "avg_pool has kernel_size=2 and stride=1, expected one number for both"),
+        ("avg_pool", nn.AvgPool2d(2, ceil_mode=True), "avg_pool does not return averages of pixels alone"),
         ("avg_pool", nn.AvgPool2d(2, 2, 1), "avg_pool does not return averages of pixels alone"),
         ("avg_pool", nn.AvgPool2d(2, divisor_override=3), "avg_pool does not return averages of pixels alone"),
     ],

@@ -20,6 +20,7 @@ INTEGERS = {
     "global_attention": {"num_heads": 0},
     "local_attention": {"height": 2, "width": 3, "window": 4, "num_heads": 5},
     "patch_embedding": {"stride": 2, "padding": 3},
+    "pooled_projection": {"height": 2, "width": 3, "kernel": 4},
 }
 
 

@@ -48,7 +48,7 @@ def _same(call, packed):
 
 
 def _weights(call):
-    activations = ("x", "q", "k", "v", "norm_statistics", "residual")
+    activations = ("x", "q", "k", "v", "norm_statistics", "in_norm_statistics", "residual")
     return {name: t for name, t in (call.leaves() | call.buffers()).items() if name not in activations}
 
 

@@ -54,6 +54,7 @@ SURFACE = {
         "local_attention",
         "patch_embedding",
         "pointwise_mlp",
+        "pooled_projection",
     ],
 }
 

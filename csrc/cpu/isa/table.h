@@ -9,6 +9,7 @@
 #include "patch_embedding.h"
 #include "peak.h"
 #include "pointwise_mlp.h"
+#include "pooled_projection.h"
 
 #define FK_TABLE(isa)                                 \
   extern "C" const struct fk_table fk_table_##isa = { \
@@ -25,6 +26,9 @@
       pointwise_mlp,                                  \
       scratch_patch_embedding,                        \
       patch_embedding,                                \
+      pool,                                           \
+      scratch_pooled_projection,                      \
+      pooled_projection,                              \
       scratch_local_attention,                        \
       local_attention,                                \
       scratch_depthwise_mlp,                          \

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
     check_device,
     check_integer,
+    check_map,
     check_norm_kind,
     check_number,
     check_parameter,
@@ -141,7 +141,7 @@ def local_attention(
     "Twins", section 3.2 (`pad="zero"`); Liu et al., "Swin Transformer", section 3.2 (`attn_bias`).
     """
     check_activation_tensor("x", x, 3)
-    height, width = _check_grid(grid, x)
+    height, width = check_map(grid, x)
     check_integer("window_size", window_size, 1)
     if pad not in PADS:
         raise ValueError(f"pad: expected one of {', '.join(PADS)}, got {pad!r}")
@@ -178,15 +178,6 @@ def local_attention(
     )
     result, statistics = library.call(OPERATOR, tensors, static, packed=packed, backend=backend)
     return (result, statistics) if return_statistics else result
-
-
-def _check_grid(grid: Any, x: Tensor) -> tuple[int, int]:
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
-        raise ValueError(f"grid: expected (H, W), got {grid!r}")
-    height, width = check_integer("grid", grid[0], 1), check_integer("grid", grid[1], 1)
-    if height * width != x.shape[1]:
-        raise ValueError(f"grid: {height} x {width} do not make the {x.shape[1]} tokens of x")
-    return height, width
 
 
 def _check_inputs(
