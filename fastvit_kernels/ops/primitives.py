@@ -25,6 +25,25 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def activation_gradient(x, ACTIVATION: tl.constexpr):
+    """The derivative of `activate` at x."""
+    if ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        x = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * density
+    elif ACTIVATION == "quick_gelu":
+        gate = tl.sigmoid(1.702 * x)
+        x = gate + 1.702 * x * gate * (1.0 - gate)
+    elif ACTIVATION == "silu":
+        gate = tl.sigmoid(x)
+        x = gate + x * gate * (1.0 - gate)
+    elif ACTIVATION == "relu":
+        x = tl.where(x <= 0.0, 0.0, 1.0)
+    else:
+        x = tl.full(x.shape, 1.0, tl.float32)
+    return x
+
+
+@triton.jit
 def dot(a, b, accumulator, ARITHMETIC: tl.constexpr):
     """`accumulator + a @ b`, summed in fp32; `ARITHMETIC` is (compute dtype, whether to upcast, precision of fp32).
 

@@ -23,6 +23,15 @@ class Config(NamedTuple):
 ALIGNMENT = 16
 ANY = 1 << 31
 _INTERPRETER = ((ANY, Config(32, 64, 64, 4, 1)),)
+# A tile holds rows as a whole: fewer of them the wider they are.
+_WHOLE_ROWS = (
+    (64, Config(32, 0, 0, 4, 1)),
+    (256, Config(16, 0, 0, 4, 1)),
+    (512, Config(8, 0, 0, 4, 1)),
+    (1024, Config(4, 0, 0, 4, 1)),
+    (2048, Config(2, 0, 0, 4, 1)),
+    (ANY, Config(1, 0, 0, 8, 1)),
+)
 
 # Kernel -> (architecture, kind of product) -> rows of (widest channel count, configuration), narrowest first. The count
 # is that of the output channels, for attention that of one head. "half" is bf16 and fp16, "ieee" fp32 without tf32.
@@ -139,5 +148,38 @@ CONFIGS: dict[str, dict[tuple[str, str], tuple[tuple[int, Config], ...]]] = {
         ("default", "tf32"): ((ANY, Config(1, 2048, 1, 4, 2)),),
         ("default", "unaligned"): ((ANY, Config(1, 1024, 1, 4, 2)),),
         ("interpreter", "any"): _INTERPRETER,
+    },
+    "hidden_gradient": {
+        ("default", "half"): ((ANY, Config(128, 64, 64, 8, 2)),),
+        ("default", "tf32"): ((ANY, Config(64, 64, 32, 8, 2)),),
+        ("default", "ieee"): ((ANY, Config(64, 64, 16, 8, 2)),),
+        ("default", "unaligned"): ((ANY, Config(32, 32, 32, 4, 2)),),
+        ("interpreter", "any"): _INTERPRETER,
+    },
+    "input_gradient": {
+        ("default", "half"): ((64, Config(128, 64, 64, 8, 3)), (ANY, Config(128, 128, 32, 8, 3))),
+        ("default", "tf32"): ((ANY, Config(64, 64, 32, 4, 3)),),
+        ("default", "ieee"): ((ANY, Config(64, 64, 16, 8, 2)),),
+        ("default", "unaligned"): ((ANY, Config(32, 32, 32, 4, 2)),),
+        ("interpreter", "any"): _INTERPRETER,
+    },
+    "weight_gradient": {
+        ("default", "half"): ((64, Config(64, 64, 64, 4, 3)), (ANY, Config(128, 64, 64, 8, 3))),
+        ("default", "tf32"): ((ANY, Config(64, 64, 32, 8, 2)),),
+        ("default", "ieee"): ((ANY, Config(64, 64, 16, 8, 2)),),
+        ("default", "unaligned"): ((ANY, Config(32, 32, 32, 4, 2)),),
+        ("interpreter", "any"): ((ANY, Config(32, 64, 32, 4, 1)),),
+    },
+    "norm_gradient": {
+        ("default", "ieee"): _WHOLE_ROWS,
+        ("default", "tf32"): _WHOLE_ROWS,
+        ("default", "unaligned"): _WHOLE_ROWS,
+        ("interpreter", "any"): ((ANY, Config(16, 0, 0, 4, 1)),),
+    },
+    "sum": {
+        ("default", "ieee"): ((ANY, Config(16, 128, 0, 4, 1)),),
+        ("default", "tf32"): ((ANY, Config(16, 128, 0, 4, 1)),),
+        ("default", "unaligned"): ((ANY, Config(16, 128, 0, 4, 1)),),
+        ("interpreter", "any"): ((ANY, Config(16, 1024, 0, 4, 1)),),
     },
 }

@@ -16,6 +16,8 @@ from fastvit_kernels.ops.triton_configs import ALIGNMENT, CONFIGS, Config
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_NVIDIA = (8, 0)
 INTERPRETER = "interpreter"
+# The gradient of a LayerNorm has a row in registers as a whole.
+_WIDEST_NORM = 8192
 _interpreter_lock = threading.Lock()
 
 
@@ -32,6 +34,13 @@ def reasons(tensors: Tensors, dtype: torch.dtype) -> list[str]:
         names = ", ".join(sorted(short(d) for d in unsupported))
         found.append(f"{names}: the Triton kernels take float32, bfloat16 and float16")
     return found
+
+
+def norm_gradient_reasons(channels: int) -> list[str]:
+    """Why the Triton kernels cannot give the gradients of a LayerNorm over so many channels (empty: they can)."""
+    if channels <= _WIDEST_NORM:
+        return []
+    return [f"a LayerNorm over {channels} channels: its Triton gradients take up to {_WIDEST_NORM}"]
 
 
 def _machine_problem(device: torch.device) -> str | None:

@@ -117,9 +117,9 @@ def test_rows_far_from_zero() -> None:
     check(call)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "pointwise_mlp"])
 def test_gradients_are_the_references(operator: str) -> None:
-    """The backward pass recomputes through the reference, from the same inputs: the same bits."""
+    """Without kernels for them the backward pass recomputes through the reference, from the same inputs: same bits."""
     call = SMALL[operator][0].call(FP32)
     with use_backend("reference"):
         wanted = differentiate(call).gradients

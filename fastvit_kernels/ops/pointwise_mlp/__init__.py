@@ -41,7 +41,7 @@ OPERATOR = Operator(
     packing=lambda s: (s.norm_eps is None,),
     backends=[native.Cpu(), triton.Triton()],
 )
-library.register(OPERATOR, triton.launch)
+library.register(OPERATOR, triton.launch, triton.launch_backward)
 
 
 def pointwise_mlp(
