@@ -1,6 +1,9 @@
 """What the attention half of a HAT-Net block reads and writes, against eager PyTorch, counted operation by operation.
 
 Fused operators count with what goes in and what comes out: what they keep in the cache meanwhile is the point of them.
+At most a third of eager's traffic is what holds from batch 8 on (0.29 and less; 0.21 at batch 64). At batch 1 the weights
+are most of what the last stages read, fused or not: there it holds for the activations. All of it is counted on the meta
+device.
 """
 
 from __future__ import annotations
@@ -14,9 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastvit_kernels.nn import HierarchicalAttention
 from fastvit_kernels.ops import library
 
-BATCH = 64
 # Head width, channels, window and pool, and side of the map at 224 x 224; then what eager PyTorch was found to move
-# on a CPU, in units of the map's size.
+# on a CPU at batch 64, in units of the map's size.
 STAGES = {
     "tiny stage 1": (48, 48, (8, 8), 56, 50),
     "tiny stage 2": (48, 96, (7, 4), 28, 51),
@@ -80,21 +82,40 @@ class HalfBlock(torch.nn.Module):
         return x + self.attn(x)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_at_most_a_third_of_eager(stage, fused_operators):
-    head, channels, sizes, side, published = STAGES[stage]
+def count_both(stage, batch):
+    """Eager's traffic, ours, and the weights that both read."""
+    head, channels, sizes, side, _ = STAGES[stage]
     with torch.device("meta"):
-        x = torch.empty(BATCH, channels, side, side)
+        x = torch.empty(batch, channels, side, side)
         eager = count(HalfBlock(plain_hat_net.Attention(channels, head, *sizes)), x)
-        statistics = torch.empty(BATCH, 2)
+        statistics = torch.empty(batch, 2)
         x = x.to(memory_format=torch.channels_last)
         ours = HierarchicalAttention(channels, head, *sizes, pad="mask")
         found = count(ours, x, residual=x, statistics=statistics, return_statistics=True)
-    # The yardstick is no straw man.
-    assert abs(eager.elements / x.numel() - published) <= 0.02 * published
-    assert found.elements <= eager.elements / 3
     levels = ["local_attention", "pooled_projection", "global_attention"] if sizes[0] > 1 else ["local_attention"]
     assert [name for name in found.operations if name in library.operators] == levels
+    return eager.elements, found.elements, sum(p.numel() for p in ours.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("batch", [8, 64])
+@pytest.mark.parametrize("stage", STAGES)
+def test_at_most_a_third_of_eager(stage, batch, fused_operators):
+    eager, found, _ = count_both(stage, batch)
+    assert found <= eager / 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_at_most_a_third_of_eagers_activations_at_batch_1(stage, fused_operators):
+    eager, found, weights = count_both(stage, 1)
+    assert found - weights <= (eager - weights) / 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_yardstick_is_no_straw_man(stage, fused_operators):
+    _, channels, _, side, published = STAGES[stage]
+    eager, _, _ = count_both(stage, 64)
+    units = 64 * channels * side**2
+    assert abs(eager / units - published) <= 0.02 * published
 
 
 def test_the_counter():
