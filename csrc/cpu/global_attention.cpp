@@ -35,6 +35,8 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, int64_t head
   const Tensor &q = required(t, kQ, "q"), &k = required(t, kK, "k");
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && (!t[kV].has_value() || t[kV]->dim() == 3),
                   "q, k, v: expected 3 dimensions");
+  check_bias(t, kQueryBias, kQuery, "query_bias");
+  check_bias(t, kProjBias, kProj, "proj_bias");
   Attention a;
   a.batch = q.size(0);
   a.queries = q.size(1);

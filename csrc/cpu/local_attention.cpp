@@ -48,6 +48,8 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, const std::s
   a.area = window * window;
   STD_TORCH_CHECK(t[kK].has_value() == t[kV].has_value(), "k, v: expected both or none");
   STD_TORCH_CHECK(!t[kK].has_value() || !t[kQkv].has_value(), "qkv_weight: expected none beside k and v");
+  check_bias(t, kQkvBias, kQkv, "qkv_bias");
+  check_bias(t, kProjBias, kProj, "proj_bias");
   if (t[kQkv].has_value()) {
     STD_TORCH_CHECK(t[kQkv]->dim() == 2 && t[kQkv]->size(0) % 3 == 0, "qkv_weight: expected [3 C, C_in]");
     a.channels = a.value_channels = t[kQkv]->size(0) / 3;
@@ -84,7 +86,9 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, const std::s
     a.proj = weight_view(t[kProj], "proj_weight", {a.out, a.value_channels});
     a.proj_bias = weight_view(t[kProjBias], "proj_bias", {a.out});
   };
-  a.mark = identify({a.in_channels, a.channels, a.value_channels, a.out, a.low_precision, heads, a.norm, a.area}, t,
+  // Only the bias is packed for a size of windows.
+  const int64_t area = t[kBias].has_value() ? a.area : 0;
+  a.mark = identify({a.in_channels, a.channels, a.value_channels, a.out, a.low_precision, heads, a.norm, area}, t,
                     kNormWeight, kResidual, packed, look);
   t[kStatistics] = statistics;
   return a;

@@ -110,6 +110,11 @@ void check_count(const TensorList& tensors, size_t expected) {
   STD_TORCH_CHECK(tensors.size() == expected, "tensors: expected ", expected, " entries, got ", tensors.size());
 }
 
+void check_bias(const TensorList& tensors, size_t bias, size_t weight, const char* name) {
+  STD_TORCH_CHECK(!tensors[bias].has_value() || tensors[weight].has_value(), name,
+                  ": expected the weight of its projection beside it");
+}
+
 Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);

@@ -45,6 +45,8 @@ void check_window(int64_t kernel, int64_t stride, int64_t padding, int64_t heigh
 
 const Tensor& required(const TensorList& tensors, size_t index, const char* name);
 void check_count(const TensorList& tensors, size_t expected);
+// A bias that no projection would add is a mistake of the caller.
+void check_bias(const TensorList& tensors, size_t bias, size_t weight, const char* name);
 
 fk_dtype kernel_dtype(ScalarType dtype);
 Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype);

@@ -229,10 +229,20 @@ def row_major(grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def dense(tensors: Tensors, except_at: Sequence[int] = ()) -> list[Tensor | None]:
-    """The tensors as kernels read them: row-major, after one explicit copy where they are not."""
+    """The tensors as kernels read them: row-major, after one explicit copy where they are not.
+
+    Those at `except_at` may have any layout. A sign that a view only notes (`z.conj().imag`) is written out everywhere.
+    """
     return [
-        t if t is None or t.is_contiguous() or index in except_at else t.contiguous() for index, t in enumerate(tensors)
+        t if t is None or t.is_contiguous() or index in except_at else t.contiguous()
+        for index, t in enumerate(_with_their_signs(tensors))
     ]
+
+
+def _with_their_signs(tensors: Tensors) -> list[Tensor | None]:
+    # torch.compile cannot look at a tensor's sign; in a graph, the other way costs nothing where there is none.
+    asks = not torch.compiler.is_compiling()
+    return [t if t is None or (asks and not t.is_neg()) else t.resolve_neg() for t in tensors]
 
 
 def _distinct(tensors: Tensors) -> list[Tensor | None]:

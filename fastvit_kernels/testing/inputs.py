@@ -386,7 +386,18 @@ LOCAL_ATTENTION = [
     *(local_attention_case(f"window_{g}", batch=1, grid=(g, 2 * g), window=g, width=16) for g in (4, 7, 8)),
     local_attention_case("window_16", batch=1, grid=(16, 16), window=16, heads=1, width=16, attn_bias=True),
     local_attention_case("window_11", batch=1, grid=(11, 13), window=11, heads=1, width=16, pad="mask", form="packed"),
+    *(
+        local_attention_case(
+            f"window_{g}", batch=1, grid=(g, g + 2), window=g, heads=1, form="packed", pad="mask" if g % 2 else "zero"
+        )
+        for g in (5, 6, 9, 10, 12, 13, 14, 15)
+    ),
     *(local_attention_case(f"width_{d}", grid=(4, 4), window=4, width=d) for d in (32, 46, 48, 52, 64, 76, 96)),
+    *(
+        local_attention_case(f"width_{d}_{pad}", batch=1, grid=(3, 5), window=4, width=d, pad=pad)
+        for d in (46, 52, 76)
+        for pad in ("mask", "zero")
+    ),
     *(local_attention_case(f"heads_{h}", grid=(4, 4), heads=h, width=12, form="packed") for h in (1, 3, 5, 6)),
     local_attention_case("odd_width", heads=3, width=5, channels=13, norm="group"),
     local_attention_case("other_value_width", form="separate", value_width=20),
@@ -809,10 +820,18 @@ def _expand(t: Tensor) -> Tensor:
     return t[:1].expand(t.shape) if t.ndim > 2 else t
 
 
+def _negative(t: Tensor) -> Tensor:
+    """The opposite in memory, and a note that the sign is to be changed on reading, as `z.conj().imag` has it."""
+    return torch._neg_view(-t)
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "slice": _slice,
     "rows": _rows,
     "transpose": _transpose,
     "offset": _offset,
     "expand": _expand,
+    "negative": _negative,
 }
+# Row-major where the tensor was.
+DENSE_LAYOUTS = ("offset", "negative")

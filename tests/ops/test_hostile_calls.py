@@ -72,6 +72,27 @@ for kernel, padding in ((1, 16), (1, 40), (3, 64), (3, 500), (1, 100)):
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=300)
 
 
+@pytest.mark.parametrize(
+    ("name", "bias", "weight", "message"),
+    [
+        ("local_attention", 7, 6, "qkv_bias"),
+        ("local_attention", 10, 9, "proj_bias"),
+        ("global_attention", 8, 7, "query_bias"),
+        ("global_attention", 4, 3, "proj_bias"),
+    ],
+)
+def test_biases_of_projections_that_are_not_there(name, bias, weight, message):
+    """Ignoring one would be an answer to another question."""
+    options = {"form": "packed", "norm": None} if name == "local_attention" else {}
+    make = getattr(inputs, f"{name}_case")
+    tensors, static = raw_call(make("bare", proj=False, residual=False, **options).call())
+    assert tensors[bias] is None and tensors[weight] is None
+    _operator(name)(tensors, None, *static)
+    tensors[bias] = torch.zeros(48)
+    with pytest.raises(RuntimeError, match=f"{message}: expected the weight of its projection"):
+        _operator(name)(tensors, None, *static)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_projections_without_rows_or_columns(dtype):
     """Their memory is null, which must not pass for an absent weight."""

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvit_kernels.ops import local_attention
+from fastvit_kernels.ops import library, local_attention
 from fastvit_kernels.ops.normalization import group_statistics
+from fastvit_kernels.ops.packing import PackedWeights
 from fastvit_kernels.testing import inputs, relative_l2
 from fastvit_kernels.testing.contract import Contract, Rejection
 
@@ -165,6 +166,66 @@ def test_the_result_has_the_promoted_dtype(residual, compute):
         assert statistics.dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("pad", ["mask", "zero"])
+def test_not_a_number_stays_in_its_window(pad, backend):
+    call = _call(pad=pad, proj=False, residual=False, channels=16).map(lambda t: t.float())
+    clean = _output(call, backend=backend).unflatten(1, (6, 5))
+    call.arguments["x"][1, 4 * 5 + 4] = torch.nan
+    found = _output(call, backend=backend).unflatten(1, (6, 5))
+    # The pixel in row 4 and column 4 is in the last of four windows, which holds two pixels of the map.
+    touched = torch.zeros(2, 6, 5, dtype=torch.bool)
+    touched[1, 4:, 4:] = True
+    assert torch.equal(found.isnan(), touched.unsqueeze(-1).expand_as(found))
+    assert torch.equal(found[~touched], clean[~touched])
+
+
+@pytest.fixture
+def window_sizes(monkeypatch):
+    """Those that operators are called with."""
+    found = []
+    call = library.call
+
+    def listening(operator, tensors, static, **options):
+        found.append(static.window_size)
+        return call(operator, tensors, static, **options)
+
+    monkeypatch.setattr(library, "call", listening)
+    return found
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (5, 1), (4, 4)])
+def test_a_mask_takes_windows_of_any_size_at_no_cost(grid, window_sizes):
+    """What lies beyond the map is not computed: a window of a million pixels a side is one as large as the map."""
+    call = _call(grid=grid, window=max(grid), pad="mask")
+    assert torch.equal(_output(call, window_size=10**6), _output(call))
+    assert window_sizes == [max(grid)] * 2
+
+
+@pytest.mark.parametrize(("pad", "attn_bias"), [("mask", True), ("zero", False)])
+def test_windows_keep_their_size_where_it_matters(pad, attn_bias, window_sizes):
+    """A bias has the size of its windows, and zeros beyond the map take part."""
+    call = _call(grid=(2, 3), window=5, pad=pad, attn_bias=attn_bias)
+    assert relative_l2(_output(call), plain_pytorch(**call.arguments)) < 1e-14
+    assert window_sizes == [5]
+
+
+def test_packed_weights_serve_windows_of_any_size(monkeypatch):
+    """A map smaller than the window shrinks it; without a bias that is nothing to pack again for."""
+    packed, call = PackedWeights(), _call(pad="mask", channels=16).map(lambda t: t.float())
+    x, weight = call.arguments["x"], call.arguments["qkv_weight"]
+    options = {"num_heads": 2, "scale": 0.25, "window_size": 4, "pad": "mask", "packed": packed}
+    blocks = []
+    with torch.no_grad():
+        for grid in ((6, 5), (2, 3), (3, 3)):
+            rows = x[:, : grid[0] * grid[1]].contiguous()
+            found = local_attention(rows, grid=grid, qkv_weight=weight, **options)
+            wanted = local_attention(rows, grid=grid, qkv_weight=weight, **options, backend="reference")
+            assert relative_l2(found, wanted) < 1e-6
+            blocks.append(packed._entry.packed)
+    assert all(block is blocks[0] for block in blocks)
+
+
 _ROWS = torch.zeros(2, 30, 16)
 _REST = {"qkv_weight": None, "qkv_bias": None}
 _NO_NORM = {f"norm{n}": None for n in ("", "_weight", "_bias", "_eps", "_statistics")}
@@ -181,6 +242,8 @@ _NO_NORM = {f"norm{n}": None for n in ("", "_weight", "_bias", "_eps", "_statist
         ({"grid": (5, 6.0)}, TypeError, "grid: expected an integer, got float"),
         ({"grid": (0, 6)}, ValueError, "grid: expected an integer of at least 1, got 0"),
         ({"window_size": 0}, ValueError, "window_size: expected an integer of at least 1, got 0"),
+        ({"window_size": 4097}, ValueError, "window_size: expected an integer of at most 4096, got 4097"),
+        ({"window_size": 4097, "pad": "zero"}, ValueError, "window_size: expected an integer of at most 4096, got"),
         ({"window_size": (4, 4)}, TypeError, "window_size: expected an integer, got tuple"),
         ({"window_size": 3}, ValueError, r"attn_bias: expected shape \(2, 9, 9\), got \(2, 16, 16\)"),
         ({"pad": "reflect"}, ValueError, "pad: expected one of none, mask, zero, got 'reflect'"),

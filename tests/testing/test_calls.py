@@ -65,7 +65,8 @@ def test_layouts_keep_the_values(name):
     t = torch.randn(3, 4, 5)
     laid_out = inputs.LAYOUTS[name](t)
     assert torch.equal(laid_out, t[:1].expand(3, 4, 5) if name == "expand" else t)
-    assert laid_out.is_contiguous() == (name == "offset")
+    assert laid_out.is_contiguous() == (name in inputs.DENSE_LAYOUTS)
+    assert laid_out.is_neg() == (name == "negative")
     assert laid_out.data_ptr() % 16 or name != "offset"
 
 

@@ -30,6 +30,8 @@ from fastvit_kernels.ops.precision import wide
 __all__ = ["local_attention"]
 
 PADS = ("none", "mask", "zero")
+# Its fourth power is the number of scores of a window.
+LARGEST_WINDOW = 4096
 
 
 def _fake(tensors: Tensors, static: Static) -> Outputs:
@@ -54,7 +56,7 @@ OPERATOR = Operator(
     returns=2,
     reference=reference,
     fake=_fake,
-    packing=lambda s: (s.num_heads, s.norm, s.window_size),
+    packing=lambda s: (s.num_heads, s.norm),
     backends=[native.Cpu(), triton.Triton()],
 )
 library.register(OPERATOR, triton.launch)
@@ -107,7 +109,8 @@ def local_attention(
         k: `[B, H*W, C]`, or None.
         v: `[B, H*W, C_v]`; the same number of heads, `C_v / num_heads` wide; or None. Otherwise C_v is C.
         grid: `(H, W)`.
-        window_size: g, the side of a window in pixels.
+        window_size: g, the side of a window in pixels, at most 4096. Where `pad="mask"` and no `attn_bias` of a fixed
+            size is given, it may be larger than the map at no cost.
         num_heads: h; divides C and C_v.
         scale: factor on the scores; there is no default.
         norm: of x in front of `qkv_weight`: `"layer"` (LayerNorm), `"group"` (GroupNorm with one group over all pixels
@@ -145,6 +148,11 @@ def local_attention(
     check_integer("window_size", window_size, 1)
     if pad not in PADS:
         raise ValueError(f"pad: expected one of {', '.join(PADS)}, got {pad!r}")
+    if pad == "mask" and attn_bias is None and window_size > max(height, width):
+        # Masked pixels change nothing but the work, which grows with the square of the window's area.
+        window_size = max(height, width)
+    if window_size > LARGEST_WINDOW:
+        raise ValueError(f"window_size: expected an integer of at most {LARGEST_WINDOW}, got {window_size}")
     if height % window_size == 0 and width % window_size == 0:
         pad = "none"
     elif pad == "none":
