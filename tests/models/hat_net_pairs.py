@@ -37,11 +37,11 @@ def _zeros(model):
 
 
 @functools.lru_cache(maxsize=1)
-def pair(name):
+def pair(name, **overrides):
     """The same weights in both implementations, in fp64. Put changes back: the next test gets the same pair."""
-    theirs = on_memory(plain_hat_net.HATNet, num_classes=10, **plain_hat_net.VARIANTS[name])
+    theirs = on_memory(plain_hat_net.HATNet, num_classes=10, **{**plain_hat_net.VARIANTS[name], **overrides})
     with torch.device("meta"):
-        ours = create_model(name, 10)
+        ours = create_model(name, 10, **overrides)
     ours = ours.double().to_empty(device="cpu")
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return Pair(ours.eval(), theirs.eval())

@@ -19,6 +19,7 @@ from fastvit_kernels.testing import relative_l2
 
 TOLERANCE = 1e-12
 VARIANTS = tuple(plain_hat_net.VARIANTS)
+SHALLOW = (1, 2, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -228,14 +229,32 @@ def test_fp32_logits(h, w):
                 assert relative_l2(ours(x), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("name", VARIANTS, scope="module")
+@pytest.mark.parametrize(("h", "w"), [(64, 64), (56, 90)])
+def test_fp32_logits_of_every_variant(name, h, w):
+    """A block or two of every stage: the widths, windows and filters are the variant's own."""
+    exact, _ = pair(name, depths=SHALLOW)
+    x = image(2, h, w)
+    with torch.no_grad():
+        assert relative_l2(copy.deepcopy(exact).float()(x), exact(x.double())) <= 1e-5
+
+
+@pytest.mark.parametrize("name", VARIANTS, scope="module")
+@pytest.mark.parametrize("prepared", [False, True], ids=["as they are", "packed weights"])
+def test_bf16_logits_of_every_variant_are_as_good_as_the_plain_models(name, prepared):
+    assert_bf16_logits(*pair(name, depths=SHALLOW), prepared, image(4, 64, 64))
+
+
 @pytest.mark.parametrize("prepared", [False, True], ids=["as they are", "packed weights"])
 def test_bf16_logits_are_as_good_as_the_plain_models(prepared):
-    exact, theirs = pair("hat_net_tiny")
+    assert_bf16_logits(*pair("hat_net_tiny"), prepared, image(4, 70, 45))
+
+
+def assert_bf16_logits(exact, theirs, prepared, x):
     ours, plain = copy.deepcopy(exact).float(), copy.deepcopy(theirs).float()
     for module in ours.modules():
         if prepared and hasattr(module, "prepare_inference"):
             module.prepare_inference(True)
-    x = image(4, 70, 45)
     with torch.no_grad():
         expected = exact(x.double())
         with torch.autocast("cpu", torch.bfloat16):
