@@ -1,9 +1,9 @@
 """What the attention half of a HAT-Net block reads and writes, against eager PyTorch, counted operation by operation.
 
 Fused operators count with what goes in and what comes out: what they keep in the cache meanwhile is the point of them.
-At most a third of eager's traffic is what holds from batch 8 on (0.29 and less; 0.21 at batch 64). At batch 1 the weights
-are most of what the last stages read, fused or not: there it holds for the activations. All of it is counted on the meta
-device.
+At most a third of eager's traffic is what holds from batch 8 on (0.29 and less, at batch 64 0.21). At batch 1 weights
+are most of what the last stages read, fused or not: there it holds for the activations. All of it is counted on the
+meta device.
 """
 
 from __future__ import annotations
