@@ -225,7 +225,7 @@ def _make_function(operator: Operator) -> Any:
 
 def row_major(grads: Sequence[Tensor]) -> list[Tensor]:
     """The output gradients as kernels read them."""
-    return [g.contiguous() for g in grads]
+    return [_signed(g).contiguous() for g in grads]
 
 
 def dense(tensors: Tensors, except_at: Sequence[int] = ()) -> list[Tensor | None]:
@@ -235,14 +235,14 @@ def dense(tensors: Tensors, except_at: Sequence[int] = ()) -> list[Tensor | None
     """
     return [
         t if t is None or t.is_contiguous() or index in except_at else t.contiguous()
-        for index, t in enumerate(_with_their_signs(tensors))
+        for index, t in enumerate(None if t is None else _signed(t) for t in tensors)
     ]
 
 
-def _with_their_signs(tensors: Tensors) -> list[Tensor | None]:
-    # torch.compile cannot look at a tensor's sign; in a graph, the other way costs nothing where there is none.
-    asks = not torch.compiler.is_compiling()
-    return [t if t is None or (asks and not t.is_neg()) else t.resolve_neg() for t in tensors]
+def _signed(t: Tensor) -> Tensor:
+    """The tensor with its sign in memory."""
+    # torch.compile cannot look at it; in a graph, writing out what is written costs nothing.
+    return t.resolve_neg() if torch.compiler.is_compiling() or t.is_neg() else t
 
 
 def _distinct(tensors: Tensors) -> list[Tensor | None]:
