@@ -15,7 +15,7 @@ from fastvit_kernels.bench import report, results
 from fastvit_kernels.bench.measure import Plan
 from fastvit_kernels.bench.peers import PEERS
 from fastvit_kernels.bench.run import run
-from fastvit_kernels.bench.suites import SUITES
+from fastvit_kernels.bench.suites import BATCHES, SUITES, USUAL_BATCHES
 from fastvit_kernels.demo.errors import UserError
 
 DEFAULT_SUITES = ("cvt_13",)
@@ -64,7 +64,15 @@ def _run_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--suite", nargs="+", choices=SUITES, default=DEFAULT_SUITES, help="default: cvt_13", metavar="NAME")
     add("--case", default="*", metavar="PATTERN", help="only these of a suite's shapes, such as 'cvt_13-224-*'")
-    add("--batch", nargs="+", type=_positive, default=[1, 8], metavar="N", help="default: 1 8")
+    usual_batches, batches = (" ".join(map(str, sizes)) for sizes in (USUAL_BATCHES, BATCHES))
+    add(
+        "--batch",
+        nargs="+",
+        type=_positive,
+        default=USUAL_BATCHES,
+        metavar="N",
+        help=f"default: {usual_batches}; all that the suites are meant for, some of which take minutes: {batches}",
+    )
     add("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="default: both")
     add("--peers", nargs="+", choices=PEERS, default=usual, metavar="NAME", help=f"default: {' '.join(usual)}")
     add("--rounds", type=_positive, default=plan.rounds, metavar="N", help="at most; default: %(default)s")

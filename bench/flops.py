@@ -97,15 +97,23 @@ def global_attention(batch: int, queries: int, keys: int, channels: int) -> Cost
 
 
 def local_attention(
-    batch: int, grid: Grid, channels: int, window: int, *, projection: bool = False, statistics: bool = False
+    batch: int,
+    grid: Grid,
+    channels: int,
+    window: int,
+    *,
+    projection: bool = False,
+    table: int = 0,
+    statistics: bool = False,
 ) -> Cost:
-    """GroupNorm, linear of q, k and v, softmax attention in whole windows, the C x C output projection, the residual.
+    """A norm, linear of q, k and v, softmax attention in whole windows, the C x C output projection, the residual.
 
-    The residual is the input, already read. `statistics`: mean and variance of each sample are returned as well.
+    The residual is the input, already read. `table`: heads of a bias that is added to the scores of every window.
+    `statistics`: mean and variance of each sample are returned as well.
     """
     pixels = batch * tokens(grid)
     macs = pixels * (3 * channels**2 + 2 * window**2 * channels)
-    weights = 2 * channels + 3 * (channels**2 + channels)
+    weights = 2 * channels + 3 * (channels**2 + channels) + table * window**4
     if projection:
         macs += pixels * channels**2
         weights += channels**2 + channels

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from fastvit_kernels import environment
-from fastvit_kernels.bench import gate, machine, roofline
+from fastvit_kernels.bench import gate, machine, memory, roofline
 from fastvit_kernels.bench.cases import VARIANTS, Case
 from fastvit_kernels.bench.measure import Plan, Times, interleave
 from fastvit_kernels.bench.peers import Peer, Runner, Unavailable
@@ -71,8 +71,13 @@ def _run_case(case: Case, dtype: str, peers: Sequence[Peer], threads: int, plan:
     torch._dynamo.reset()
     rows: list[Row] = []
     runners: dict[int, Runner] = {}
+    shortage = memory.shortage(case)
     for peer in peers:
         for variant in (v for v in VARIANTS[dtype] if v in peer.variants):
+            if shortage is not None:
+                row = Row(case.suite, case.name, dtype, case.batch, peer.name, variant, UNAVAILABLE)
+                rows.append(replace(row, reason=shortage))
+                continue
             say(f"{case.title} {dtype} batch {case.batch}: preparing {peer.name} ({variant})")
             row = Row(case.suite, case.name, dtype, case.batch, peer.name, variant, OK)
             row, runner = admit(row, case, peer, threads)

@@ -1,4 +1,4 @@
-"""The suites under pytest-benchmark: `pytest bench --benchmark-only -k "cvt_13 and fp32"`.
+"""The suites under pytest-benchmark: `pytest bench --benchmark-only -k "cvt_13 and fp32 and not batch64"`.
 
 Its statistics and storage (`--benchmark-save`, `--benchmark-compare`) suit following one peer over time. Peers are
 timed here one after another: to compare them with each other use `fastvit-kernels bench`, which takes turns.
@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastvit_kernels.bench import gate
+from fastvit_kernels.bench import gate, memory
 from fastvit_kernels.bench.cases import VARIANTS, Case
 from fastvit_kernels.bench.peers import PEERS, Unavailable
-from fastvit_kernels.bench.suites import SUITES
-
-BATCHES = (1, 8)
+from fastvit_kernels.bench.suites import BATCHES, SUITES
 
 PARAMETERS = [
     pytest.param(suite, case.name, batch, dtype, peer.name, variant, id=f"{case.title}-{dtype}-batch{batch}-{label}")
@@ -43,6 +41,8 @@ def _case(suite: str, name: str, batch: int) -> Case:
 @pytest.mark.parametrize(("suite", "name", "batch", "dtype", "peer", "variant"), PARAMETERS)
 def test_suite(benchmark: Any, suite: str, name: str, batch: int, dtype: str, peer: str, variant: str) -> None:
     case = _case(suite, name, batch)
+    if (shortage := memory.shortage(case)) is not None:
+        pytest.skip(shortage)
     try:
         run = PEERS[peer].prepare(case, variant, torch.get_num_threads())
     except Unavailable as error:

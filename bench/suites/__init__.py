@@ -19,10 +19,15 @@ from fastvit_kernels.bench.suites import (
     pointwise_mlp,
     pvt_v2,
     query_attention,
+    windows,
 )
 from fastvit_kernels.bench.suites.operators import Stage
 
 Suite = Callable[[int], list[Case]]
+
+BATCHES = (1, 8, 64)
+"""The batch sizes that every suite is meant for; the last takes minutes and gigabytes for a whole model."""
+USUAL_BATCHES = BATCHES[:2]
 
 
 def _of_cvt(case: Callable[[Stage, int], Case], batch: int) -> list[Case]:
@@ -30,7 +35,8 @@ def _of_cvt(case: Callable[[Stage, int], Case], batch: int) -> list[Case]:
 
 
 def _local_attention(batch: int) -> list[Case]:
-    return [local_attention.case(stage, batch) for stage in hat_net.stages()]
+    shapes = [*windows.of_hat_net(), *windows.of_twins(), *windows.of_swin()]
+    return [local_attention.case(shape, batch) for shape in shapes]
 
 
 def _patch_embedding(batch: int) -> list[Case]:

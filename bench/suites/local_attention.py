@@ -1,64 +1,97 @@
-"""The suite `local_attention`: GroupNorm, q, k and v, attention in windows, residual, and the result's statistics."""
+"""The suite `local_attention`: norm, q, k and v, attention in windows, residual, and what else is fused around it."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from fastvit_kernels import ops
 from fastvit_kernels.bench import flops
 from fastvit_kernels.bench.cases import Case
-from fastvit_kernels.bench.suites.hat_net import Stage
 from fastvit_kernels.bench.suites.operators import OperatorModule, fuse
 
 
-class LocalAttention(OperatorModule):
-    """HAT-Net's first level; in a stage of one level all of its attention, with the output projection."""
+class Shape(NamedTuple):
+    """The windowed attention of one stage; the defaults are HAT-Net's.
 
-    def __init__(self, stage: Stage) -> None:
+    Attributes:
+        window: side of a window.
+        norm: `"group"`, or `"layer"` (Twins, Swin).
+        projection: the output projection belongs to it.
+        bias: added to the scores of every window (Swin).
+        statistics: mean and variance of each sample of the result are returned for a GroupNorm behind it.
+    """
+
+    name: str
+    grid: tuple[int, int]
+    channels: int
+    num_heads: int
+    window: int
+    norm: str = "group"
+    projection: bool = False
+    bias: bool = False
+    statistics: bool = True
+
+
+class LocalAttention(OperatorModule):
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.stage = stage
-        self.norm = nn.GroupNorm(1, stage.channels, eps=1e-6)
-        self.qkv = nn.Linear(stage.channels, 3 * stage.channels)
-        self.proj = nn.Linear(stage.channels, stage.channels) if stage.window == 1 else None
+        self.shape, channels, area = shape, shape.channels, shape.window**2
+        self.norm = nn.GroupNorm(1, channels, eps=1e-6) if shape.norm == "group" else nn.LayerNorm(channels, eps=1e-6)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels) if shape.projection else None
+        self.table = nn.Parameter(torch.empty(shape.num_heads, area, area)) if shape.bias else None
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        stage, proj = self.stage, self.proj
+        shape, proj = self.shape, self.proj
         return ops.local_attention(
             x,
-            grid=stage.grid,
-            window_size=window_size(stage),
-            num_heads=stage.num_heads,
-            scale=stage.head_dim**-0.5,
-            norm="group",
+            grid=shape.grid,
+            window_size=shape.window,
+            num_heads=shape.num_heads,
+            scale=(shape.channels // shape.num_heads) ** -0.5,
+            norm=shape.norm,
             norm_weight=self.norm.weight,
             norm_bias=self.norm.bias,
             norm_eps=self.norm.eps,
             qkv_weight=self.qkv.weight,
             qkv_bias=self.qkv.bias,
+            attn_bias=self.table,
             proj_weight=None if proj is None else proj.weight,
             proj_bias=None if proj is None else proj.bias,
             residual=x,
-            return_statistics=True,
+            return_statistics=shape.statistics,
             packed=self.packed,
             backend=self.backend,
         )
 
 
-def window_size(stage: Stage) -> int:
-    """One level is one window."""
-    return stage.window if stage.window > 1 else stage.grid[0]
-
-
-def case(stage: Stage, batch: int) -> Case:
+def case(shape: Shape, batch: int) -> Case:
     cost = flops.local_attention(
-        batch, stage.grid, stage.channels, window_size(stage), projection=stage.window == 1, statistics=True
+        batch,
+        shape.grid,
+        shape.channels,
+        shape.window,
+        projection=shape.projection,
+        table=shape.num_heads if shape.bias else 0,
+        statistics=shape.statistics,
     )
     return Case(
         "local_attention",
-        stage.name,
+        shape.name,
         batch,
         lambda: cost,
-        lambda: LocalAttention(stage),
-        lambda: (stage.rows(batch),),
+        lambda: LocalAttention(shape),
+        lambda: (torch.randn(batch, flops.tokens(shape.grid), shape.channels),),
         fuse,
+        settle=_settle,
     )
+
+
+def _settle(module: nn.Module) -> None:
+    """A bias that counts beside the scores."""
+    assert isinstance(module, LocalAttention)
+    if module.table is not None:
+        module.table.normal_()

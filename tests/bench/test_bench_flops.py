@@ -161,7 +161,7 @@ SHAPES = {
     "conv_projection": 9,
     "global_attention": 9,
     "pointwise_mlp": 9,
-    "local_attention": 9,
+    "local_attention": 9 + 4 + 4,
     "query_attention": 6 + 4 + 3 + 2 * 4,
     "depthwise_mlp": 9 + 2 + 4 + 3 + 2 * 4,
 }
