@@ -70,8 +70,8 @@ def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None
     """Run what this library knows inside `model` on fused kernels, in place, with the same results.
 
     Known are transformers' CvT, PvtV2 and Segformer (patch embeddings and layers), timm's PVTv2 and Twins (patch
-    embeddings and blocks), Swin (blocks without shift) and EfficientFormerV2 (MLPs), and this library's own modules
-    where they are pinned to the reference.
+    embeddings and blocks, of Twins also the attentions by themselves), Swin (blocks without shift) and
+    EfficientFormerV2 (MLPs), and this library's own modules where they are pinned to the reference.
     Only the class of an instance changes (of our own modules only their choice of backend): parameters, buffers, hooks,
     child modules and `state_dict` keys stay the same objects, so optimizers, EMA copies and checkpoints notice nothing.
 
@@ -102,13 +102,12 @@ def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None
     _check_module(model)
     dispatch.requested_backend(backend)
     report = Report("accelerate")
-    for path, module in model.named_modules():
-        adapter = integrations.adapter_of(type(module))
+    for path, module, adapter, base in integrations.find(model):
         if adapter is not None:
             _enter(report, path, swap.accelerate(module, adapter, inference, backend))
         elif own.is_own(module):
             _enter(report, path, own.accelerate(module, inference, backend))
-        elif (base := integrations.known_base(type(module))) is not None:
+        elif base is not None:
             reason = f"its class derives from {base.__name__} and may compute something else"
             report.left_alone.append(LeftAlone(path, type(module).__name__, (reason,)))
     own.repeat(model, inference)

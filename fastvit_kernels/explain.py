@@ -134,9 +134,8 @@ def _paths(model: nn.Module, recorder: Recorder) -> Iterator[None]:
 
 
 def _remark(model: nn.Module, explanation: Explanation) -> None:
-    for path, module in model.named_modules():
+    for path, module, adapter, _ in integrations.find(model):
         name = type(module).__name__
-        adapter = integrations.adapter_of(type(module))
         if adapter is not None and type(module) is adapter.fused:
             unfused = adapter.unfused(module)
         elif own.is_own(module):

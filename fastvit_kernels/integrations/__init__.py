@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
 
 from fastvit_kernels.integrations.adapter import Adapter
 
@@ -13,7 +17,12 @@ _HOSTS = {
     "timm.models.efficientformer_v2": {"ConvMlpWithNorm": "timm_efficientformer_v2"},
     "timm.models.pvt_v2": {"Block": "timm_pvt_v2", "OverlapPatchEmbed": "timm_pvt_v2_embeddings"},
     "timm.models.swin_transformer": {"SwinTransformerBlock": "timm_swin"},
-    "timm.models.twins": {"Block": "timm_twins", "PatchEmbed": "timm_twins_embeddings"},
+    "timm.models.twins": {
+        "Block": "timm_twins",
+        "GlobalSubSampleAttn": "timm_twins_reduced",
+        "LocallyGroupedAttn": "timm_twins_local",
+        "PatchEmbed": "timm_twins_embeddings",
+    },
     "transformers.models.cvt.modeling_cvt": {
         "CvtConvEmbeddings": "transformers_cvt_embeddings",
         "CvtLayer": "transformers_cvt",
@@ -44,6 +53,32 @@ def adapter_of(cls: type) -> Adapter | None:
         return None
     adapter: Adapter = importlib.import_module(integration).ADAPTER
     return adapter if cls in (adapter.host, adapter.fused) else None
+
+
+class Found(NamedTuple):
+    """A module by its path, with the adapter of its class or, without one, the known class that its own derives from.
+
+    A part of a known module has neither: see `Adapter.part`.
+    """
+
+    path: str
+    module: nn.Module
+    adapter: Adapter | None = None
+    base: type | None = None
+
+
+def find(model: nn.Module) -> Iterator[Found]:
+    """Every module of `model`."""
+    inside: set[int] = set()
+    for path, module in model.named_modules():
+        adapter = adapter_of(type(module))
+        base = known_base(type(module)) if adapter is None else None
+        known = adapter if base is None else adapter_of(base)
+        if known is None or (known.part and id(module) in inside and type(module) is not known.fused):
+            yield Found(path, module)
+            continue
+        inside.update(map(id, module.modules()))
+        yield Found(path, module, adapter, base)
 
 
 def _is_too_old(cls: type) -> bool:

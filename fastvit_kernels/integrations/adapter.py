@@ -54,6 +54,7 @@ class Adapter:
         obstacles: why an instance of `host` must be left alone.
         unfused: why parts of an accelerated instance would run the host's own code if it were called now.
         pack: packs the weights of an accelerated and prepared instance now, not at its first call.
+        part: inside another known module an instance is left to that one, whether it can be accelerated or not.
     """
 
     host: type[nn.Module]
@@ -62,6 +63,7 @@ class Adapter:
     obstacles: Callable[[nn.Module], list[str]]
     unfused: Callable[[nn.Module], list[str]]
     pack: Callable[[nn.Module], None]
+    part: bool = False
 
 
 class Outcome(NamedTuple):

@@ -46,9 +46,13 @@ def add_branch(x: Tensor, branch: Callable[[Tensor | None], Tensor], drops: Sequ
 
 
 def adapter_of_halves(
-    host: type[nn.Module], fused_class: type[nn.Module], operators: tuple[str, ...], halves: Mapping[str, Half]
+    host: type[nn.Module],
+    fused_class: type[nn.Module],
+    operators: tuple[str, ...],
+    halves: Mapping[str, Half],
+    part: bool = False,
 ) -> Adapter:
-    """The adapter of a block of these halves, by their names in reports."""
+    """The adapter of a block of these halves, by their names in reports; or of a half that stands by itself, a part."""
 
     def obstacles(block: nn.Module) -> list[str]:
         reasons = [reason for half in halves.values() for reason in half.obstacles(block, True)]
@@ -66,7 +70,7 @@ def adapter_of_halves(
                 if not half.obstacles(block, False):
                     half.run(block)
 
-    return Adapter(host, fused_class, operators, obstacles, unfused, pack)
+    return Adapter(host, fused_class, operators, obstacles, unfused, pack, part)
 
 
 def note_call(block: nn.Module, *reasons: str) -> None:
