@@ -98,6 +98,19 @@ struct fk_patch_embedding {
   int64_t rows_per_task;
 };
 
+struct fk_head_tokens {
+  struct fk_array x;  // [B, N, C]
+  struct fk_norm norm;
+  struct fk_linear linear;   // from a head's channels to all
+  struct fk_norm head_norm;  // over a head's channels
+  const float* pos_embed;    // [heads][C]
+  void* out;                 // [B, N + heads, C]
+  fk_dtype out_dtype;
+  int64_t batch, tokens, channels, heads;
+  int64_t rows_per_task, tasks_per_image;
+  float* sums;  // per task of the first step [C, padded to whole vectors]
+};
+
 struct fk_pooled_projection {
   struct fk_array x;       // [B, H * W, C]
   struct fk_norm in_norm;  // of x, by its statistics
@@ -189,6 +202,10 @@ struct fk_table {
   void (*pointwise_mlp)(const struct fk_pointwise_mlp*, int64_t task, void* scratch);
   int64_t (*scratch_patch_embedding)(const struct fk_patch_embedding*);
   void (*patch_embedding)(const struct fk_patch_embedding*, int64_t task, void* scratch);
+  int64_t (*scratch_normalize_tokens)(const struct fk_head_tokens*);
+  void (*normalize_tokens)(const struct fk_head_tokens*, int64_t task, void* scratch);
+  int64_t (*scratch_head_tokens)(const struct fk_head_tokens*);
+  void (*head_tokens)(const struct fk_head_tokens*, int64_t image, void* scratch);
   void (*pool)(const struct fk_pooled_projection*, int64_t task);
   int64_t (*scratch_pooled_projection)(const struct fk_pooled_projection*);
   void (*pooled_projection)(const struct fk_pooled_projection*, int64_t task, void* scratch);

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvit_kernels.nn import fused
 from fastvit_kernels.nn.fused_depthwise import DepthwiseMLPParts, depthwise_mlp, depthwise_mlp_obstacles
 from fastvit_kernels.ops.packing import PackedWeights
+
+# Whose weights are packed: those of the map, and of the class token's gate.
+OPERATORS = ("depthwise_mlp", "pointwise_mlp")
 
 
 class DAFF(nn.Module):
@@ -61,7 +65,7 @@ class DAFF(nn.Module):
         self.bn1 = nn.BatchNorm2d(hid_dim)
         self.bn2 = nn.BatchNorm2d(hid_dim)
         self.bn3 = nn.BatchNorm2d(out_dim)
-        self._packed: PackedWeights | None = None
+        self._packed: dict[str, PackedWeights] | None = None
 
     def forward(
         self,
@@ -97,11 +101,11 @@ class DAFF(nn.Module):
                 residual=residual,
                 num_prefix_tokens=1,
                 return_mean=True,
-                packed=self._packed,
+                packed=None if self._packed is None else self._packed["depthwise_mlp"],
                 backend=self.backend,
             )
             # The operator leaves the class token's row to us.
-            out[:, :1] += cls * self._gate(mean.to(cls.dtype))
+            out[:, :1].addcmul_(cls.to(out.dtype), self._gate(mean.to(cls.dtype)).to(out.dtype))
             return out
         cls, patches = (x if norm is None else norm(x)).split([1, grid[0] * grid[1]], dim=1)
         hidden = self.act(self.bn1(self.conv1(patches.transpose(1, 2).unflatten(2, grid))))
@@ -116,7 +120,7 @@ class DAFF(nn.Module):
 
     def prepare_inference(self, enabled: bool) -> None:
         """Keep the weights in the layout of the CPU kernels between calls (`enabled`), or stop doing so."""
-        self._packed = PackedWeights() if enabled else None
+        self._packed = {name: PackedWeights() for name in OPERATORS} if enabled else None
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
         side = math.isqrt(max(x.shape[1] - 1, 0)) if x.ndim == 3 else 0
@@ -127,7 +131,12 @@ class DAFF(nn.Module):
         return side, side
 
     def _gate(self, mean: Tensor) -> Tensor:
-        gate: Tensor = self.excitation(self.act(self.compress(mean)))
+        if fused.pointwise_mlp_obstacles(self.compress, self.act, self.excitation):
+            gate: Tensor = self.excitation(self.act(self.compress(mean)))
+        else:
+            gate = fused.pointwise_mlp(
+                mean, self.compress, self.act, self.excitation, packed=self._packed, backend=self.backend
+            )
         return gate.unsqueeze(1)
 
     def _parts(self, norm: nn.LayerNorm | None) -> DepthwiseMLPParts:

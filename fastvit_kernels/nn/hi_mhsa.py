@@ -13,6 +13,9 @@ from fastvit_kernels.nn.attention_parts import attend, linear
 from fastvit_kernels.nn.layer_norm import LayerNorm
 from fastvit_kernels.ops.packing import PackedWeights
 
+# Whose weights are packed: those of the head tokens, of keys and values, and of the attention.
+OPERATORS = ("head_tokens", "keys", "global_attention")
+
 
 class HIMHSA(nn.Module):
     """Attention among tokens and one further token for each head: DHVT's `Attention`, fused.
@@ -93,9 +96,11 @@ class HIMHSA(nn.Module):
         """
         if x.ndim != 3 or x.shape[2] != self.dim or x.shape[1] < 1:
             raise ValueError(f"x: expected [B, N, {self.dim}] tokens, the class token first, got {tuple(x.shape)}")
-        u = x if norm is None else norm(x)
-        tokens = torch.cat([u, self._head_tokens(u)], dim=1)
-        out = self._compose(tokens) if self.fusion_obstacles() else self._fuse(tokens)
+        if self.fusion_obstacles(norm):
+            u = x if norm is None else norm(x)
+            out = self._compose(torch.cat([u, self._head_tokens(u)], dim=1))
+        else:
+            out = self._fuse(x, norm)
         out = self.proj_drop(out)
         rows, heads = out[:, : -self.num_heads], out[:, -self.num_heads :].mean(1, keepdim=True)
         if residual is None:
@@ -104,15 +109,21 @@ class HIMHSA(nn.Module):
         out[:, :1] += heads
         return out
 
-    def fusion_obstacles(self) -> list[str]:
-        """Every reason why `forward` would call submodules now instead of the fused operator."""
+    def fusion_obstacles(self, norm: nn.LayerNorm | None = None) -> list[str]:
+        """Every reason why `forward`, with this `norm`, would call submodules now instead of the fused operators."""
         modules: dict[str, Any] = self._modules
         reasons = fused.about("qkv", fused.linear_obstacles(modules["qkv"]))
+        reasons += fused.about("ht_proj", fused.linear_obstacles(modules["ht_proj"]))
+        reasons += fused.about("ht_norm", fused.layer_norm_obstacles(modules["ht_norm"]))
+        if norm is not None:
+            reasons += fused.about("the layer norm", fused.layer_norm_obstacles(norm))
+        if fused.activation_name(modules["act"]) != "gelu" or fused.has_hooks(modules["act"]):
+            reasons.append(f"act is {modules['act']}, expected GELU (exact) without hooks")
         return reasons + fused.global_attention_obstacles(modules["proj"], modules["attn_drop"])
 
     def prepare_inference(self, enabled: bool) -> None:
         """Keep the weights in the layout of the CPU kernels between calls (`enabled`), or stop doing so."""
-        self._packed = {name: PackedWeights() for name in ("global_attention", "keys")} if enabled else None
+        self._packed = {name: PackedWeights() for name in OPERATORS} if enabled else None
 
     @torch.no_grad()
     def pack_weights(self) -> None:
@@ -126,8 +137,22 @@ class HIMHSA(nn.Module):
         split = self.ht_norm(self.ht_proj(means).unflatten(-1, (self.num_heads, -1)))
         return self.act(split).flatten(2).to(u.dtype) + self.pos_embed.to(u.dtype)
 
-    def _fuse(self, tokens: Tensor) -> Tensor:
+    def _fuse(self, x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
         modules: dict[str, Any] = self._modules
+        ht_proj, ht_norm = modules["ht_proj"]._parameters, modules["ht_norm"]
+        tokens = ops.head_tokens(
+            x,
+            ht_proj["weight"],
+            ht_proj["bias"],
+            self.pos_embed[0],
+            num_heads=self.num_heads,
+            head_norm_eps=ht_norm.eps,
+            head_norm_weight=ht_norm.weight,
+            head_norm_bias=ht_norm.bias,
+            packed=self._packing("head_tokens"),
+            backend=self.backend,
+            **fused.layer_norm_arguments(norm),
+        )
         qkv, proj = modules["qkv"]._parameters, modules["proj"]._parameters
         dim, bias = self.dim, qkv["bias"]
         key_bias = None if bias is None else bias[dim:]

@@ -4,6 +4,7 @@ from fastvit_kernels.ops.batch_norm import BatchNorm
 from fastvit_kernels.ops.conv_projection import Projection, conv_projection
 from fastvit_kernels.ops.depthwise_mlp import depthwise_mlp
 from fastvit_kernels.ops.global_attention import global_attention
+from fastvit_kernels.ops.head_tokens import head_tokens
 from fastvit_kernels.ops.local_attention import local_attention
 from fastvit_kernels.ops.patch_embedding import patch_embedding
 from fastvit_kernels.ops.pointwise_mlp import pointwise_mlp
@@ -15,6 +16,7 @@ __all__ = [
     "conv_projection",
     "depthwise_mlp",
     "global_attention",
+    "head_tokens",
     "local_attention",
     "patch_embedding",
     "pointwise_mlp",

@@ -707,6 +707,56 @@ PATCH_EMBEDDING = [
 ]
 
 
+def _head_tokens(
+    maker: Maker,
+    *,
+    batch: int = 2,
+    tokens: int = 7,
+    channels: int = 24,
+    heads: int = 3,
+    bias: bool = True,
+    norm: bool = True,
+    norm_affine: bool = True,
+    head_norm_affine: bool = True,
+) -> Call:
+    width = channels // heads
+    arguments: dict[str, Any] = {
+        "x": maker.activation(batch, tokens, channels, scale=1.5, shift=0.5),
+        "weight": maker.weight(channels, width, scale=2.0),
+        "bias": maker.vector(channels) if bias else None,
+        "pos_embed": maker.vector(heads, channels),
+        "num_heads": heads,
+        "head_norm_eps": 1e-3,
+    }
+    if norm:
+        arguments["norm_eps"] = 1e-5
+        if norm_affine:
+            arguments |= {"norm_weight": maker.positive(channels), "norm_bias": maker.vector(channels)}
+    if head_norm_affine:
+        arguments |= {"head_norm_weight": maker.positive(width), "head_norm_bias": maker.vector(width)}
+    return Call(ops.head_tokens, arguments)
+
+
+def head_tokens_case(name: str, *tags: str, vanishing: Sequence[str] = (), **options: Any) -> Case:
+    """A call of `head_tokens` with these options of `_head_tokens`."""
+    return Case(name, lambda maker: _head_tokens(maker, **options), frozenset(tags), frozenset(vanishing))
+
+
+HEAD_TOKENS = [
+    head_tokens_case("plain", "smallest", "inductor"),
+    head_tokens_case("no_norm", "smallest", norm=False),
+    head_tokens_case("empty_batch", "empty", batch=0),
+    head_tokens_case("one_token", batch=1, tokens=1),
+    head_tokens_case("many_tokens", batch=1, tokens=83),
+    head_tokens_case("one_head", heads=1),
+    head_tokens_case("odd_width", channels=39, heads=3),
+    head_tokens_case("narrow_heads", channels=22, heads=11, head_norm_affine=False),
+    head_tokens_case("no_bias", bias=False),
+    head_tokens_case("norms_without_affine", norm_affine=False, head_norm_affine=False),
+    head_tokens_case("dhvt_tiny_cifar", "published", batch=1, tokens=65, channels=192, heads=4),
+]
+
+
 def _pooled_projection(
     maker: Maker,
     *,
@@ -773,6 +823,7 @@ CASES = {
     "conv_projection": CONV_PROJECTION,
     "depthwise_mlp": DEPTHWISE_MLP,
     "global_attention": GLOBAL_ATTENTION,
+    "head_tokens": HEAD_TOKENS,
     "local_attention": LOCAL_ATTENTION,
     "patch_embedding": PATCH_EMBEDDING,
     "pointwise_mlp": POINTWISE_MLP,

@@ -18,6 +18,7 @@ INTEGERS = {
     "conv_projection": {"height": 3, "width": 4, "prefix": 5, "stride": 6, "padding": 7},
     "depthwise_mlp": {"height": 9, "width": 10, "prefix": 11},
     "global_attention": {"num_heads": 0},
+    "head_tokens": {"num_heads": 0},
     "local_attention": {"height": 2, "width": 3, "window": 4, "num_heads": 5},
     "patch_embedding": {"stride": 2, "padding": 3},
     "pooled_projection": {"height": 2, "width": 3, "kernel": 4},

@@ -51,6 +51,7 @@ SURFACE = {
         "conv_projection",
         "depthwise_mlp",
         "global_attention",
+        "head_tokens",
         "local_attention",
         "patch_embedding",
         "pointwise_mlp",

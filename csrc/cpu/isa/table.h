@@ -4,6 +4,7 @@
 #include "conv_projection.h"
 #include "depthwise_mlp.h"
 #include "global_attention.h"
+#include "head_tokens.h"
 #include "local_attention.h"
 #include "pack.h"
 #include "patch_embedding.h"
@@ -26,6 +27,10 @@
       pointwise_mlp,                                  \
       scratch_patch_embedding,                        \
       patch_embedding,                                \
+      scratch_normalize_tokens,                       \
+      normalize_tokens,                               \
+      scratch_head_tokens,                            \
+      head_tokens,                                    \
       pool,                                           \
       scratch_pooled_projection,                      \
       pooled_projection,                              \
