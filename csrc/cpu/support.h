@@ -54,17 +54,33 @@ Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype);
 // 64-byte aligned memory of this thread, kept from call to call; valid until the thread asks again.
 void* scratch(int64_t bytes);
 
-// Run `task(index, scratch)` for every index on all threads; each thread takes the next index when it is done with one.
+// The tasks of one thread, and of those that have none left.
+struct alignas(64) Share {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
+// Run `task(index, scratch)` for every index on all threads. Each thread begins with a share of neighbouring tasks, the
+// same at every call: what it reads is often what it wrote in the operator before, and still in its core's cache. Then
+// it helps the others out.
 template <class Task>
 void run_tasks(int64_t tasks, int64_t scratch_bytes, const Task& task) {
   if (tasks <= 0) return;
-  std::atomic<int64_t> next{0};
+  constexpr int64_t kMostShares = 64;
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  const int64_t shares = std::min(workers, kMostShares);
+  Share share[kMostShares];
+  for (int64_t i = 0; i < shares; ++i) {
+    share[i].next.store(i * tasks / shares, std::memory_order_relaxed);
+    share[i].end = (i + 1) * tasks / shares;
+  }
   torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-    (void)first;
     (void)last;
     void* memory = scratch(scratch_bytes);
-    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(index, memory);
+    for (int64_t i = 0; i < shares; ++i) {
+      Share& s = share[(first + i) % shares];
+      for (int64_t index; (index = s.next.fetch_add(1, std::memory_order_relaxed)) < s.end;) task(index, memory);
+    }
   });
 }
 
