@@ -1,4 +1,3 @@
-#include <cmath>
 #include <tuple>
 
 #include "packed.h"
@@ -11,9 +10,9 @@ constexpr int64_t kMostPadding = 64;
 const char* const kFields[kPerBranch] = {"conv_weight", "bn_weight", "bn_bias", "bn_mean", "bn_var", "weight", "bias"};
 
 struct Branch {
-  fk_array field[kPerBranch];
-  int64_t taps, kernel, out;
-  double eps;
+  fk_array filter, weight, bias;
+  BatchNorm bn;
+  int64_t kernel, out;
 };
 
 struct Projection {
@@ -24,56 +23,6 @@ struct Projection {
   bool low_precision;
   uint64_t mark;
 };
-
-// Adds depthwise filters to the weights: fp32, [taps, padded channels], batch normalisation folded in.
-class ProjectionPacker : public Packer {
- public:
-  using Packer::Packer;
-
-  void depthwise(const Branch& b, bool normalize, int64_t channels, int64_t padded, fk_conv_branch* to) {
-    float* filter = reinterpret_cast<float*>(take(b.taps * padded * 4));
-    float* shift = reinterpret_cast<float*>(take(padded * 4));
-    to->filter = filter;
-    to->shift = shift;
-    if (base_) jobs_.push_back({&b, normalize && b.field[3].data, channels, padded, filter, shift});
-  }
-
-  void fill() const {
-    Packer::fill();
-    for (const Job& job : jobs_) fold(job);
-  }
-
- private:
-  struct Job {
-    const Branch* branch;
-    bool normalized;
-    int64_t channels, padded;
-    float *filter, *shift;
-  };
-
-  static void fold(const Job& job) {
-    const fk_array* f = job.branch->field;
-    for (int64_t c = 0; c < job.padded; ++c) {
-      double scale = c < job.channels ? 1.0 : 0.0, shift = 0.0;
-      if (job.normalized && c < job.channels) {
-        scale = (f[1].data ? element(f[1], c) : 1.0) / std::sqrt(element(f[4], c) + job.branch->eps);
-        shift = (f[2].data ? element(f[2], c) : 0.0) - element(f[3], c) * scale;
-      }
-      job.shift[c] = static_cast<float>(shift);
-      for (int64_t t = 0; t < job.branch->taps; ++t)
-        job.filter[t * job.padded + c] =
-            c < job.channels ? static_cast<float>(element(f[0], c * job.branch->taps + t) * scale) : 0.0f;
-    }
-  }
-
-  std::vector<Job> jobs_;
-};
-
-// Channels of a patch in scratch are padded to whole vectors.
-int64_t padded_channels(int64_t channels) {
-  const int64_t lanes = kernels().lanes;
-  return (channels + lanes - 1) / lanes * lanes;
-}
 
 // Output pixels of a branch in one band of input rows; the kernels draw the same borders.
 int64_t band_pixels(const fk_conv_projection& c, int branch, int64_t tile) {
@@ -110,14 +59,15 @@ Projection check(TensorList& t, const std::optional<Tensor>& packed, std::option
       const Tensor &conv = required(t, first, kFields[0]), &weight = required(t, first + 5, kFields[5]);
       STD_TORCH_CHECK(conv.dim() == 4 && weight.dim() == 2, "conv_weight, weight: unexpected rank");
       b.kernel = conv.size(3);
-      b.taps = b.kernel * b.kernel;
       b.out = weight.size(0);
-      b.eps = bn_eps[i];
-      b.field[0] = weight_view(t[first], kFields[0], {p.channels, 1, b.kernel, b.kernel});
-      for (int f = 1; f < 5; ++f) b.field[f] = weight_view(t[first + f], kFields[f], {p.channels});
-      STD_TORCH_CHECK(!b.field[3].data == !b.field[4].data, "bn_mean, bn_var: expected both or none");
-      b.field[5] = weight_view(t[first + 5], kFields[5], {b.out, p.channels});
-      b.field[6] = weight_view(t[first + 6], kFields[6], {b.out});
+      b.filter = weight_view(t[first], kFields[0], {p.channels, 1, b.kernel, b.kernel});
+      // Without its statistics weight and bias of the batch norm wait for those of the batch, which are computed here.
+      fk_array bn[4];
+      for (int f = 0; f < 4; ++f) bn[f] = weight_view(t[first + 1 + f], kFields[1 + f], {p.channels});
+      STD_TORCH_CHECK(!bn[2].data == !bn[3].data, "bn_mean, bn_var: expected both or none");
+      b.bn = {bn[0], bn[1], bn[2], bn[3], bn_eps[i]};
+      b.weight = weight_view(t[first + 5], kFields[5], {b.out, p.channels});
+      b.bias = weight_view(t[first + 6], kFields[6], {b.out});
       // The patch in scratch grows with the padding.
       check_window(b.kernel, stride[i], padding[i], height, width, kMostPadding);
     }
@@ -150,13 +100,22 @@ void geometry(const Projection& p, int64_t height, int64_t width, int64_t prefix
   to->tasks_per_image = blocks(height, to->rows_per_task);
 }
 
+// The filter of a branch, with its batch normalisation or bare.
+void describe_filter(Packer& packer, const Projection& p, int branch, bool normalized, fk_conv_branch* to) {
+  const Branch& b = p.branch[branch];
+  const Filter filter = packer.depthwise(b.filter, absent(), normalized ? b.bn : BatchNorm{}, p.channels,
+                                         b.kernel * b.kernel, padded_channels(p.channels));
+  to->filter = filter.taps;
+  to->shift = filter.shift;
+}
+
 Tensor prepare(const Projection& p, const std::optional<Tensor>& packed, fk_conv_projection* to) {
-  return pack<ProjectionPacker>(packed, p.mark, [&](ProjectionPacker& packer) {
+  return pack(packed, p.mark, [&](Packer& packer) {
     to->norm = norm_of(packer, p.norm_weight, p.norm_bias, p.norm_eps, p.channels);
     for (int i = 0; i < kBranches; ++i) {
       const Branch& b = p.branch[i];
-      packer.depthwise(b, true, p.channels, padded_channels(p.channels), &to->branch[i]);
-      to->branch[i].linear = packer.linear(b.field[5], b.field[6], b.out, p.channels, p.low_precision);
+      describe_filter(packer, p, i, true, &to->branch[i]);
+      to->branch[i].linear = packer.linear(b.weight, b.bias, b.out, p.channels, p.low_precision);
     }
   });
 }
@@ -188,12 +147,11 @@ Tensor statistics(TensorList t, std::optional<double> norm_eps, std::vector<doub
                   ScalarType dtype) {
   const Projection p = check(t, std::nullopt, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype);
   fk_conv_projection c = {};
-  auto describe = [&](ProjectionPacker& packer) {
+  auto describe = [&](Packer& packer) {
     c.norm = norm_of(packer, p.norm_weight, p.norm_bias, p.norm_eps, p.channels);
-    for (int i = 0; i < kBranches; ++i)
-      packer.depthwise(p.branch[i], false, p.channels, padded_channels(p.channels), &c.branch[i]);
+    for (int i = 0; i < kBranches; ++i) describe_filter(packer, p, i, false, &c.branch[i]);
   };
-  const Tensor block = pack<ProjectionPacker>(std::nullopt, p.mark, describe);
+  const Tensor block = pack(std::nullopt, p.mark, describe);
   geometry(p, height, width, prefix, stride, padding, *t[0], true, &c);
   const int64_t tasks = p.batch * c.tasks_per_image, per_task = kBranches * 2 * p.channels;
   std::vector<double> partial(static_cast<size_t>(std::max<int64_t>(1, tasks * per_task)));

@@ -1,4 +1,3 @@
-#include <cmath>
 #include <tuple>
 
 #include "norms.h"
@@ -27,16 +26,6 @@ enum Index {
   kCount = 25
 };
 
-// Batch normalisation by running statistics: y = scale x + shift per channel.
-struct BatchNorm {
-  fk_array weight, bias, mean, var;
-  double eps;
-
-  bool present() const { return mean.data != nullptr; }
-  double scale(int64_t c) const { return (weight.data ? element(weight, c) : 1.0) / std::sqrt(element(var, c) + eps); }
-  double shift(int64_t c) const { return (bias.data ? element(bias, c) : 0.0) - element(mean, c) * scale(c); }
-};
-
 struct Mlp {
   fk_array norm_weight, norm_bias, expand, expand_bias, filter, filter_bias, project, project_bias;
   fk_array out_norm_weight, out_norm_bias;
@@ -50,11 +39,11 @@ struct Mlp {
 
   const BatchNorm* before_hidden_activation() const { return bn_after_activation ? nullptr : &bn[0]; }
   const BatchNorm* after_hidden_activation() const { return bn_after_activation ? &bn[0] : nullptr; }
-  const BatchNorm* before_activation() const { return bn_after_activation ? nullptr : &bn[1]; }
+  BatchNorm before_activation() const { return bn_after_activation ? BatchNorm{} : bn[1]; }
   const BatchNorm* after_activation() const { return bn_after_activation ? &bn[1] : nullptr; }
 };
 
-// Adds depthwise filters, and linear layers with batch norms folded into them. Folding is exact in exact arithmetic: no
+// Adds linear layers with batch norms folded into them. Folding is exact in exact arithmetic: no
 // zero padding lies between a norm and what it is folded into.
 class MlpPacker : public Packer {
  public:
@@ -71,16 +60,6 @@ class MlpPacker : public Packer {
     return linear({f.values.data(), FK_F32, n * k}, {f.shifts.data(), FK_F32, n}, n, k, low_precision);
   }
 
-  // [taps][padded] and [padded], with the norm behind the convolution.
-  void depthwise(const Mlp& m, int64_t padded, fk_depthwise_mlp* to) {
-    const int64_t taps = m.kernel * m.kernel;
-    float* filter = reinterpret_cast<float*>(take(taps * padded * 4));
-    float* bias = reinterpret_cast<float*>(take(padded * 4));
-    to->filter = filter;
-    to->filter_bias = bias;
-    if (base_) filters_.push_back({&m, taps, padded, filter, bias});
-  }
-
   // Scale and shift of a norm that nothing can take in.
   void affine(const BatchNorm* norm, int64_t n, int64_t padded, fk_depthwise_mlp* to) {
     to->scale = to->shift = nullptr;
@@ -95,7 +74,6 @@ class MlpPacker : public Packer {
   void fill() {
     for (Fold& f : folds_) fold(&f);
     Packer::fill();
-    for (const Filter& f : filters_) fill_filter(f);
     for (const Affine& a : affines_)
       for (int64_t c = 0; c < a.padded; ++c) {
         a.scale[c] = c < a.n ? static_cast<float>(a.norm->scale(c)) : 0.0f;
@@ -109,11 +87,6 @@ class MlpPacker : public Packer {
     int64_t n, k;
     const BatchNorm *in, *out;
     std::vector<float> values, shifts;
-  };
-  struct Filter {
-    const Mlp* mlp;
-    int64_t taps, padded;
-    float *filter, *bias;
   };
   struct Affine {
     const BatchNorm* norm;
@@ -139,26 +112,7 @@ class MlpPacker : public Packer {
     }
   }
 
-  static void fill_filter(const Filter& f) {
-    const Mlp& m = *f.mlp;
-    const BatchNorm* norm = m.before_activation();
-    for (int64_t c = 0; c < f.padded; ++c) {
-      const bool real = c < m.hidden;
-      const double scale = real && norm && norm->present() ? norm->scale(c) : 1.0;
-      const double shift = real && norm && norm->present() ? norm->shift(c) : 0.0;
-      const double bias = real && m.filter_bias.data ? element(m.filter_bias, c) : 0.0;
-      f.bias[c] = static_cast<float>(bias * scale + shift);
-      for (int64_t t = 0; t < f.taps; ++t) {
-        // The filter's input, added to its result in front of everything else, is one more weight on the centre.
-        const double centre = m.adds_input && t == f.taps / 2 ? 1.0 : 0.0;
-        const double weight = real ? (element(m.filter, c * f.taps + t) + centre) * scale : 0.0;
-        f.filter[t * f.padded + c] = static_cast<float>(weight);
-      }
-    }
-  }
-
   std::vector<Fold> folds_;
-  std::vector<Filter> filters_;
   std::vector<Affine> affines_;
 };
 
@@ -180,15 +134,6 @@ fk_activation activation_of(const std::string& name) {
   for (int i = 0; i < 5; ++i)
     if (name == names[i]) return static_cast<fk_activation>(i);
   STD_TORCH_CHECK(false, "activation: unknown name");
-}
-
-BatchNorm batch_norm(const TensorList& t, size_t first, int64_t channels, double eps) {
-  BatchNorm b = {weight_view(t[first], "bn weight", {channels}), weight_view(t[first + 1], "bn bias", {channels}),
-                 weight_view(t[first + 2], "bn mean", {channels}), weight_view(t[first + 3], "bn var", {channels}),
-                 eps};
-  STD_TORCH_CHECK(!b.mean.data == !b.var.data, "bn mean, bn var: expected both or none");
-  STD_TORCH_CHECK(b.mean.data || (!b.weight.data && !b.bias.data), "bn: expected statistics beside weight and bias");
-  return b;
 }
 
 Mlp check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) {
@@ -255,7 +200,10 @@ Tensor prepare(const Mlp& m, const std::optional<Tensor>& packed, fk_depthwise_m
     to->expand =
         p.folded(m.expand, m.expand_bias, m.hidden, m.channels, m.low_precision, nullptr, m.before_hidden_activation());
     p.affine(m.after_hidden_activation(), m.hidden, padded, to);
-    p.depthwise(m, padded, to);
+    const Filter filter = p.depthwise(m.filter, m.filter_bias, m.before_activation(), m.hidden, m.kernel * m.kernel,
+                                      padded, m.adds_input);
+    to->filter = filter.taps;
+    to->filter_bias = filter.shift;
     to->project = p.folded(m.project, m.project_bias, m.out, m.hidden, m.low_precision, m.after_activation(), &m.bn[2]);
     *out_norm = norm_of(p, m.out_norm_eps.has_value() ? FK_GROUP_NORM : FK_NO_NORM, m.out_norm_weight, m.out_norm_bias,
                         m.out_norm_eps.value_or(0.0), m.out);

@@ -141,6 +141,18 @@ struct fk_local_attention {
   double* moments;  // per task [3], of the result; null: not wanted
 };
 
+struct fk_depthwise_conv {
+  struct fk_array x;         // [B, H * W, C]
+  struct fk_array residual;  // [B, out_h * out_w, C]
+  void* out;                 // the same
+  fk_dtype out_dtype;
+  struct fk_norm norm;  // of each pixel of x
+  const float* filter;  // [taps][C, padded], batch normalisation folded in
+  const float* shift;   // [C, padded]
+  int64_t batch, height, width, channels, kernel, stride, padding, out_h, out_w;
+  int64_t rows_per_task, columns_per_task;  // of the result
+};
+
 struct fk_depthwise_mlp {
   struct fk_array x, residual;  // [B, P + H * W, C]
   void* out;                    // [B, P + H * W, N]
@@ -211,6 +223,8 @@ struct fk_table {
   void (*pooled_projection)(const struct fk_pooled_projection*, int64_t task, void* scratch);
   int64_t (*scratch_local_attention)(const struct fk_local_attention*);
   void (*local_attention)(const struct fk_local_attention*, int64_t task, void* scratch);
+  int64_t (*scratch_depthwise_conv)(const struct fk_depthwise_conv*);
+  void (*depthwise_conv)(const struct fk_depthwise_conv*, int64_t task, void* scratch);
   int64_t (*scratch_depthwise_mlp)(const struct fk_depthwise_mlp*);
   void (*depthwise_mlp)(const struct fk_depthwise_mlp*, int64_t task, void* scratch);
   void (*depthwise_mlp_sum)(const struct fk_depthwise_mlp*, int64_t task);

@@ -53,6 +53,26 @@ float element(const fk_array& array, int64_t index) {
   return value;
 }
 
+double BatchNorm::scale(int64_t c) const {
+  return (weight.data ? element(weight, c) : 1.0) / std::sqrt(element(var, c) + eps);
+}
+
+double BatchNorm::shift(int64_t c) const { return (bias.data ? element(bias, c) : 0.0) - element(mean, c) * scale(c); }
+
+BatchNorm batch_norm(const TensorList& t, size_t first, int64_t channels, double eps) {
+  BatchNorm b = {weight_view(t[first], "bn weight", {channels}), weight_view(t[first + 1], "bn bias", {channels}),
+                 weight_view(t[first + 2], "bn mean", {channels}), weight_view(t[first + 3], "bn var", {channels}),
+                 eps};
+  STD_TORCH_CHECK(!b.mean.data == !b.var.data, "bn mean, bn var: expected both or none");
+  STD_TORCH_CHECK(b.mean.data || (!b.weight.data && !b.bias.data), "bn: expected statistics beside weight and bias");
+  return b;
+}
+
+int64_t padded_channels(int64_t channels) {
+  const int64_t lanes = kernels().lanes;
+  return (channels + lanes - 1) / lanes * lanes;
+}
+
 char* Packer::take(int64_t bytes) {
   char* at = base_ ? base_ + used_ : nullptr;
   used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -81,6 +101,26 @@ const float* Packer::table(const fk_array& source, int64_t heads, int64_t querie
   return to;
 }
 
+Filter Packer::depthwise(const fk_array& filter, const fk_array& bias, const BatchNorm& norm, int64_t n, int64_t taps,
+                         int64_t padded, bool adds_input) {
+  float* to = reinterpret_cast<float*>(take(taps * padded * 4));
+  float* shift = reinterpret_cast<float*>(take(padded * 4));
+  if (base_) filters_.push_back({filter, bias, norm, n, taps, padded, adds_input, to, shift});
+  return {to, shift};
+}
+
+void Packer::fill_filter(const Depthwise& d) {
+  for (int64_t c = 0; c < d.padded; ++c) {
+    const bool real = c < d.n, normed = real && d.norm.present();
+    const double scale = normed ? d.norm.scale(c) : 1.0, shift = normed ? d.norm.shift(c) : 0.0;
+    d.shift[c] = static_cast<float>((real && d.bias.data ? element(d.bias, c) : 0.0) * scale + shift);
+    for (int64_t t = 0; t < d.taps; ++t) {
+      const double centre = d.adds_input && t == d.taps / 2 ? 1.0 : 0.0;
+      d.to[t * d.padded + c] = real ? static_cast<float>((element(d.filter, c * d.taps + t) + centre) * scale) : 0.0f;
+    }
+  }
+}
+
 // A bias in units of log2. The lowest finite number is a common mask, and must not become infinite here.
 static float in_log2(float bias) {
   constexpr float kLog2E = 1.44269504f, kMost = 3e38f;
@@ -98,6 +138,7 @@ void Packer::fill() const {
               q < t.queries ? in_log2(element(t.source, (h * t.queries + q) * t.keys + k)) : 0.0f;
   for (const Vector& v : vectors_)
     for (int64_t i = 0; i < v.padded; ++i) v.to[i] = i < v.n && v.source.data ? element(v.source, i) : v.fill;
+  for (const Depthwise& d : filters_) fill_filter(d);
   for (const fk_pack_linear& linear : linears_) {
     const int64_t panels = (linear.n + kernels().panel - 1) / kernels().panel;
     run_tasks(panels, 0, [&](int64_t panel, void*) { kernels().pack_panel(&linear, panel); });

@@ -10,6 +10,30 @@
 
 namespace fk {
 
+float element(const fk_array& array, int64_t index);
+
+// Batch normalisation by running statistics: y = scale x + shift per channel.
+struct BatchNorm {
+  fk_array weight, bias, mean, var;
+  double eps;
+
+  bool present() const { return mean.data != nullptr; }
+  double scale(int64_t c) const;
+  double shift(int64_t c) const;
+};
+
+// The one whose weight, bias, mean and variance begin at `first`; absent where none of them is there.
+BatchNorm batch_norm(const TensorList& tensors, size_t first, int64_t channels, double eps);
+
+// Channels of a depthwise filter are padded to whole vectors.
+int64_t padded_channels(int64_t channels);
+
+// A depthwise convolution as the kernels read it.
+struct Filter {
+  const float* taps;   // [taps][padded]
+  const float* shift;  // [padded]
+};
+
 // Lays the weights of one operator out behind each other. An operator describes its weights twice, first to measure
 // (null base), then to get pointers and the list of what is to be filled in.
 class Packer {
@@ -24,6 +48,11 @@ class Packer {
   // A bias table [heads, queries, keys] transposed to [heads][keys][stride], in units of log2, zeros behind the
   // queries.
   const float* table(const fk_array& source, int64_t heads, int64_t queries, int64_t keys, int64_t stride);
+
+  // A depthwise filter [n, 1, k, k] and its bias, with the norm behind it folded in. `adds_input`: in front of the norm
+  // its input is added to its result, which is one more weight on the centre.
+  Filter depthwise(const fk_array& filter, const fk_array& bias, const BatchNorm& norm, int64_t n, int64_t taps,
+                   int64_t padded, bool adds_input = false);
 
   int64_t bytes() const { return used_; }
   void fill() const;
@@ -45,6 +74,16 @@ class Packer {
     int64_t heads, queries, keys, stride;
     float* to;
   };
+  struct Depthwise {
+    fk_array filter, bias;
+    BatchNorm norm;
+    int64_t n, taps, padded;
+    bool adds_input;
+    float *to, *shift;
+  };
+  static void fill_filter(const Depthwise& d);
+
+  std::vector<Depthwise> filters_;
   std::vector<Table> tables_;
   std::vector<fk_pack_linear> linears_;
   std::vector<Vector> vectors_;
@@ -80,8 +119,6 @@ Tensor pack(const std::optional<Tensor>& packed, uint64_t mark, const Describe& 
   }
   return block;
 }
-
-float element(const fk_array& array, int64_t index);
 
 // The norm in front of an operator; absent affine parameters become ones and zeros.
 fk_norm norm_of(Packer& packer, fk_norm_kind kind, const fk_array& weight, const fk_array& bias, double eps,

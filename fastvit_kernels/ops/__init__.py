@@ -2,6 +2,7 @@
 
 from fastvit_kernels.ops.batch_norm import BatchNorm
 from fastvit_kernels.ops.conv_projection import Projection, conv_projection
+from fastvit_kernels.ops.depthwise_conv import depthwise_conv
 from fastvit_kernels.ops.depthwise_mlp import depthwise_mlp
 from fastvit_kernels.ops.global_attention import global_attention
 from fastvit_kernels.ops.head_tokens import head_tokens
@@ -14,6 +15,7 @@ __all__ = [
     "BatchNorm",
     "Projection",
     "conv_projection",
+    "depthwise_conv",
     "depthwise_mlp",
     "global_attention",
     "head_tokens",

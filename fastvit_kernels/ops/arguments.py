@@ -126,6 +126,19 @@ def check_integer(name: str, value: object, least: int) -> int:
     return value  # type: ignore[return-value]
 
 
+def check_grid(grid: object, num_prefix_tokens: int, x: Tensor) -> tuple[int, int]:
+    """Height and width of the map that makes the tokens of x behind its prefix tokens."""
+    check_integer("num_prefix_tokens", num_prefix_tokens, 0)
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise ValueError(f"grid: expected (H, W) beside [B, P + H*W, C] tokens, got {grid!r}")
+    height, width = check_integer("grid", grid[0], 1), check_integer("grid", grid[1], 1)
+    if num_prefix_tokens + height * width != x.shape[1]:
+        raise ValueError(
+            f"grid: {height} x {width} and {num_prefix_tokens} prefix tokens do not make the {x.shape[1]} tokens of x"
+        )
+    return height, width
+
+
 def check_eps(name: str, value: object) -> float:
     """An epsilon: a number that is not negative."""
     return check_number(name, value, 0.0, math.inf)

@@ -47,6 +47,17 @@ def check_batch_norm(name: str, bn: object) -> BatchNorm:
     return bn
 
 
+def batch_norm_tensors(bn: BatchNorm | None, width: int, x: Tensor) -> tuple[Tensor | None, ...]:
+    """Weight, bias, mean and variance as an operator lists them; all None where there is no batch norm."""
+    if bn is None:
+        return (None,) * 4
+    if bn.training and bn.running_mean is None:
+        # Only marks that there is a batch norm: the batch's statistics take these places.
+        mark = torch.zeros(width, device=x.device)
+        return bn.weight, bn.bias, mark, mark
+    return bn[:4]
+
+
 def batch_moments(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of an NCHW map, in at least fp32."""
     var, mean = torch.var_mean(maps.to(wide(maps.dtype)), dim=(0, 2, 3), correction=0)

@@ -635,6 +635,110 @@ DEPTHWISE_MLP_TRAINING = [
 ]
 
 
+def _depthwise_conv(
+    maker: Maker,
+    *,
+    batch: int = 2,
+    grid: tuple[int, int] = (5, 7),
+    channels: int = 24,
+    kernel: int = 3,
+    stride: int = 1,
+    padding: int = 1,
+    bias: bool = True,
+    norm: bool = False,
+    norm_affine: bool = True,
+    bn: bool = False,
+    bn_affine: bool = True,
+    bn_training: bool = False,
+    bn_track: bool = True,
+    residual: bool = False,
+    residual_dtype: torch.dtype | None = None,
+) -> Call:
+    arguments: dict[str, Any] = {
+        "x": maker.activation(batch, grid[0] * grid[1], channels, scale=1.5, shift=0.5),
+        "weight": maker.weight(channels, 1, kernel, kernel),
+        "bias": maker.vector(channels) if bias else None,
+        "grid": grid,
+        "stride": stride,
+        "padding": padding,
+    }
+    if norm:
+        arguments["norm_eps"] = 1e-3
+        if norm_affine:
+            arguments |= {"norm_weight": maker.positive(channels), "norm_bias": maker.vector(channels)}
+    if bn:
+        arguments["bn"] = BatchNorm(
+            maker.positive(channels) if bn_affine else None,
+            maker.vector(channels) if bn_affine else None,
+            maker.vector(channels) if bn_track else None,
+            maker.positive(channels) if bn_track else None,
+            training=bn_training,
+        )
+    if residual:
+        height, width = ((size + 2 * padding - kernel) // stride + 1 for size in grid)
+        arguments["residual"] = maker.residual(batch, height * width, channels, dtype=residual_dtype)
+    return Call(ops.depthwise_conv, arguments)
+
+
+def depthwise_conv_case(name: str, *tags: str, vanishing: Sequence[str] = (), **options: Any) -> Case:
+    """A call of `depthwise_conv` with these options of `_depthwise_conv`."""
+    return Case(name, lambda maker: _depthwise_conv(maker, **options), frozenset(tags), frozenset(vanishing))
+
+
+_REDUCTION: dict[str, Any] = {"kernel": 2, "stride": 2, "padding": 0, "norm": True, "bn": True}
+
+DEPTHWISE_CONV = [
+    depthwise_conv_case("local_perception", "smallest", "inductor", residual=True),
+    depthwise_conv_case("reduction", "smallest", **_REDUCTION),
+    depthwise_conv_case("plain"),
+    depthwise_conv_case("everything", norm=True, bn=True, residual=True),
+    depthwise_conv_case("empty_batch", "empty", batch=0, norm=True, residual=True),
+    depthwise_conv_case("one_image", batch=1, residual=True),
+    depthwise_conv_case("one_pixel", batch=1, grid=(1, 1), norm=True, residual=True),
+    depthwise_conv_case("one_row", grid=(1, 9), norm=True),
+    depthwise_conv_case("one_column", grid=(9, 1), residual=True),
+    depthwise_conv_case("one_channel", channels=1, bn=True),
+    depthwise_conv_case("few_channels", channels=3, residual=True),
+    depthwise_conv_case("odd_channels", channels=46, norm=True, residual=True),
+    depthwise_conv_case("odder_channels", channels=37, bn=True),
+    depthwise_conv_case("many_rows", batch=3, grid=(30, 17), channels=17, residual=True),
+    depthwise_conv_case("many_channels", batch=1, grid=(7, 6), channels=136, norm=True),
+    depthwise_conv_case("kernel_1", kernel=1, padding=0, norm=True),
+    depthwise_conv_case("kernel_5", kernel=5, padding=2, grid=(9, 4), residual=True),
+    depthwise_conv_case("kernel_7", kernel=7, padding=3, grid=(6, 9), norm=True),
+    depthwise_conv_case("kernel_beyond_the_map", kernel=7, padding=3, grid=(2, 3), residual=True),
+    depthwise_conv_case(
+        "reduction_by_8", kernel=8, stride=8, padding=0, grid=(16, 24), channels=20, norm=True, bn=True
+    ),
+    depthwise_conv_case("unread_border", kernel=4, stride=4, padding=0, grid=(9, 11), norm=True),
+    depthwise_conv_case("skipped_pixels", kernel=2, stride=3, padding=0, grid=(9, 8), residual=True),
+    depthwise_conv_case("strided_overlap", stride=2, grid=(8, 9), norm=True, bn=True),
+    depthwise_conv_case("no_padding", padding=0, residual=True),
+    depthwise_conv_case("wide_padding", padding=4, grid=(3, 4), norm=True, bn=True),
+    depthwise_conv_case("far_beyond", batch=1, grid=(2, 3), stride=70, padding=70, residual=True),
+    depthwise_conv_case("no_bias", bias=False, residual=True),
+    depthwise_conv_case("norm_without_affine", norm=True, norm_affine=False),
+    depthwise_conv_case("bn_without_affine", bn=True, bn_affine=False),
+    depthwise_conv_case("fp32_residual", residual=True, residual_dtype=torch.float32),
+    depthwise_conv_case("cmt_s_stage_1_reduction", "published", batch=1, grid=(56, 56), channels=64, **_REDUCTION),
+    depthwise_conv_case("cmt_s_stage_3", "published", batch=1, grid=(14, 14), channels=256, residual=True),
+]
+
+# Batch statistics undo what a bias in front of them does, and without padding the norm's weight and bias as well.
+DEPTHWISE_CONV_TRAINING = [
+    depthwise_conv_case(
+        "reduction_training",
+        "smallest",
+        "inductor",
+        vanishing=["bias"],
+        bn_training=True,
+        **{**_REDUCTION, "norm": False},
+    ),
+    depthwise_conv_case("training_untracked", vanishing=["bias"], bn=True, bn_training=True, bn_track=False, norm=True),
+    depthwise_conv_case("training_beside_a_residual", vanishing=["bias"], bn=True, bn_training=True, residual=True),
+]
+
+
 def _patch_embedding(
     maker: Maker,
     *,
@@ -821,6 +925,7 @@ POOLED_PROJECTION = [
 
 CASES = {
     "conv_projection": CONV_PROJECTION,
+    "depthwise_conv": DEPTHWISE_CONV,
     "depthwise_mlp": DEPTHWISE_MLP,
     "global_attention": GLOBAL_ATTENTION,
     "head_tokens": HEAD_TOKENS,

@@ -16,6 +16,7 @@ HUGE = (2**31, 2**61, 2**62, 2**63 - 1, -1, -(2**63))
 # The integers among the static arguments, by position; a list holds one per branch.
 INTEGERS = {
     "conv_projection": {"height": 3, "width": 4, "prefix": 5, "stride": 6, "padding": 7},
+    "depthwise_conv": {"height": 3, "width": 4, "stride": 5, "padding": 6},
     "depthwise_mlp": {"height": 9, "width": 10, "prefix": 11},
     "global_attention": {"num_heads": 0},
     "head_tokens": {"num_heads": 0},

@@ -49,6 +49,7 @@ SURFACE = {
         "BatchNorm",
         "Projection",
         "conv_projection",
+        "depthwise_conv",
         "depthwise_mlp",
         "global_attention",
         "head_tokens",

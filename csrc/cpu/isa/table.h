@@ -2,6 +2,7 @@
 #pragma once
 
 #include "conv_projection.h"
+#include "depthwise_conv.h"
 #include "depthwise_mlp.h"
 #include "global_attention.h"
 #include "head_tokens.h"
@@ -36,6 +37,8 @@
       pooled_projection,                              \
       scratch_local_attention,                        \
       local_attention,                                \
+      scratch_depthwise_conv,                         \
+      depthwise_conv,                                 \
       scratch_depthwise_mlp,                          \
       depthwise_mlp,                                  \
       depthwise_mlp_sum,                              \

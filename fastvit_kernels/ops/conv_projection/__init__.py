@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvit_kernels.ops import dispatch, library
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
+    check_grid,
     check_integer,
     check_norm,
     check_parameter,
@@ -174,14 +175,7 @@ def _tokens(x: Tensor, grid: tuple[int, int] | None, num_prefix_tokens: int) -> 
         x = check_activation_tensor("x", x.permute(0, 2, 3, 1).flatten(1, 2))
     if x.ndim != 3:
         raise ValueError(f"x: expected [B, P + H*W, C] tokens or a [B, C, H, W] map, got shape {tuple(x.shape)}")
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
-        raise ValueError(f"grid: expected (H, W) beside [B, P + H*W, C] tokens, got {grid!r}")
-    height, width = check_integer("grid", grid[0], 1), check_integer("grid", grid[1], 1)
-    if num_prefix_tokens + height * width != x.shape[1]:
-        raise ValueError(
-            f"grid: {height} x {width} and {num_prefix_tokens} prefix tokens do not make the {x.shape[1]} tokens of x"
-        )
-    return x, (height, width)
+    return x, check_grid(grid, num_prefix_tokens, x)
 
 
 def _names(name: str) -> Any:

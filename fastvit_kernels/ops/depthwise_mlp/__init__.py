@@ -10,7 +10,7 @@ from fastvit_kernels.ops.activations import ALL_ACTIVATIONS
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
     check_eps,
-    check_integer,
+    check_grid,
     check_norm_kind,
     check_parameter,
     check_residual,
@@ -18,7 +18,12 @@ from fastvit_kernels.ops.arguments import (
     check_vectors,
     compute_dtype,
 )
-from fastvit_kernels.ops.batch_norm import BatchNorm, check_batch_norm, update_running_statistics
+from fastvit_kernels.ops.batch_norm import (
+    BatchNorm,
+    batch_norm_tensors,
+    check_batch_norm,
+    update_running_statistics,
+)
 from fastvit_kernels.ops.depthwise_mlp import native, triton
 from fastvit_kernels.ops.depthwise_mlp.reference import (
     BATCH_NORMS,
@@ -153,7 +158,7 @@ def depthwise_mlp(
     "Vision Transformers with Hierarchical Attention", section 3.3.
     """
     channels = check_activation_tensor("x", x, 3).shape[2]
-    height, width = _check_grid(grid, num_prefix_tokens, x)
+    height, width = check_grid(grid, num_prefix_tokens, x)
     hidden = check_tensor("fc1_weight", fc1_weight, "[C_hidden, C]").shape[0]
     check_parameter("fc1_weight", fc1_weight, (hidden, channels), x)
     kernel = check_tensor("dw_weight", dw_weight, "[C_hidden, 1, K, K]").shape[-1]
@@ -183,8 +188,15 @@ def depthwise_mlp(
         raise ValueError("return_mean: expected False beside return_statistics, got True")
     training = any(bn is not None and bn.training for bn in norms)
     tensors = [
-        *(x, norm_weight, norm_bias, norm_statistics, fc1_weight, fc1_bias, *_tensors_of(bn1, hidden, x)),
-        *(dw_weight, dw_bias, *_tensors_of(bn2, hidden, x), fc2_weight, fc2_bias, *_tensors_of(bn3, out, x)),
+        *(x, norm_weight, norm_bias, norm_statistics, fc1_weight, fc1_bias, *batch_norm_tensors(bn1, hidden, x)),
+        *(
+            dw_weight,
+            dw_bias,
+            *batch_norm_tensors(bn2, hidden, x),
+            fc2_weight,
+            fc2_bias,
+            *batch_norm_tensors(bn3, out, x),
+        ),
         *(out_norm_weight, out_norm_bias, residual),
     ]
     static = Static(
@@ -209,18 +221,6 @@ def depthwise_mlp(
     return found if static.summary == "none" else (found, summary)
 
 
-def _check_grid(grid: object, num_prefix_tokens: int, x: Tensor) -> tuple[int, int]:
-    check_integer("num_prefix_tokens", num_prefix_tokens, 0)
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
-        raise ValueError(f"grid: expected (H, W) beside [B, P + H*W, C] tokens, got {grid!r}")
-    height, width = check_integer("grid", grid[0], 1), check_integer("grid", grid[1], 1)
-    if num_prefix_tokens + height * width != x.shape[1]:
-        raise ValueError(
-            f"grid: {height} x {width} and {num_prefix_tokens} prefix tokens do not make the {x.shape[1]} tokens of x"
-        )
-    return height, width
-
-
 def _check_batch_norms(
     norms: tuple[BatchNorm | None, ...], widths: tuple[int, ...], x: Tensor
 ) -> tuple[BatchNorm | None, ...]:
@@ -234,16 +234,6 @@ def _check_batch_norms(
     if len({bn.training for bn in norms if bn is not None}) > 1:
         raise ValueError("bn1, bn2, bn3: expected all of them in the same mode")
     return norms
-
-
-def _tensors_of(bn: BatchNorm | None, width: int, x: Tensor) -> tuple[Tensor | None, ...]:
-    if bn is None:
-        return (None,) * 4
-    if bn.training and bn.running_mean is None:
-        # Only marks that there is a batch norm: the batch's statistics take these places.
-        mark = torch.zeros(width, device=x.device)
-        return bn.weight, bn.bias, mark, mark
-    return bn[:4]
 
 
 def _use_batch_statistics(tensors: list[Tensor | None], static: Static, norms: tuple[BatchNorm | None, ...]) -> None:
