@@ -176,7 +176,7 @@ class CMT(Repeating):
         self.feature_info = [FeatureInfo(channels, 4 << stage) for stage, channels in enumerate(embed_dims)]
         for module in self.modules():
             _initialise(module)
-            if isinstance(module, (IRFFN, LMHSA, PatchEmbedding)):
+            if isinstance(module, (IRFFN, LMHSA, LPU, PatchEmbedding)):
                 module.backend = backend
 
     def grid(self, stage: int) -> tuple[int, int]:

@@ -164,8 +164,26 @@ def dense_conv_obstacles(conv: nn.Conv2d) -> list[str]:
     reasons = _square_conv_obstacles(conv)
     if conv.groups != 1:
         reasons.append(f"has {conv.groups} groups, expected 1")
-    if not all(value is None or type(value) is nn.Parameter or _is_plain(value) for value in conv._parameters.values()):
-        reasons.append("holds no plain parameters")
+    return reasons + _storage_obstacles(conv)
+
+
+def own_filter_obstacles(conv: nn.Conv2d) -> list[str]:
+    """`filter_obstacles` of a convolution of any class, hooked or not: of a module that is one itself."""
+    reasons = _square_conv_obstacles(conv)
+    if not conv.groups == conv.in_channels == conv.out_channels:
+        reasons.append("is not depthwise")
+    return reasons + _storage_obstacles(conv)
+
+
+def depthwise_conv_obstacles(
+    conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None, norm: nn.LayerNorm | None = None
+) -> list[str]:
+    """Why `depthwise_conv` would not compute what calling these submodules computes."""
+    reasons = about("the convolution", filter_obstacles(conv))
+    if bn is not None:
+        reasons += about("the batch norm", batch_norm_obstacles(bn))
+    if norm is not None:
+        reasons += about("the layer norm", layer_norm_obstacles(norm))
     return reasons
 
 
@@ -358,6 +376,39 @@ def patch_embedding(
     )
 
 
+def depthwise_conv(
+    x: Tensor,
+    grid: tuple[int, int],
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d | None = None,
+    *,
+    norm: nn.LayerNorm | None = None,
+    residual: Tensor | None = None,
+    packed: PackedWeights | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm (or none), depthwise convolution, batch norm (or none), residual (or none), without obstacles.
+
+    `[B, H*W, C]` to `[B, H'*W', C]`, `grid` being `(H, W)`. A batch norm in training counts the batch.
+    """
+    weight, bias = _weight_and_bias(conv)
+    padding = conv.padding[0]
+    assert weight is not None and isinstance(padding, int)
+    return ops.depthwise_conv(
+        x,
+        weight,
+        bias,
+        grid=grid,
+        stride=conv.stride[0],
+        padding=padding,
+        bn=None if bn is None else batch_norm_of(bn),
+        residual=residual,
+        packed=packed,
+        backend=backend,
+        **layer_norm_arguments(norm),
+    )
+
+
 def layer_norm_arguments(norm: nn.LayerNorm | None) -> LayerNormArguments:
     """The operators' `norm_*` arguments for a LayerNorm; none of them for None."""
     if norm is None:
@@ -452,6 +503,12 @@ def _obstacles(module: nn.Module, *expected: type[nn.Module]) -> list[str]:
         if type(value) is not nn.Parameter and value is not None and not _is_plain(value):
             return [f"holds no plain parameter as its {name}"]
     return []
+
+
+def _storage_obstacles(module: nn.Module) -> list[str]:
+    values = module._parameters.values()
+    plain = all(value is None or type(value) is nn.Parameter or _is_plain(value) for value in values)
+    return [] if plain else ["holds no plain parameters"]
 
 
 def _is_plain(value: object) -> bool:

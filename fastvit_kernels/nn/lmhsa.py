@@ -11,7 +11,7 @@ from fastvit_kernels.nn import fused
 from fastvit_kernels.nn.attention_parts import attend, linear
 from fastvit_kernels.ops.packing import PackedWeights
 
-OPERATORS = ("global_attention", "key", "value")
+OPERATORS = ("depthwise_conv", "global_attention", "key", "value")
 
 
 class LMHSA(nn.Module):
@@ -107,13 +107,11 @@ class LMHSA(nn.Module):
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
         self._check(x, h, w, relative_pos)
-        u = x if norm is None else norm(x)
-        keys = u if self.sr_ratio == 1 else self._reduce(u, h, w)
         drops_nothing = fused.drops_nothing(self.proj_drop)
         if self.fusion_obstacles(norm):
-            out = self._compose(u, keys, relative_pos)
+            out = self._compose(x if norm is None else norm(x), h, w, relative_pos)
         else:
-            out = self._fuse(x, keys, relative_pos, norm, residual if drops_nothing else None)
+            out = self._fuse(x, h, w, relative_pos, norm, residual if drops_nothing else None)
             if drops_nothing:
                 return out
         out = self.proj_drop(out)
@@ -128,6 +126,8 @@ class LMHSA(nn.Module):
         reasons += fused.global_attention_obstacles(modules["proj"], modules["attn_drop"])
         if norm is not None:
             reasons += fused.about("the layer norm", fused.layer_norm_obstacles(norm))
+        if self.sr_ratio > 1:
+            reasons += self._reduction_obstacles()
         return reasons
 
     def prepare_inference(self, enabled: bool) -> None:
@@ -143,18 +143,32 @@ class LMHSA(nn.Module):
         if tuple(relative_pos.shape) != expected:
             raise ValueError(f"relative_pos: expected shape {expected} for {h} x {w}, got {tuple(relative_pos.shape)}")
 
-    def _reduce(self, u: Tensor, h: int, w: int) -> Tensor:
-        """The rows that keys and values are made of."""
-        maps: Tensor = self.sr(u.transpose(1, 2).unflatten(2, (h, w)))
-        return maps.flatten(2).transpose(1, 2)
+    def _reduction_obstacles(self) -> list[str]:
+        sr: Any = self._modules["sr"]
+        if len(sr._modules) != 2 or fused.has_hooks(sr):
+            return ["the reduction's parts are not those it was made with"]
+        return fused.about("the reduction:", fused.depthwise_conv_obstacles(*sr))
 
     def _fuse(
-        self, x: Tensor, keys: Tensor, relative_pos: Tensor, norm: nn.LayerNorm | None, residual: Tensor | None
+        self, x: Tensor, h: int, w: int, relative_pos: Tensor, norm: nn.LayerNorm | None, residual: Tensor | None
     ) -> Tensor:
         modules: dict[str, Any] = self._modules
+        rows, rows_norm = x, norm
+        if self.sr_ratio > 1:
+            conv, bn = modules["sr"]
+            packed = self._packing("depthwise_conv")
+            rows = fused.depthwise_conv(x, (h, w), conv, bn, norm=norm, packed=packed, backend=self.backend)
+            rows_norm = None
         weights = {name: modules[name]._parameters for name in ("q", "k", "v", "proj")}
         key, value = (
-            linear(keys, weights[name]["weight"], weights[name]["bias"], self._packing(packing), self.backend)
+            linear(
+                rows,
+                weights[name]["weight"],
+                weights[name]["bias"],
+                self._packing(packing),
+                self.backend,
+                norm=rows_norm,
+            )
             for name, packing in (("k", "key"), ("v", "value"))
         )
         out = ops.global_attention(
@@ -177,7 +191,12 @@ class LMHSA(nn.Module):
         assert isinstance(out, Tensor)
         return out
 
-    def _compose(self, u: Tensor, keys: Tensor, relative_pos: Tensor) -> Tensor:
+    def _compose(self, u: Tensor, h: int, w: int, relative_pos: Tensor) -> Tensor:
+        """Attention to rows that are normalised already, by calling the submodules."""
+        keys = u
+        if self.sr_ratio > 1:
+            maps: Tensor = self.sr(u.transpose(1, 2).unflatten(2, (h, w)))
+            keys = maps.flatten(2).transpose(1, 2)
         out = attend(
             self.q(u),
             self.k(keys),
