@@ -125,16 +125,21 @@ def is_embedding(path):
     return "embed" in path or path.endswith("downsample")
 
 
+def is_block(path):
+    """Whether a path is neither a patch embedding's nor a positional encoding's."""
+    return not is_embedding(path) and not path.startswith("pos_block")
+
+
 def blocks(report):
-    """The paths of what was replaced, without patch embeddings."""
-    return [entry.path for entry in report.replaced if not is_embedding(entry.path)]
+    """The paths of the blocks that were replaced."""
+    return [entry.path for entry in report.replaced if is_block(entry.path)]
 
 
 def calls_in(explanation):
-    """The operators that ran outside patch embeddings, by module path."""
+    """The operators that ran in blocks, by module path."""
     calls = {}
     for decision in explanation.decisions:
-        if not is_embedding(decision.module):
+        if is_block(decision.module):
             calls.setdefault(decision.module, []).append(decision.operator)
     return calls
 

@@ -22,6 +22,7 @@ _HOSTS = {
         "GlobalSubSampleAttn": "timm_twins_reduced",
         "LocallyGroupedAttn": "timm_twins_local",
         "PatchEmbed": "timm_twins_embeddings",
+        "PosConv": "timm_twins_positions",
     },
     "transformers.models.cvt.modeling_cvt": {
         "CvtConvEmbeddings": "transformers_cvt_embeddings",

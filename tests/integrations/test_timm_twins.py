@@ -72,6 +72,29 @@ def test_embeddings():
     assert_embeddings_fuse(make(), image(1, 3, 32, 32, dtype=torch.float32), ["patch_embeds.0", "patch_embeds.1"])
 
 
+def test_positional_encodings():
+    stock, x = make(), image(1, 3, 32, 32, dtype=torch.float32)
+    fused, report = accelerated(stock, inference=True)
+    paths = ["pos_block.0", "pos_block.1"]
+    assert [entry.path for entry in report.replaced if entry.path.startswith("pos_block")] == paths
+    found = {d.module: d.operator for d in fastvit_kernels.explain(fused, x).decisions if d.module in paths}
+    assert found == dict.fromkeys(paths, "depthwise_conv")
+    for model in (stock, fused):
+        model.pos_block[1].proj[0].register_forward_hook(lambda module, args, output: 2 * output)
+    assert_same(stock, fused, x)
+    (remark,) = fastvit_kernels.explain(fused, x).unfused
+    assert remark.path == "pos_block.1" and remark.reasons == ("the convolution has hooks",)
+
+
+def test_another_positional_encoding_is_left_alone():
+    stock = make()
+    stock.pos_block[0].proj.append(nn.GELU())
+    fused, report = accelerated(stock)
+    (entry,) = report.left_alone
+    assert entry.path == "pos_block.0" and "proj is not the one convolution" in entry.reasons[0]
+    assert_same(stock, fused, image(1, 3, 32, 32, dtype=torch.float32))
+
+
 def test_training_step():
     stock = make().double().train()
     fused, _ = accelerated(stock)
@@ -100,6 +123,7 @@ MISTAKES = {
     "query_norm_eps": ("global_attention", {"norm_eps": 1e-5}),
     "keys_norm_eps": ("patch_embedding", {"norm_eps": 1e-6}),
     "keys_input_norm_eps": ("patch_embedding", {"in_norm_eps": 1e-5}),
+    "no_shortcut": ("depthwise_conv", {"residual": None}),
     "mlp_norm_eps": ("pointwise_mlp", {"norm_eps": 1e-5}),
     "activation": ("pointwise_mlp", {"activation": "quick_gelu"}),
 }
