@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.models import twins as host
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ def _encode(module: host.PosConv, x: Tensor, grid: tuple[int, int]) -> Tensor:
     return out.to(compute_dtype(x))
 
 
-def _convolution_obstacles(module: nn.Module) -> list[str]:
+def _convolution_obstacles(module: Any) -> list[str]:
     proj = module._modules["proj"]
     if type(proj) is not nn.Sequential or len(proj) != 1 or fused.has_hooks(proj):
         return ["proj is not the one convolution that timm puts there"]
@@ -50,12 +52,12 @@ def _convolution_obstacles(module: nn.Module) -> list[str]:
     return reasons
 
 
-def _obstacles(module: nn.Module) -> list[str]:
+def _obstacles(module: Any) -> list[str]:
     replaced = ["its forward was replaced on the instance"] if "forward" in module.__dict__ else []
     return _convolution_obstacles(module) + replaced
 
 
-def _pack(module: nn.Module) -> None:
+def _pack(module: Any) -> None:
     """Run once on a map of one pixel: packing needs a call, and any size will do."""
     with torch.no_grad():
         weight = module.proj[0].weight
