@@ -144,7 +144,7 @@ def _explain(options: argparse.Namespace) -> int:
         print(explain(create_model(options.model).eval(), x))
     except ValueError as error:
         # An unknown model, or an image too small for it.
-        raise UserError(str(error)) from error
+        raise UserError(str(error).replace("name: ", "--model: ", 1)) from error
     return OK
 
 

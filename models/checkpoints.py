@@ -17,6 +17,8 @@ from torch import Tensor, nn
 WRAPPERS = ("model_ema", "model", "state_dict", "model_state")
 PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 5
+# Of zip archives and of pickles, which torch.save writes.
+_BEGINNINGS = (b"PK", b"\x80")
 
 
 class CheckpointError(ValueError):
@@ -138,13 +140,22 @@ def _read(path: Path) -> Any:
         raise
     except Exception as error:
         # Broken files fail in many ways inside the readers; to the caller they all mean the same.
-        raise CheckpointError(f"{path} is no checkpoint, or cut off or damaged ({_first_sentence(error)})") from error
+        raise CheckpointError(
+            f"{path} is no checkpoint, or cut off or damaged ({_what_is_wrong(path, error)})"
+        ) from error
 
 
-def _first_sentence(error: Exception) -> str:
-    """What went wrong, without the reader's advice: torch's is to load the file in a way that may run code in it."""
+def _what_is_wrong(path: Path, error: Exception) -> str:
+    """Without the reader's advice: torch's is to load the file in a way that may run code in it."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    if not start:
+        return "it is empty"
+    if isinstance(error, pickle.UnpicklingError) and not start.startswith(_BEGINNINGS):
+        return f"it starts with {start!r}, as no file of torch.save or safetensors does"
     text = " ".join(str(error).split())
-    return text.partition(". ")[0].partition(" Re-running")[0] or "it ends early"
+    _, _, reason = text.partition("WeightsUnpickler error: ")
+    return (reason or text).partition(". ")[0].partition(" Check the documentation")[0] or "it ends early"
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastvit_kernels.ops.arguments import check_tensor
+
 
 class FeatureInfo(NamedTuple):
     """One feature map of a model with `features_only=True`: its channels, and the image's size over the map's."""
@@ -15,7 +17,8 @@ class FeatureInfo(NamedTuple):
 
 
 def check_image(x: Tensor, channels: int, min_size: int) -> None:
-    """Raise ValueError unless x is `[B, channels, H, W]` of at least `min_size` pixels each way."""
+    """Raise unless x is a tensor `[B, channels, H, W]` of at least `min_size` pixels each way."""
+    check_tensor("x", x)
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x: expected an image batch [B, {channels}, H, W], got shape {tuple(x.shape)}")
     if min(x.shape[2:]) < min_size:

@@ -55,9 +55,10 @@ def create_model(
         TypeError: an override that the model's class does not have.
     """
     if name not in _builders:
-        similar = difflib.get_close_matches(name, _builders, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
-        raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(list_models())}{hint}")
+        similar = difflib.get_close_matches(str(name), _builders, n=3, cutoff=0.4)
+        if similar:
+            raise ValueError(f"name: unknown model {name!r}; did you mean {' or '.join(similar)}? See list_models()")
+        raise ValueError(f"name: unknown model {name!r}, expected one of {', '.join(list_models())}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")
     return _builders[name](num_classes=num_classes, features_only=features_only, backend=backend, **overrides)

@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+import training_models
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -477,3 +478,14 @@ def test_own_models_notice_changed_weights(image, change):
         change(model)
     assert relative_l2(logits(plain, image), before) > 1e-4
     assert relative_l2(logits(packed, image), logits(plain, image)) <= 1e-5
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("name", training_models.MODELS)
+def test_no_image_is_a_type_error(name, inference):
+    """Every time: what is repeated never stands in for the check."""
+    model = training_models.small(name).eval()
+    fastvit_kernels.accelerate(model, inference=inference)
+    for _ in range(3):
+        with torch.no_grad(), pytest.raises(TypeError, match=r"x: expected a torch\.Tensor, got NoneType"):
+            model(None)

@@ -36,9 +36,11 @@ def test_explain_names_the_backend_of_every_operator(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["explain", "--model", "cvt_99"], "unknown model 'cvt_99'"),
+        (["explain", "--model", "cvt_99"], "--model: unknown model 'cvt_99'; did you mean cvt_21 or cvt_13 or"),
+        (["explain", "--model", "hat_net"], "did you mean hat_net_"),
+        (["explain", "--model", "nope"], "--model: unknown model 'nope', expected one of cmt_b, cmt_s, "),
         (["explain", "--size", "1"], "expected at least 3 x 3 pixels"),
-        (["demo", "--model", "cvt_99", "--size", "32"], "unknown model 'cvt_99'"),
+        (["demo", "--model", "cvt_99", "--size", "32"], "model: unknown model 'cvt_99'; did you mean cvt_21"),
         (["demo", "--model", "cvt_99", "--size", "32", "--host", "transformers"], "cvt_13, cvt_21, cvt_w24"),
         (["demo", "--size", "8"], "size: expected at least 32, got 8"),
         (["demo", "--image", "no_such_file.png"], "image no_such_file.png: no such file"),

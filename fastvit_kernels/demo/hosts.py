@@ -79,7 +79,7 @@ def _own_model(name: str, num_classes: int, **overrides: Any) -> nn.Module:
     try:
         return create_model(name, num_classes=num_classes, backend="reference", **overrides)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(str(error).replace("name: ", "model: ", 1)) from error
 
 
 def _transformers_model(name: str, num_classes: int) -> nn.Module:

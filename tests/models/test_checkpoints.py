@@ -223,12 +223,24 @@ def test_files_that_were_cut_off(small, official, tmp_path, kind, share):
     assert not message.endswith("()") and "weights_only" not in message
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>404 not found</html>", bytes(100)], ids=["empty", "text", "zeros"])
-def test_files_of_something_else(small, tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"<html>404 not found</html>", "it starts with b'<html>404 not fo', as no file of torch.save or"),
+        (bytes(100), "it starts with b'\\x00\\x00"),
+        (b"PK\x03\x04 and no more", "not a ZIP archive"),
+        (b"\x80\x02\xff", "Unsupported operand 255"),
+    ],
+    ids=["empty", "text", "zeros", "zip", "pickle"],
+)
+def test_files_of_something_else(small, tmp_path, content, reason):
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     model = small()
-    assert "is no checkpoint" in unchanged(model, lambda: load_checkpoint(model, path))
+    message = unchanged(model, lambda: load_checkpoint(model, path))
+    assert message.startswith(f"{path} is no checkpoint, or cut off or damaged (")
+    assert reason in message and "weights_only" not in message
 
 
 class Planted:

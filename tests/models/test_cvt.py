@@ -310,7 +310,7 @@ def test_unknown_overrides_and_names():
         create_model("cvt_13", window_size=7)
     with pytest.raises(ValueError, match="backend: unknown backend 'gpu', expected one of auto, "):
         create_model("cvt_13", backend="gpu")
-    with pytest.raises(ValueError, match="name: unknown model 'cvt13', expected one of .*; did you mean cvt_13"):
+    with pytest.raises(ValueError, match="name: unknown model 'cvt13'; did you mean cvt_13 or cvt_21 or"):
         create_model("cvt13")
 
 
