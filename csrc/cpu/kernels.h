@@ -195,9 +195,36 @@ struct fk_pack_linear {
   struct fk_array weight, bias;
   int64_t n, k;
   int32_t low_precision;
-  int64_t taps;  // > 1: weight is [n, k / taps, taps] and is packed as [n, taps, k / taps]
+  int64_t taps;        // > 1: weight is [n, k / taps, taps] and is packed as [n, taps, k / taps]
+  int32_t transposed;  // weight is [k, n]; taps then divide n
   void* panels;
   float* packed_bias;
+};
+
+// A gradient as partial sums [count], each in panels [ceil(columns / panel)][rows][panel] and `stride` values long.
+struct fk_partial_sums {
+  const float* partials;
+  int64_t count, stride, rows, columns;
+  int64_t taps;  // > 1: columns run over [taps, columns / taps] and are stored as [columns / taps, taps]
+  void* out;     // [rows, columns]
+  fk_dtype out_dtype;
+};
+
+// The gradients of pointwise_mlp. Null pointers: not wanted.
+struct fk_pointwise_mlp_backward {
+  struct fk_array x, grad;  // [rows, channels], [rows, out]
+  struct fk_norm norm;
+  struct fk_linear expand;     // of the hidden values
+  struct fk_linear to_hidden;  // of their gradients: weight2 transposed
+  struct fk_linear to_input;   // of the gradients of the normalised rows: weight1 transposed
+  enum fk_activation activation;
+  int64_t rows, channels, hidden, out;
+  // Task [partial, slice]: a range of blocks of rows, and a range of panels of the hidden channels.
+  int64_t rows_per_block, partials, slices, slice_panels, chunk_panels;
+  float *weight1, *bias1, *weight2, *bias2, *affine;  // partial sums [partials]; affine: of the norm's weight and bias
+  float* inputs;  // with several slices [slices][rows][channels]: their gradients of the normalised rows; else null
+  void* dx;       // of x's dtype
+  int32_t wants_input;  // dx or affine
 };
 
 struct fk_table {
@@ -230,6 +257,10 @@ struct fk_table {
   void (*depthwise_mlp_sum)(const struct fk_depthwise_mlp*, int64_t task);
   void (*group_norm_rows)(const struct fk_group_norm_rows*, int64_t task);
   void (*moments)(const struct fk_moments*, int64_t task);
+  void (*add_partials)(const struct fk_partial_sums*, int64_t panel);
+  int64_t (*scratch_pointwise_mlp_backward)(const struct fk_pointwise_mlp_backward*);
+  void (*pointwise_mlp_backward)(const struct fk_pointwise_mlp_backward*, int64_t task, void* scratch);
+  void (*pointwise_mlp_backward_input)(const struct fk_pointwise_mlp_backward*, int64_t partial, void* scratch);
   void (*pack_panel)(const struct fk_pack_linear*, int64_t panel);
   double (*peak)(int32_t low_precision, int64_t iterations);  // floating-point operations done
 };

@@ -42,6 +42,8 @@ class Packer {
 
   fk_linear linear(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
                    int64_t taps = 1);
+  // The product with the weight's transpose, for gradients: weight is [k, n], taps divide n.
+  fk_linear transposed(const fk_array& weight, int64_t n, int64_t k, bool low_precision, int64_t taps = 1);
   // `n` values converted to fp32; `fill` where the source is absent, and up to `padded`.
   const float* vector(const fk_array& source, int64_t n, int64_t padded, float fill);
 
@@ -63,6 +65,9 @@ class Packer {
   int64_t used_ = 64;
 
  private:
+  fk_linear add(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision, int64_t taps,
+                bool transposed);
+
   struct Vector {
     fk_array source;
     int64_t n, padded;
@@ -118,6 +123,12 @@ Tensor pack(const std::optional<Tensor>& packed, uint64_t mark, const Describe& 
     stamp(base, mark);
   }
   return block;
+}
+
+// The block for this call alone, as a backward has it: its weights change from call to call.
+template <class Describe>
+Tensor pack_once(const Describe& describe) {
+  return pack(std::nullopt, 0, describe);
 }
 
 // The norm in front of an operator; absent affine parameters become ones and zeros.

@@ -1,4 +1,4 @@
-#include "packed.h"
+#include "gradients.h"
 
 namespace fk {
 namespace {
@@ -88,10 +88,71 @@ Tensor pack_only(TensorList t, std::optional<double> norm_eps, std::string, Scal
   return prepare(check(t, std::nullopt, norm_eps, dtype), std::nullopt, &w);
 }
 
+// A chunk of hidden channels: what the rows of a block need of it stays in the cache.
+constexpr int64_t kChunk = 256;
+// Rows of a block: each adds to all of both weights' partial sums, which come from beyond L2.
+constexpr int64_t kMostRows = 224, kFewestRows = 56;
+
+std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::optional<double> norm_eps,
+                             std::string activation, ScalarType dtype) {
+  const Mlp m = check(t, std::nullopt, norm_eps, dtype);
+  const Tensor& x = *t[0];
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = m.out;
+  fk_pointwise_mlp_backward p = {};
+  p.x = view(x, "x");
+  p.grad = grad_view(grads, 0, 1, shape, promoted(dtype, t[7]));
+  if (t[7].has_value()) {
+    view(*t[7], "residual");
+    check_same_shape(*t[7], grads[0], "residual");
+  }
+  p.activation = activation_of(activation);
+  p.rows = m.out ? grads[0].numel() / m.out : 0;
+  p.channels = m.channels;
+  p.hidden = m.hidden;
+  p.out = m.out;
+  const Tensor block = pack_once([&](Packer& packer) {
+    p.norm = norm_of(packer, m.norm_weight, m.norm_bias, m.norm_eps, m.channels);
+    p.expand = packer.linear(m.weight1, m.bias1, m.hidden, m.channels, m.low_precision);
+    p.to_hidden = packer.transposed(m.weight2, m.hidden, m.out, m.low_precision);
+    p.to_input = packer.transposed(m.weight1, m.channels, m.hidden, m.low_precision);
+  });
+
+  Gradients found(t, needs);
+  const int64_t cached = 2 * kCacheBytes / (8 * std::max<int64_t>(1, std::max(m.channels, m.out)));
+  p.rows_per_block = std::max<int64_t>(1, std::min({p.rows, kMostRows, std::max(kFewestRows, cached)}));
+  const int64_t weights = 4 * m.hidden * (m.channels + m.out), blocks_of_rows = blocks(p.rows, p.rows_per_block);
+  p.partials = partial_count(blocks_of_rows, weights);
+  // Few partial sums are shared by several tasks, each with its hidden channels.
+  const int64_t panel = kernels().panel, panels = blocks(m.hidden, panel);
+  p.slice_panels =
+      p.partials > 0 ? blocks(panels, std::min(blocks(panels * panel, kChunk), kPartials / p.partials)) : 1;
+  p.slices = blocks(panels, p.slice_panels);
+  p.chunk_panels = blocks(p.slice_panels, blocks(p.slice_panels * panel, kChunk));
+  p.weight1 = found.sums(3, p.partials, m.hidden, m.channels);
+  p.bias1 = found.sums(4, p.partials, 1, m.hidden);
+  p.weight2 = found.sums(5, p.partials, m.out, m.hidden);
+  p.bias2 = found.sums(6, p.partials, 1, m.out);
+  p.affine = found.affine_sums(1, 2, p.partials, m.channels);
+  p.dx = found.data(0);
+  p.wants_input = p.dx || p.affine;
+  if (p.wants_input && p.slices > 1) p.inputs = found.memory(p.slices * p.rows * m.channels);
+  const fk_table& k = kernels();
+  const int64_t scratch_bytes = k.scratch_pointwise_mlp_backward(&p);
+  run_tasks(p.partials * p.slices, scratch_bytes,
+            [&](int64_t task, void* memory) { k.pointwise_mlp_backward(&p, task, memory); });
+  if (p.inputs)
+    run_tasks(p.partials, scratch_bytes,
+              [&](int64_t task, void* memory) { k.pointwise_mlp_backward_input(&p, task, memory); });
+  found.copy(7, grads[0]);
+  return found.finish();
+}
+
 }  // namespace
 }  // namespace fk
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
   m.impl("pointwise_mlp", TORCH_BOX(&fk::run));
   m.impl("pointwise_mlp_pack", TORCH_BOX(&fk::pack_only));
+  m.impl("pointwise_mlp_backward.native", TORCH_BOX(&fk::backward));
 }

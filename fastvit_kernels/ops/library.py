@@ -191,9 +191,31 @@ def _autograd_inside_kernel() -> AbstractContextManager[Any]:
     return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
 
 
-def _make_function(operator: Operator) -> Any:
-    backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward").default
+def _passed_on(operator: Operator, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool]) -> int | None:
+    """Position of a wanted residual whose gradient is that of the first output, which it need not be copied from."""
+    at = operator.residual
+    if at is None or not needs[at] or any(g.numel() for g in grads[1:]):  # statistics depend on the residual, too
+        return None
+    residual = tensors[at]
+    return at if residual is not None and residual.dtype is grads[0].dtype else None
 
+
+def _gradients(
+    operator: Operator, backend: Backend, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
+) -> list[Tensor | None]:
+    """By `backend` where it has kernels for these gradients, else recomputed; one entry per tensor."""
+    if not any(needs):
+        return [None] * len(needs)
+    grads = row_major(grads)
+    if isinstance(backend, BackwardBackend) and not backend.supports_backward(grads, tensors, needs, static):
+        remaining = iter(backend.run_backward(grads, tensors, needs, static))
+    else:
+        recomputing = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward").default
+        remaining = iter(recomputing(grads, list(tensors), needs, *static))
+    return [next(remaining) if n else None for n in needs]
+
+
+def _make_function(operator: Operator) -> Any:
     class Fused(torch.autograd.Function):
         """A backend's forward and, where it has one for the gradients in question, its backward."""
 
@@ -210,13 +232,12 @@ def _make_function(operator: Operator) -> Any:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 found = recompute_gradients(operator, grads, tensors, needs, static, create_graph=True)
             else:
-                rows = row_major(grads)
-                backend = ctx.backend
-                if isinstance(backend, BackwardBackend) and not backend.supports_backward(rows, tensors, needs, static):
-                    remaining = iter(backend.run_backward(rows, tensors, needs, static))
-                else:
-                    remaining = iter(backward_op(rows, list(tensors), needs, *static))
-                found = [next(remaining) if n else None for n in needs]
+                at = _passed_on(operator, grads, tensors, needs)
+                if at is not None:
+                    needs[at] = False
+                found = _gradients(operator, ctx.backend, grads, tensors, needs, static)
+                if at is not None:
+                    found[at] = grads[0]
             return (None, None, *found)
 
     Fused.__name__ = Fused.__qualname__ = f"Fused[{operator.name}]"

@@ -60,6 +60,7 @@ class Operator:
         packing: what of the static arguments decides how weights are packed, besides their dtype.
         any_layout: positions of activations that the CPU kernels take in any layout.
         triton_any_layout: those that the Triton kernels do.
+        residual: position of the activation that is added to the first output, so that their gradients are the same.
         backends: the alternatives to the reference, most preferred first.
     """
 
@@ -73,4 +74,5 @@ class Operator:
     packing: Callable[[Any], tuple[Any, ...]] = lambda static: ()
     any_layout: tuple[int, ...] = ()
     triton_any_layout: tuple[int, ...] = ()
+    residual: int | None = None
     backends: list[Backend] = field(default_factory=list)

@@ -29,10 +29,10 @@ sys.exit(pytest.main(sys.argv[2:]))
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """By instruction set, a process that runs the contracts' forward tests with it, and its output; side by side."""
+    """By instruction set, a process that runs the contracts' tests of outputs and gradients with it, and its output."""
     contracts = [file for file in FILES if "Contract" in file.read_text() and file != Path(__file__)]
     assert len(contracts) >= 4
-    options = ["-q", "-p", "no:cacheprovider", "-k", "test_forward and cpu"]
+    options = ["-q", "-p", "no:cacheprovider", "-k", "(test_forward or test_gradients) and cpu"]
     started = {}
     for isa in ISAS:
         output = tmp_path_factory.mktemp(isa) / "output"
@@ -48,7 +48,7 @@ def processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_forward_keeps_the_numerics_rule(isa, processes):
+def test_forward_and_gradients_keep_the_numerics_rule(isa, processes):
     process, output = processes[isa]
     status, said = process.wait(), output.read_text()
     assert status == 0, said[-4000:]

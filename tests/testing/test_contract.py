@@ -64,6 +64,34 @@ class Planted:
         return self.change(outputs, tensors, static)
 
 
+class PlantedBackward(Planted):
+    """The CPU backend with an error in its gradients: `change(gradients, needs)`."""
+
+    def __init__(self, change):
+        super().__init__(None, None, True)
+        self.change_gradients = change
+
+    def supports_backward(self, grads, tensors, needs, static):
+        return self.original.supports_backward(grads, tensors, needs, static)
+
+    def run_backward(self, grads, tensors, needs, static):
+        return self.change_gradients(self.original.run_backward(grads, tensors, needs, static), needs)
+
+
+@contextmanager
+def gradient_kernels(change):
+    with mock.patch.object(OPERATOR, "backends", [PlantedBackward(change), *OPERATOR.backends[1:]]):
+        yield
+
+
+def _gradient_sums_by_thread(found, needs):
+    return [g * (1 + 1e-6 * torch.get_num_threads()) for g in found]
+
+
+def _forgets_without_its_neighbour(found, needs):
+    return [g * 0 if needs[3] and not needs[0] else g for g in found]
+
+
 @contextmanager
 def backend(change=None, supports=None, run_original=True):
     planted = Planted(change, supports, run_original)
@@ -175,7 +203,7 @@ def autocast_leaks():
     def leaky(device, dtype=None, enabled=True, **options):
         return real(device, dtype, enabled, **options) if enabled else nullcontext()
 
-    with mock.patch.object(torch, "autocast", leaky):
+    with backend(), mock.patch.object(torch, "autocast", leaky):
         yield
 
 
@@ -356,6 +384,23 @@ BITS = r"result 0 differs between runs"
             FP32,
             "cpu",
             message=BITS,
+        ),
+        _planted(
+            "gradient bits by thread count",
+            gradient_kernels(_gradient_sums_by_thread),
+            "test_gradient_bits_do_not_depend_on_the_thread_count",
+            CASE,
+            FP32,
+            "cpu",
+            message=BITS,
+        ),
+        _planted(
+            "gradients lost when x needs none",
+            gradient_kernels(_forgets_without_its_neighbour),
+            "test_some_gradients_only",
+            CASE,
+            "cpu",
+            message=RULE,
         ),
         _planted(
             "gradients that do not repeat",

@@ -5,12 +5,17 @@
 
 namespace {
 
+// With taps, the columns of a weight are stored as [channel, tap] and run over [tap, channel] here.
+FK_INLINE int64_t source_column(const struct fk_pack_linear& p, int64_t columns, int64_t column) {
+  const int64_t channels = columns / p.taps;
+  return p.taps == 1 ? column : (column % channels) * p.taps + column / channels;
+}
+
 template <class T>
-FK_INLINE float weight_at(const struct fk_pack_linear& p, int64_t row, int64_t k) {
-  // With taps, K runs over [tap, channel] while the weight is stored as [channel, tap].
-  int64_t channels = p.k / p.taps;
-  int64_t source = p.taps == 1 ? k : (k % channels) * p.taps + k / channels;
-  return to_float(((const T*)p.weight.data)[row * p.k + source]);
+FK_INLINE float weight_at(const struct fk_pack_linear& p, int64_t n, int64_t k) {
+  const T* weight = (const T*)p.weight.data;
+  return to_float(p.transposed ? weight[k * p.n + source_column(p, p.n, n)]
+                               : weight[n * p.k + source_column(p, p.k, k)]);
 }
 
 template <class T>
@@ -20,6 +25,14 @@ FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
   if (p.low_precision) {
     int64_t depth = round_up(p.k, 2);
     bf16* to = (bf16*)p.panels + panel * kPanel * depth;
+    if (p.transposed && p.taps == 1 && rows == kPanel) {
+      for (int64_t k = 0; k < depth; k += 2)
+        for (int64_t j = 0; j < kPanel; j += FK_VL) {
+          const T* from = (const T*)p.weight.data + k * p.n + first + j;
+          *(vu*)(to + k * kPanel + 2 * j) = pair_bf16(load(from), k + 1 < p.k ? load(from + p.n) : splat(0.0f));
+        }
+      return;
+    }
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t j = 0; j < kPanel; ++j)
         from_float(to + (k / 2) * kPanel * 2 + 2 * j + k % 2,
@@ -28,7 +41,13 @@ FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
   }
 #endif
   float* to = (float*)p.panels + panel * kPanel * p.k;
-  if (sizeof(T) == 4 && p.taps == 1)
+  if (p.transposed && p.taps == 1 && rows == kPanel) {
+    for (int64_t k = 0; k < p.k; ++k)
+      for (int64_t j = 0; j < kPanel; j += FK_VL)
+        store(to + k * kPanel + j, load((const T*)p.weight.data + k * p.n + first + j));
+    return;
+  }
+  if (sizeof(T) == 4 && p.taps == 1 && !p.transposed)
     return transpose((const uint32_t*)p.weight.data + first * p.k, p.k, rows, p.k, (uint32_t*)to, kPanel, kPanel);
   for (int64_t k = 0; k < p.k; ++k)
     for (int64_t j = 0; j < kPanel; ++j) to[k * kPanel + j] = j < rows ? weight_at<T>(p, first + j, k) : 0.0f;

@@ -45,7 +45,7 @@ void pool(const struct fk_pooled_projection* p, int64_t task) {
       pool_pixel(*p, (const float*)p->x.data + start, i, to);
     else
       pool_pixel(*p, (const bf16*)p->x.data + start, i, to);
-    if (p->in_norm.kind == FK_GROUP_NORM) group_normalize_row(to, n, n, p->in_norm, image, to);
+    if (p->in_norm.kind == FK_GROUP_NORM) apply_norm_row(to, n, n, p->in_norm, group_statistics(p->in_norm, image), to);
     if (sums) add_row(to, n, sums);
   }
 }

@@ -26,10 +26,13 @@ FK_INLINE void add_rows_into(const float* x, const T* y, int64_t n, Out* out) {
   for (; i < n; ++i) from_float(out + i, x[i] + to_float(y[i]));
 }
 
-// LayerNorm of one row (mean, then centred variance, both in fp32), zeros up to `padded`.
-template <class T, class Out>
-FK_INLINE void normalize_row(const T* x, int64_t n, int64_t padded, const struct fk_norm& norm, Out* out) {
-  if (norm.kind == FK_NO_NORM) return copy_row(x, n, padded, out);
+struct RowStatistics {
+  float mean, rstd;
+};
+
+// Mean, then centred variance, both in fp32.
+template <class T>
+FK_INLINE RowStatistics row_statistics(const T* x, int64_t n, float eps) {
   int64_t whole = n / FK_VL * FK_VL;
   vf s0 = splat(0.0f), s1 = splat(0.0f);
   int64_t i = 0;
@@ -57,12 +60,27 @@ FK_INLINE void normalize_row(const T* x, int64_t n, int64_t padded, const struct
     float d = to_float(x[j]) - mean;
     square += d * d;
   }
-  const float rstd = 1.0f / __builtin_sqrtf(square / (float)n + norm.eps);
-  const vf r = splat(rstd);
-  for (i = 0; i < whole; i += FK_VL)
+  RowStatistics found = {mean, 1.0f / __builtin_sqrtf(square / (float)n + eps)};
+  return found;
+}
+
+// One row by these statistics, zeros up to `padded`.
+template <class T, class Out>
+FK_INLINE void apply_norm_row(const T* x, int64_t n, int64_t padded, const struct fk_norm& norm, RowStatistics s,
+                              Out* out) {
+  const vf m = splat(s.mean), r = splat(s.rstd);
+  int64_t i = 0;
+  for (; i + FK_VL <= n; i += FK_VL)
     store(out + i, (load(x + i) - m) * r * load(norm.weight + i) + load(norm.bias + i));
-  for (; i < n; ++i) from_float(out + i, (to_float(x[i]) - mean) * rstd * norm.weight[i] + norm.bias[i]);
+  for (; i < n; ++i) from_float(out + i, (to_float(x[i]) - s.mean) * s.rstd * norm.weight[i] + norm.bias[i]);
   for (; i < padded; ++i) from_float(out + i, 0.0f);
+}
+
+// LayerNorm of one row.
+template <class T, class Out>
+FK_INLINE void normalize_row(const T* x, int64_t n, int64_t padded, const struct fk_norm& norm, Out* out) {
+  if (norm.kind == FK_NO_NORM) return copy_row(x, n, padded, out);
+  apply_norm_row(x, n, padded, norm, row_statistics(x, n, norm.eps), out);
 }
 
 // bf16 rows are widened once, not in each of the three passes; longer ones than this buffer are.
@@ -85,17 +103,10 @@ FK_INLINE void normalize_row(const struct fk_array& x, int64_t row, int64_t n, i
     normalize_widened_row((const bf16*)x.data + row * n, n, padded, norm, out);
 }
 
-// One row by GroupNorm's statistics of its image.
-template <class T, class Out>
-FK_INLINE void group_normalize_row(const T* x, int64_t n, int64_t padded, const struct fk_norm& norm, int64_t image,
-                                   Out* out) {
-  const float mean = norm.groups[2 * image], rstd = norm.groups[2 * image + 1];
-  const vf m = splat(mean), r = splat(rstd);
-  int64_t i = 0;
-  for (; i + FK_VL <= n; i += FK_VL)
-    store(out + i, (load(x + i) - m) * r * load(norm.weight + i) + load(norm.bias + i));
-  for (; i < n; ++i) from_float(out + i, (to_float(x[i]) - mean) * rstd * norm.weight[i] + norm.bias[i]);
-  for (; i < padded; ++i) from_float(out + i, 0.0f);
+// GroupNorm's statistics of an image.
+FK_INLINE RowStatistics group_statistics(const struct fk_norm& norm, int64_t image) {
+  RowStatistics found = {norm.groups[2 * image], norm.groups[2 * image + 1]};
+  return found;
 }
 
 // The row of `n` values at `offset` of an array by any norm.
@@ -104,11 +115,11 @@ FK_INLINE void any_norm_row(const struct fk_array& x, int64_t offset, int64_t n,
                             const struct fk_norm& norm, int64_t image, Out* out) {
   if (x.dtype == FK_F32) {
     const float* row = (const float*)x.data + offset;
-    if (norm.kind == FK_GROUP_NORM) return group_normalize_row(row, n, padded, norm, image, out);
+    if (norm.kind == FK_GROUP_NORM) return apply_norm_row(row, n, padded, norm, group_statistics(norm, image), out);
     normalize_row(row, n, padded, norm, out);
   } else {
     const bf16* row = (const bf16*)x.data + offset;
-    if (norm.kind == FK_GROUP_NORM) return group_normalize_row(row, n, padded, norm, image, out);
+    if (norm.kind == FK_GROUP_NORM) return apply_norm_row(row, n, padded, norm, group_statistics(norm, image), out);
     normalize_widened_row(row, n, padded, norm, out);
   }
 }

@@ -11,6 +11,7 @@
 #include "patch_embedding.h"
 #include "peak.h"
 #include "pointwise_mlp.h"
+#include "pointwise_mlp_backward.h"
 #include "pooled_projection.h"
 
 #define FK_TABLE(isa)                                 \
@@ -44,6 +45,10 @@
       depthwise_mlp_sum,                              \
       group_norm_rows,                                \
       moments,                                        \
+      add_partials,                                   \
+      scratch_pointwise_mlp_backward,                 \
+      pointwise_mlp_backward,                         \
+      pointwise_mlp_backward_input,                   \
       pack_panel,                                     \
       peak,                                           \
   };

@@ -49,6 +49,7 @@ OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     packing=lambda s: (s.num_heads, s.norm),
+    residual=11,
     backends=[native.Cpu(), triton.Triton()],
 )
 library.register(OPERATOR, triton.launch)

@@ -39,6 +39,7 @@ OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     packing=lambda s: (s.norm_eps is None,),
+    residual=7,
     backends=[native.Cpu(), triton.Triton()],
 )
 library.register(OPERATOR, triton.launch, triton.launch_backward)

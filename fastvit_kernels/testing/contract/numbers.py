@@ -84,10 +84,10 @@ class Numbers(ContractBase):
 
     @on_cases("smallest")
     def test_some_gradients_only(self, case: Case, backend: str) -> None:
-        """A gradient does not depend on which others are asked for: one alone, all but one, none of the parameters."""
-        names = set(case.call(FP32).leaves())
+        """A gradient does not depend on which others are asked for: one alone, every other one, no parameter's."""
+        names = list(case.call(FP32).leaves())
         activations = {name for name in names if not _is_parameter(name)}
-        for wanted in [*({name} for name in names), *(names - {name} for name in names), activations]:
+        for wanted in [*({name} for name in names), names[::2], names[1::2], activations]:
             if wanted:
                 self.hold(case, FP32, partial(_some_gradients, wanted, backend))
 

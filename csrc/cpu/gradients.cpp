@@ -1,0 +1,87 @@
+#include "gradients.h"
+
+namespace fk {
+namespace {
+
+int64_t padded(int64_t columns) {
+  const int64_t panel = kernels().panel;
+  return (columns + panel - 1) / panel * panel;
+}
+
+}  // namespace
+
+fk_array grad_view(Grads& grads, size_t index, size_t count, const std::vector<int64_t>& shape, ScalarType dtype) {
+  STD_TORCH_CHECK(grads.size() == count, "grads: expected ", count, " entries, got ", grads.size());
+  Tensor& grad = grads[index];
+  const auto sizes = grad.sizes();
+  STD_TORCH_CHECK(sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()),
+                  "grads: unexpected shape");
+  STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == dtype, "grads: expected CPU tensors of the outputs' dtypes");
+  if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
+  return view(grad, "grads");
+}
+
+int64_t partial_count(int64_t blocks, int64_t bytes) {
+  const int64_t most = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(1, bytes));
+  return std::min({blocks, most, kPartials});
+}
+
+Gradients::Gradients(const TensorList& tensors, const Needs& needs) {
+  STD_TORCH_CHECK(needs.size() == tensors.size(), "needs: expected ", tensors.size(), " entries, got ", needs.size());
+  results_.resize(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i)
+    if (needs[i] && tensors[i].has_value()) {
+      const auto sizes = tensors[i]->sizes();
+      results_[i] = empty(std::vector<int64_t>(sizes.begin(), sizes.end()), tensors[i]->scalar_type());
+    }
+}
+
+void* Gradients::data(size_t index) { return wants(index) ? results_[index]->mutable_data_ptr() : nullptr; }
+
+void Gradients::copy(size_t index, const Tensor& from) {
+  if (wants(index)) torch::stable::copy_(*results_[index], from);
+}
+
+float* Gradients::memory(int64_t floats) {
+  memory_.push_back(empty({4 * floats}, ScalarType::Byte));
+  return static_cast<float*>(memory_.back().mutable_data_ptr());
+}
+
+float* Gradients::sums(size_t index, int64_t count, int64_t rows, int64_t columns, int64_t taps) {
+  if (!wants(index)) return nullptr;
+  const int64_t stride = rows * padded(columns);
+  float* partials = memory(count * stride);
+  sums_.push_back({partials, count, stride, rows, columns, taps, results_[index]->mutable_data_ptr(),
+                   kernel_dtype(results_[index]->scalar_type())});
+  return partials;
+}
+
+float* Gradients::affine_sums(size_t weight, size_t bias, int64_t count, int64_t n) {
+  if (!wants(weight) && !wants(bias)) return nullptr;
+  // The last panel of the biases may read past the end of its partial sum.
+  const int64_t stride = padded(2 * n);
+  float* partials = memory(count * stride + kernels().panel);
+  for (size_t index : {weight, bias})
+    if (wants(index))
+      sums_.push_back({partials + (index == bias ? n : 0), count, stride, 1, n, 1, results_[index]->mutable_data_ptr(),
+                       kernel_dtype(results_[index]->scalar_type())});
+  return partials;
+}
+
+std::vector<Tensor> Gradients::finish() {
+  struct Task {
+    const fk_partial_sums* sums;
+    int64_t panel;
+  };
+  std::vector<Task> tasks;
+  for (const fk_partial_sums& s : sums_)
+    for (int64_t panel = 0; panel < padded(s.columns) / kernels().panel; ++panel) tasks.push_back({&s, panel});
+  run_tasks(static_cast<int64_t>(tasks.size()), 0,
+            [&](int64_t task, void*) { kernels().add_partials(tasks[task].sums, tasks[task].panel); });
+  std::vector<Tensor> found;
+  for (const std::optional<Tensor>& result : results_)
+    if (result.has_value()) found.push_back(*result);
+  return found;
+}
+
+}  // namespace fk

@@ -1,0 +1,49 @@
+// The results of a backward: one fresh tensor per wanted gradient, some written by the kernels, some as partial sums.
+#pragma once
+
+#include "packed.h"
+
+namespace fk {
+
+using Grads = std::vector<Tensor>;
+using Needs = std::vector<bool>;
+
+// An output gradient as the kernels read it, of this shape and dtype; one of another layout is replaced by a row-major
+// copy.
+fk_array grad_view(Grads& grads, size_t index, size_t count, const std::vector<int64_t>& shape, ScalarType dtype);
+
+// Memory for partial sums that one operator call uses.
+constexpr int64_t kPartialBytes = 12 * 1024 * 1024;
+// As many partial sums as there should be tasks at least; the shape alone may decide, not the machine.
+constexpr int64_t kPartials = 8;
+
+// How many partial sums of `bytes` each, for this many blocks of rows.
+int64_t partial_count(int64_t blocks, int64_t bytes);
+
+class Gradients {
+ public:
+  // The tensors must have been checked.
+  Gradients(const TensorList& tensors, const Needs& needs);
+
+  bool wants(size_t index) const { return results_[index].has_value(); }
+  // Of a gradient that the kernels write as it is; null when it is not wanted.
+  void* data(size_t index);
+  // The gradient is this tensor, as that of a residual is.
+  void copy(size_t index, const Tensor& from);
+  // `count` partial sums of the gradient of a [rows, columns] weight (vectors have one row), which `finish` adds up;
+  // null when it is not wanted. `taps` as in fk_partial_sums.
+  float* sums(size_t index, int64_t count, int64_t rows, int64_t columns, int64_t taps = 1);
+  // Partial sums [count][2 n, padded] of the gradients of a norm's weight and bias; null when neither is wanted.
+  float* affine_sums(size_t weight, size_t bias, int64_t count, int64_t n);
+  // Temporary memory that lives as long as this.
+  float* memory(int64_t floats);
+
+  std::vector<Tensor> finish();
+
+ private:
+  std::vector<std::optional<Tensor>> results_;
+  std::vector<Tensor> memory_;
+  std::vector<fk_partial_sums> sums_;
+};
+
+}  // namespace fk

@@ -1,0 +1,203 @@
+// What the gradients of several operators share: operands of weight gradients, the backward of a norm, partial sums.
+//
+// A weight gradient is a sum over rows. Each of a number of partial sums that the shape alone decides belongs to one
+// task at a time, which adds its blocks of rows in order; at the end they are added in order. So the bits do not depend
+// on the threads. A partial sum lies in panels [ceil(columns / kPanel)][rows][kPanel].
+#pragma once
+
+#include "rows.h"
+
+namespace {
+
+// rows[count][width] as panels [width / kPanel][depth][kPanel] (bf16: pairs of rows) of a product over the rows;
+// columns past `width` and a last odd row are zero. `depth` says how many rows a panel has room for.
+FK_INLINE void panels_of_rows(const float* rows, int64_t stride, int64_t count, int64_t width, int64_t depth,
+                              float* panels) {
+  for (int64_t n = 0; n < width; n += kPanel)
+    for (int64_t i = 0; i < count; ++i)
+      copy_row(rows + i * stride + n, min64(kPanel, width - n), kPanel, panels + n * depth + i * kPanel);
+}
+
+// Two rows as pairs: to[i][0] from the first, to[i][1] from the second (null: zeros).
+FK_INLINE void interleave(const bf16* first, const bf16* second, int64_t n, bf16* to) {
+  int64_t i = 0;
+  for (; i + FK_VL <= n; i += FK_VL) {
+    const vu low = __builtin_convertvector(*(const vh*)(first + i), vu);
+    *(vu*)(to + 2 * i) = second ? low | __builtin_convertvector(*(const vh*)(second + i), vu) << 16 : low;
+  }
+  for (; i < n; ++i) {
+    to[2 * i] = first[i];
+    to[2 * i + 1] = second ? second[i] : (bf16)0;
+  }
+}
+FK_INLINE void panels_of_rows(const bf16* rows, int64_t stride, int64_t count, int64_t width, int64_t depth,
+                              bf16* panels) {
+  for (int64_t n = 0; n < width; n += kPanel) {
+    const int64_t present = min64(kPanel, width - n);
+    for (int64_t i = 0; i < count; i += 2) {
+      bf16* to = panels + n * depth + i * kPanel;
+      interleave(rows + i * stride + n, i + 1 < count ? rows + (i + 1) * stride + n : nullptr, present, to);
+      for (int64_t j = 2 * present; j < 2 * kPanel; ++j) to[j] = 0;
+    }
+  }
+}
+
+// The same rows as the transposed left operand: fp32 is read as it lies, bf16 is paired into `buffer` [rows / 2][width]
+// [2]. `stride` becomes that of the operand.
+FK_INLINE const float* columns_of_rows(const float* rows, int64_t, int64_t, int64_t*, float*) { return rows; }
+FK_INLINE const bf16* columns_of_rows(const bf16* rows, int64_t count, int64_t width, int64_t* stride, bf16* buffer) {
+  for (int64_t i = 0; i < count; i += 2)
+    interleave(rows + i * *stride, i + 1 < count ? rows + (i + 1) * *stride : nullptr, width, buffer + i * width);
+  *stride = 2 * width;
+  return buffer;
+}
+
+// The part of a weight gradient [all_rows, ...] that a block of `count` rows of two matrices contributes: of its rows
+// [0, rows), which `columns` holds, and of the panels that `panels` holds. `to` is the first of them.
+template <class A>
+FK_INLINE void add_weight_gradient(const A* columns, int64_t stride, int64_t rows, const A* panels, int64_t depth,
+                                   int64_t panel_count, int64_t count, float* to, int64_t all_rows, bool accumulate) {
+  const RowTiles tiles = row_tiles(rows);
+  const int64_t k = round_up(count, kStep<A>);
+  for (int64_t n = 0; n < panel_count; ++n)
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int64_t row = tile_start(tiles, t);
+      tile<true>(tile_height(tiles, t), columns + row * kStep<A>, stride, panels + n * depth * kPanel, k,
+                 to + (n * all_rows + row) * kPanel, kPanel, accumulate, fetch_nothing(panels));
+    }
+}
+
+FK_INLINE void clear(float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = 0.0f;
+}
+
+FK_INLINE void add_values(const float* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + FK_VL <= n; i += FK_VL) store(to + i, load(to + i) + load(from + i));
+  for (; i < n; ++i) to[i] += from[i];
+}
+
+// Sums over many rows in fp32, in three storeys so that no running sum is long: a few rows, a block of rows, all.
+constexpr int64_t kNearRows = 16;
+struct RowSums {
+  float *near, *block, *total;
+  int64_t n;
+
+  // Two of n values are needed; `total` may be null, then nothing is summed.
+  FK_INLINE RowSums over(float* scratch, int64_t n, float* total) {
+    RowSums s = {scratch, scratch + n, total, n};
+    if (total) clear(scratch, 2 * n);
+    return s;
+  }
+  // Behind row i of a block.
+  FK_INLINE void next(const RowSums& s, int64_t i, int64_t rows) {
+    if (!s.total || ((i + 1) % kNearRows && i + 1 < rows)) return;
+    add_values(s.near, s.n, s.block);
+    clear(s.near, s.n);
+    if (i + 1 < rows) return;
+    add_values(s.block, s.n, s.total);
+    clear(s.block, s.n);
+  }
+};
+
+// The backward of LayerNorm for one row x, from the gradient of the normalised row: dx, unless null, and contributions
+// to the gradients of weight and bias [2][n], unless null. Without a norm dx is the gradient itself.
+template <class T, class Out>
+FK_INLINE void norm_backward_row(const T* x, const float* grad, int64_t n, const struct fk_norm& norm, Out* dx,
+                                 float* affine) {
+  if (norm.kind == FK_NO_NORM) {
+    if (dx) copy_row(grad, n, n, dx);
+    return;
+  }
+  const RowStatistics s = row_statistics(x, n, norm.eps);
+  const vf m = splat(s.mean), r = splat(s.rstd);
+  vf along = splat(0.0f), along_row = splat(0.0f);
+  int64_t i = 0;
+  for (; i + FK_VL <= n; i += FK_VL) {
+    const vf g = load(grad + i), y = (load(x + i) - m) * r, weighted = g * load(norm.weight + i);
+    along += weighted;
+    along_row += weighted * y;
+    if (affine) {
+      store(affine + i, load(affine + i) + g * y);
+      store(affine + n + i, load(affine + n + i) + g);
+    }
+  }
+  float mean = sum(along), slope = sum(along_row);
+  for (; i < n; ++i) {
+    const float y = (to_float(x[i]) - s.mean) * s.rstd, weighted = grad[i] * norm.weight[i];
+    mean += weighted;
+    slope += weighted * y;
+    if (affine) {
+      affine[i] += grad[i] * y;
+      affine[n + i] += grad[i];
+    }
+  }
+  if (!dx) return;
+  mean /= (float)n;
+  slope /= (float)n;
+  const vf mv = splat(mean), sv = splat(slope);
+  for (i = 0; i + FK_VL <= n; i += FK_VL) {
+    const vf y = (load(x + i) - m) * r;
+    store(dx + i, (load(grad + i) * load(norm.weight + i) - mv - y * sv) * r);
+  }
+  for (; i < n; ++i) {
+    const float y = (to_float(x[i]) - s.mean) * s.rstd;
+    from_float(dx + i, (grad[i] * norm.weight[i] - mean - y * slope) * s.rstd);
+  }
+}
+
+// Row `row` of x and of dx (of x's dtype; its data may be null).
+FK_INLINE void norm_backward_row(const struct fk_array& x, int64_t row, const float* grad, int64_t n,
+                                 const struct fk_norm& norm, void* dx, float* affine) {
+  if (x.dtype == FK_F32)
+    norm_backward_row((const float*)x.data + row * n, grad, n, norm, dx ? (float*)dx + row * n : nullptr, affine);
+  else
+    norm_backward_row((const bf16*)x.data + row * n, grad, n, norm, dx ? (bf16*)dx + row * n : nullptr, affine);
+}
+
+// Row `row` of an array, converted, zeros up to `padded`; its values are added to `sums`, unless null.
+template <class T, class A>
+FK_INLINE void copy_summed_row(const T* x, int64_t n, int64_t padded, A* out, float* sums) {
+  copy_row(x, n, padded, out);
+  if (!sums) return;
+  int64_t i = 0;
+  for (; i + FK_VL <= n; i += FK_VL) store(sums + i, load(sums + i) + load(x + i));
+  for (; i < n; ++i) sums[i] += to_float(x[i]);
+}
+template <class A>
+FK_INLINE void copy_summed_row(const struct fk_array& x, int64_t row, int64_t n, int64_t padded, A* out, float* sums) {
+  if (x.dtype == FK_F32)
+    copy_summed_row((const float*)x.data + row * n, n, padded, out, sums);
+  else
+    copy_summed_row((const bf16*)x.data + row * n, n, padded, out, sums);
+}
+
+template <class Out>
+FK_INLINE void add_panel(const struct fk_partial_sums& p, int64_t panel, Out* out) {
+  const int64_t column = panel * kPanel, width = min64(kPanel, p.columns - column);
+  const int64_t channels = p.columns / p.taps;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    float total[kPanel] __attribute__((aligned(64)));
+    for (int64_t j = 0; j < kPanel; j += FK_VL) {
+      const float* from = p.partials + (panel * p.rows + row) * kPanel + j;
+      vf sums = splat(0.0f);
+      for (int64_t i = 0; i < p.count; ++i) sums += load(from + i * p.stride);
+      store(total + j, sums);
+    }
+    Out* to = out + row * p.columns;
+    if (p.taps == 1)
+      copy_row(total, width, width, to + column);
+    else
+      for (int64_t j = 0; j < width; ++j)
+        from_float(to + (column + j) % channels * p.taps + (column + j) / channels, total[j]);
+  }
+}
+
+void add_partials(const struct fk_partial_sums* p, int64_t panel) {
+  if (p->out_dtype == FK_F32)
+    add_panel(*p, panel, (float*)p->out);
+  else
+    add_panel(*p, panel, (bf16*)p->out);
+}
+
+}  // namespace
