@@ -14,7 +14,7 @@ from torch import nn
 from fastvit_kernels import ops
 from fastvit_kernels.bench import plain_dhvt
 from fastvit_kernels.models import create_model
-from fastvit_kernels.nn import DAFF, HIMHSA
+from fastvit_kernels.nn import DAFF
 from fastvit_kernels.testing import relative_l2
 
 VARIANTS = tuple(plain_dhvt.VARIANTS)
