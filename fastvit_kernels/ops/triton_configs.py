@@ -20,6 +20,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
+Table = dict[tuple[str, str], tuple[tuple[int, Config], ...]]
 ALIGNMENT = 16
 ANY = 1 << 31
 _INTERPRETER = ((ANY, Config(32, 64, 64, 4, 1)),)
@@ -32,10 +33,24 @@ _WHOLE_ROWS = (
     (2048, Config(2, 0, 0, 4, 1)),
     (ANY, Config(1, 0, 0, 8, 1)),
 )
+_MEMORY_BOUND: Table = {
+    ("default", "ieee"): ((ANY, Config(32, 64, 0, 4, 1)),),
+    ("default", "tf32"): ((ANY, Config(32, 64, 0, 4, 1)),),
+    ("default", "unaligned"): ((ANY, Config(16, 64, 0, 4, 1)),),
+    ("interpreter", "any"): ((ANY, Config(128, 64, 0, 4, 1)),),
+}
+# Accumulators of a whole tile for several sums.
+_COLUMN_SUMS: Table = {
+    ("default", "ieee"): ((ANY, Config(16, 64, 0, 4, 1)),),
+    ("default", "tf32"): ((ANY, Config(16, 64, 0, 4, 1)),),
+    ("default", "unaligned"): ((ANY, Config(16, 64, 0, 4, 1)),),
+    # The interpreter adds the rows of a tile one after another: the fewer, the smaller the error.
+    ("interpreter", "any"): ((ANY, Config(16, 64, 0, 4, 1)),),
+}
 
 # Kernel -> (architecture, kind of product) -> rows of (widest channel count, configuration), narrowest first. The count
 # is that of the output channels, for attention that of one head. "half" is bf16 and fp16, "ieee" fp32 without tf32.
-CONFIGS: dict[str, dict[tuple[str, str], tuple[tuple[int, Config], ...]]] = {
+CONFIGS: dict[str, Table] = {
     "linear": {
         ("default", "half"): (
             (64, Config(128, 64, 64, 8, 3)),
@@ -176,6 +191,9 @@ CONFIGS: dict[str, dict[tuple[str, str], tuple[tuple[int, Config], ...]]] = {
         ("default", "unaligned"): _WHOLE_ROWS,
         ("interpreter", "any"): ((ANY, Config(16, 0, 0, 4, 1)),),
     },
+    "elementwise": _MEMORY_BOUND,
+    "filter_gradient": {**_COLUMN_SUMS, ("interpreter", "any"): ((ANY, Config(64, 64, 0, 4, 1)),)},
+    "sums": _COLUMN_SUMS,
     "sum": {
         ("default", "ieee"): ((ANY, Config(16, 128, 0, 4, 1)),),
         ("default", "tf32"): ((ANY, Config(16, 128, 0, 4, 1)),),

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
 from fastvit_kernels.ops.primitives import dot
-from fastvit_kernels.ops.triton_sums import sum_parts
+from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 
-# Programs that fill a GPU of these generations a few times over; a sum over many rows is shared out among so many.
-_PROGRAMS = 512
 # A part writes as much as it reads in about so many blocks of rows.
 _FEWEST_BLOCKS = 4
 
@@ -179,10 +177,7 @@ def weight_gradient(
     arithmetic = triton_support.arithmetic(dtype, grad.device)
     config = triton_support.config("weight_gradient", arithmetic, in_channels, out_channels)
     tiles = triton.cdiv(out_channels, config.block_m) * triton.cdiv(in_channels, config.block_n)
-    # The shape alone decides about the parts, so that the order of additions never changes.
-    blocks = triton.cdiv(num_rows, config.block_k)
-    part_blocks = max(triton.cdiv(blocks, triton.cdiv(_PROGRAMS, tiles)), _FEWEST_BLOCKS)
-    num_parts = triton.cdiv(blocks, part_blocks)
+    num_parts, part_rows = split_rows(num_rows, config.block_k, tiles, _FEWEST_BLOCKS)
     size = weight.numel() + (0 if bias is None else out_channels)
     parts = grad.new_empty((num_parts, size), dtype=torch.float32)
     if num_parts > 0:
@@ -195,7 +190,7 @@ def weight_gradient(
             x,
             parts,
             num_rows,
-            part_blocks * config.block_k,
+            part_rows,
             out_channels,
             in_channels,
             weight.numel(),

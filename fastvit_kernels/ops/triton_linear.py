@@ -10,6 +10,10 @@ from torch import Tensor
 from fastvit_kernels.ops import triton_support
 from fastvit_kernels.ops.primitives import activate, batch_normalize, dot, normalize, row_statistics, vector
 
+# Weight, bias, mean, variance and epsilon; the mean is None where there is no batch norm.
+BatchNormTensors = tuple["Tensor | float | None", ...]
+NO_BATCH_NORM: BatchNormTensors = (None, None, None, None, None)
+
 
 @triton.jit
 def linear_tile(
@@ -20,6 +24,7 @@ def linear_tile(
     bias_ptr,
     bn,
     residual_ptr,
+    before_ptr,
     out_ptr,
     num_rows,
     in_channels,
@@ -40,6 +45,7 @@ def linear_tile(
     The statistics of a LayerNorm are taken here, by a pass over the rows that the product then finds in the cache,
     rather than by a launch of their own. Those of a GroupNorm come in `norm`. `PREFIX` rows in front of every sample's
     `rows_of_sample` are passed over. Past its channels a row of the result is filled with zeros up to `out_stride`.
+    `before_ptr` gets what batch norm and activation take.
     """
     norm_weight_ptr, norm_bias_ptr, statistics_ptr, norm_eps = norm
     # Programs that share rows of x are neighbours: x is large, while all of the weight stays in the L2 cache.
@@ -73,13 +79,15 @@ def linear_tile(
             x = normalize(x, mean, rstd, norm_weight_ptr, norm_bias_ptr, k, k_mask, BLOCK_K)
         accumulator = dot(x, weight, accumulator, ARITHMETIC)
     y = accumulator + vector(bias_ptr, columns, column_mask, 0.0, BLOCK_N)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    mask = row_mask[:, None] & (columns < out_stride)[None, :]
+    if before_ptr is not None:
+        tl.store(before_ptr + offsets, y, mask=mask)
     if not BN_AFTER_ACTIVATION:
         y = batch_normalize(y, bn, columns, column_mask, BLOCK_N)
     y = activate(y, ACTIVATION)
     if BN_AFTER_ACTIVATION:
         y = batch_normalize(y, bn, columns, column_mask, BLOCK_N)
-    offsets = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
-    mask = row_mask[:, None] & (columns < out_stride)[None, :]
     if residual_ptr is not None:
         y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + offsets, y, mask=mask)
@@ -91,13 +99,16 @@ def linear_kernel(
     norm,
     weight_ptr,
     bias_ptr,
+    bn,
     residual_ptr,
+    before_ptr,
     out_ptr,
     num_rows,
     in_channels,
     out_channels,
     rows_of_sample,
     ACTIVATION: tl.constexpr,
+    BN_AFTER_ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -106,9 +117,9 @@ def linear_kernel(
 ):
     """`linear_tile` of every tile."""
     linear_tile(
-        *(tl.program_id(0), x_ptr, norm, weight_ptr, bias_ptr, (None, None, None, None, None), residual_ptr, out_ptr),
+        *(tl.program_id(0), x_ptr, norm, weight_ptr, bias_ptr, bn, residual_ptr, before_ptr, out_ptr),
         *(num_rows, in_channels, out_channels, out_channels, rows_of_sample),
-        *(0, ACTIVATION, False, EVEN_K, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_K),
+        *(0, ACTIVATION, BN_AFTER_ACTIVATION, EVEN_K, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_K),
     )
 
 
@@ -123,12 +134,16 @@ def linear(
     norm_eps: float | None = None,
     norm_statistics: Tensor | None = None,
     activation: str | None = None,
+    bn: BatchNormTensors = NO_BATCH_NORM,
+    bn_after_activation: bool = False,
+    before: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """`residual + activation(F.linear(norm(x), weight, bias))` of dense tensors, with products in `dtype`.
 
     The norm is a GroupNorm where `norm_statistics` holds mean and variance `[B, 2]` of the samples that x consists of;
-    otherwise a LayerNorm; none when `norm_eps` is None. The result has `dtype`, promoted with the residual's.
+    otherwise a LayerNorm; none when `norm_eps` is None. The result has `dtype`, promoted with the residual's. `bn`
+    (weight, bias, mean, variance, eps) stands in front of the activation or behind it; `before` gets what they take.
     """
     out_channels, in_channels = weight.shape
     out_dtype = dtype if residual is None else torch.promote_types(residual.dtype, dtype)
@@ -147,13 +162,16 @@ def linear(
         (norm_weight, norm_bias, norm_statistics, norm_eps),
         weight,
         bias,
+        bn,
         residual,
+        before,
         out,
         num_rows,
         in_channels,
         out_channels,
         num_rows if norm_statistics is None else num_rows // len(norm_statistics),
         ACTIVATION=activation,
+        BN_AFTER_ACTIVATION=bn_after_activation,
         EVEN_K=in_channels % config.block_k == 0,
         ARITHMETIC=arithmetic.constexpr(),
     )

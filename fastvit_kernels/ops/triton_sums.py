@@ -9,6 +9,19 @@ from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
 
+# Programs that fill a GPU of these generations a few times over; a sum over many rows is shared out among so many.
+_PROGRAMS = 512
+
+
+def split_rows(num_rows: int, block: int, tiles: int, fewest_blocks: int = 1) -> tuple[int, int]:
+    """In how many parts rows are summed by each of `tiles`, and the rows of a part: a multiple of `block`.
+
+    The shape alone decides, so that the order of additions never changes.
+    """
+    blocks = triton.cdiv(num_rows, block)
+    part_blocks = max(triton.cdiv(blocks, triton.cdiv(_PROGRAMS, tiles)), fewest_blocks)
+    return triton.cdiv(blocks, part_blocks), part_blocks * block
+
 
 @triton.jit
 def sum_block(parts_ptr, out_ptr, block, num_parts, stride, size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):

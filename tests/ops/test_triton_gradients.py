@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fastvit_kernels.testing.contract.base import backward_operators, check, pooled, reference_results, run
@@ -13,8 +15,27 @@ from fastvit_kernels.testing.inputs import (
     FP32,
     Case,
     Precision,
+    depthwise_mlp_case,
     pointwise_mlp_case,
 )
+
+HAT: dict[str, Any] = {
+    "activation": "silu",
+    "hidden_activation": "silu",
+    "norm": "group",
+    "bias": False,
+    "out_norm": True,
+}
+DAFF: dict[str, Any] = {"hidden_activation": "gelu", "inner_residual": "after_activation", "bn": "123", "prefix": 1}
+IRFFN: dict[str, Any] = {
+    "activation": "silu",
+    "hidden_activation": "silu",
+    "inner_residual": "before_activation",
+    "bn": "123",
+    "bn_after_activation": True,
+}
+# In front of batch statistics they have no effect.
+DAFF_BIASES = ["norm_bias", "fc1_bias", "dw_bias", "fc2_bias"]
 
 
 def published(operator: str, *names: str) -> list[Case]:
@@ -26,6 +47,13 @@ CHOSEN = {
     "pointwise_mlp": [
         *published("pointwise_mlp", "odd_hidden", "other_out_width", "norm_without_affine", "bare"),
         pointwise_mlp_case("rows_in_parts", leading=(2, 70), channels=8),
+    ],
+    "depthwise_mlp": [
+        depthwise_mlp_case("hat", return_statistics=True, statistics=True, hidden=24, **HAT),
+        depthwise_mlp_case("hat_without_statistics", hidden=9, channels=7, kernel=5, grid=(3, 4), **HAT),
+        depthwise_mlp_case("daff", hidden=24, grid=(4, 5), return_mean=True, **DAFF),
+        depthwise_mlp_case("daff_training", vanishing=DAFF_BIASES, hidden=24, bn_training=True, **DAFF),
+        depthwise_mlp_case("irffn_training", vanishing=["fc2_bias", "bn2.bias"], hidden=24, bn_training=True, **IRFFN),
     ],
 }
 # Errors of few numbers are taken together from several draws: the largest of a dozen is too random.

@@ -60,7 +60,7 @@ OPERATOR = Operator(
     packing=lambda s: (s.norm, s.bn_after_activation, s.inner_residual, *s.bn_eps, s.out_norm_eps is None),
     backends=[native.Cpu(), triton.Triton()],
 )
-library.register(OPERATOR, triton.launch)
+library.register(OPERATOR, triton.launch, triton.launch_backward)
 
 
 def depthwise_mlp(

@@ -94,7 +94,7 @@ def expand_kernel(
             )
     else:
         linear_tile(
-            *(program - blocks - copies, x_ptr, norm, weight_ptr, bias_ptr, bn1, None, hidden_ptr),
+            *(program - blocks - copies, x_ptr, norm, weight_ptr, bias_ptr, bn1, None, None, hidden_ptr),
             *(num_rows, channels, hidden_channels, hidden_stride, rows_of_sample),
             *(PREFIX, ACTIVATION, BN_AFTER_ACTIVATION, EVEN_K, ARITHMETIC, BLOCK_M, BLOCK_N, BLOCK_K),
         )

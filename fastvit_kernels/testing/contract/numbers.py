@@ -87,7 +87,8 @@ class Numbers(ContractBase):
         """A gradient does not depend on which others are asked for: one alone, every other one, no parameter's."""
         names = list(case.call(FP32).leaves())
         activations = {name for name in names if not _is_parameter(name)}
-        for wanted in [*({name} for name in names), names[::2], names[1::2], activations]:
+        singles = names[:: 4 if backend in self.small_only else 1]
+        for wanted in [*({name} for name in singles), names[::2], names[1::2], activations]:
             if wanted:
                 self.hold(case, FP32, partial(_some_gradients, wanted, backend))
 
