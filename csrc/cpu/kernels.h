@@ -196,7 +196,8 @@ struct fk_pack_linear {
   int64_t n, k;
   int32_t low_precision;
   int64_t taps;        // > 1: weight is [n, k / taps, taps] and is packed as [n, taps, k / taps]
-  int32_t transposed;  // weight is [k, n]; taps then divide n
+  int32_t transposed;  // weight is [k, n, step], of which the first of each `step` values counts; no taps
+  int64_t step;
   void* panels;
   float* packed_bias;
 };
@@ -225,6 +226,23 @@ struct fk_pointwise_mlp_backward {
   float* inputs;  // with several slices [slices][rows][channels]: their gradients of the normalised rows; else null
   void* dx;       // of x's dtype
   int32_t wants_input;  // dx or affine
+};
+
+// The gradients of patch_embedding. Null pointers: not wanted.
+struct fk_patch_embedding_backward {
+  struct fk_patch_embedding forward;  // its results' pointer is not used; without a LayerNorm the weight is not, either
+  struct fk_array grad;               // [batch * out_h * out_w, n]
+  int32_t low_precision;
+  int64_t rows_per_block, partials;
+  float *weight, *bias, *affine;  // partial sums [partials]; affine: of the weight and bias of the LayerNorm behind
+  // Gradients of the convolution's results, of the products' type, in a border of zeros.
+  void* slopes;  // [batch, slope_h, slope_w, slope_stride]
+  int64_t border_top, border_left, slope_h, slope_w, slope_stride;
+  // The second step.
+  const void* const* taps;  // of each tap the panels of its transposed weight, `channels` columns
+  int64_t rows_per_band, bands;
+  void* dx;          // of x's dtype
+  float* in_affine;  // partial sums [batch * bands], of the LayerNorm in front
 };
 
 struct fk_table {
@@ -261,6 +279,10 @@ struct fk_table {
   int64_t (*scratch_pointwise_mlp_backward)(const struct fk_pointwise_mlp_backward*);
   void (*pointwise_mlp_backward)(const struct fk_pointwise_mlp_backward*, int64_t task, void* scratch);
   void (*pointwise_mlp_backward_input)(const struct fk_pointwise_mlp_backward*, int64_t partial, void* scratch);
+  int64_t (*scratch_patch_embedding_backward)(const struct fk_patch_embedding_backward*);
+  void (*patch_embedding_backward)(const struct fk_patch_embedding_backward*, int64_t partial, void* scratch);
+  int64_t (*scratch_patch_embedding_input)(const struct fk_patch_embedding_backward*);
+  void (*patch_embedding_input)(const struct fk_patch_embedding_backward*, int64_t task, void* scratch);
   void (*pack_panel)(const struct fk_pack_linear*, int64_t panel);
   double (*peak)(int32_t low_precision, int64_t iterations);  // floating-point operations done
 };

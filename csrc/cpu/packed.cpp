@@ -81,21 +81,20 @@ char* Packer::take(int64_t bytes) {
 
 fk_linear Packer::linear(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
                          int64_t taps) {
-  return add(weight, bias, n, k, low_precision, taps, false);
+  return add({weight, bias, n, k, low_precision, taps, false, 1, nullptr, nullptr});
 }
 
-fk_linear Packer::transposed(const fk_array& weight, int64_t n, int64_t k, bool low_precision, int64_t taps) {
-  return add(weight, absent(), n, k, low_precision, taps, true);
+fk_linear Packer::transposed(const fk_array& weight, int64_t n, int64_t k, bool low_precision, int64_t step) {
+  return add({weight, absent(), n, k, low_precision, 1, true, step, nullptr, nullptr});
 }
 
-fk_linear Packer::add(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
-                      int64_t taps, bool transposed) {
-  const int64_t panel = kernels().panel, panels = (n + panel - 1) / panel;
-  const int64_t depth = low_precision ? (k + 1) / 2 * 2 : k;
-  char* values = take(panels * panel * depth * (low_precision ? 2 : 4));
-  float* padded_bias = reinterpret_cast<float*>(take(panels * panel * 4));
-  if (base_) linears_.push_back({weight, bias, n, k, low_precision, taps, transposed, values, padded_bias});
-  return {values, padded_bias, n, k, low_precision};
+fk_linear Packer::add(fk_pack_linear linear) {
+  const int64_t panel = kernels().panel, panels = (linear.n + panel - 1) / panel;
+  const int64_t depth = linear.low_precision ? (linear.k + 1) / 2 * 2 : linear.k;
+  linear.panels = take(panels * panel * depth * (linear.low_precision ? 2 : 4));
+  linear.packed_bias = reinterpret_cast<float*>(take(panels * panel * 4));
+  if (base_) linears_.push_back(linear);
+  return {linear.panels, linear.packed_bias, linear.n, linear.k, linear.low_precision};
 }
 
 const float* Packer::vector(const fk_array& source, int64_t n, int64_t padded, float fill) {

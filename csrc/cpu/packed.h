@@ -42,8 +42,9 @@ class Packer {
 
   fk_linear linear(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
                    int64_t taps = 1);
-  // The product with the weight's transpose, for gradients: weight is [k, n], taps divide n.
-  fk_linear transposed(const fk_array& weight, int64_t n, int64_t k, bool low_precision, int64_t taps = 1);
+  // The product with the weight's transpose, for gradients: weight is [k, n, step], of which the first of each `step`
+  // values counts.
+  fk_linear transposed(const fk_array& weight, int64_t n, int64_t k, bool low_precision, int64_t step = 1);
   // `n` values converted to fp32; `fill` where the source is absent, and up to `padded`.
   const float* vector(const fk_array& source, int64_t n, int64_t padded, float fill);
 
@@ -65,8 +66,7 @@ class Packer {
   int64_t used_ = 64;
 
  private:
-  fk_linear add(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision, int64_t taps,
-                bool transposed);
+  fk_linear add(fk_pack_linear linear);
 
   struct Vector {
     fk_array source;

@@ -1,4 +1,6 @@
-#include "packed.h"
+#include <cstring>
+
+#include "gradients.h"
 
 namespace fk {
 namespace {
@@ -54,17 +56,9 @@ Tensor prepare(const Embedding& e, const std::optional<Tensor>& packed, Weights*
   });
 }
 
-Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps,
-           std::optional<double> in_norm_eps, int64_t stride, int64_t padding, ScalarType dtype, ScalarType out_dtype) {
-  const Embedding e = check(t, packed, norm_eps, in_norm_eps, stride, padding, dtype);
-  Weights w;
-  const Tensor block = prepare(e, packed, &w);
+fk_patch_embedding geometry(const Embedding& e, const TensorList& t, int64_t stride, int64_t padding) {
   fk_patch_embedding p = {};
   p.x = view(*t[0], "x");
-  p.out_dtype = kernel_dtype(out_dtype);
-  p.linear = w.linear;
-  p.in_norm = w.in_norm;
-  p.norm = w.norm;
   p.batch = e.batch;
   p.height = e.height;
   p.width = e.width;
@@ -74,6 +68,19 @@ Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> nor
   p.padding = padding;
   p.out_h = (e.height + 2 * padding - e.kernel) / stride + 1;
   p.out_w = (e.width + 2 * padding - e.kernel) / stride + 1;
+  return p;
+}
+
+Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps,
+           std::optional<double> in_norm_eps, int64_t stride, int64_t padding, ScalarType dtype, ScalarType out_dtype) {
+  const Embedding e = check(t, packed, norm_eps, in_norm_eps, stride, padding, dtype);
+  Weights w;
+  const Tensor block = prepare(e, packed, &w);
+  fk_patch_embedding p = geometry(e, t, stride, padding);
+  p.out_dtype = kernel_dtype(out_dtype);
+  p.linear = w.linear;
+  p.in_norm = w.in_norm;
+  p.norm = w.norm;
   Tensor out = empty({e.batch, p.out_h, p.out_w, e.out}, out_dtype);
   p.out = out.mutable_data_ptr();
   const int64_t rows = e.batch * p.out_h * p.out_w;
@@ -91,10 +98,87 @@ Tensor pack_only(TensorList t, std::optional<double> norm_eps, std::optional<dou
   return prepare(check(t, std::nullopt, norm_eps, in_norm_eps, stride, padding, dtype), std::nullopt, &w);
 }
 
+// Rows of a block: their neighbourhoods stay in L2, and each block adds to all of the weight's partial sum.
+constexpr int64_t kMostRows = 224, kFewestRows = 112;
+constexpr int64_t kBandBytes = 512 * 1024;
+
+// The transposed weight of each tap, and where the gradients of the convolution's results go.
+struct InputStep {
+  std::vector<const void*> taps;
+  Tensor weights, slopes;
+};
+
+InputStep prepare_input_step(const Embedding& e, fk_patch_embedding_backward* p) {
+  const fk_patch_embedding& f = p->forward;
+  const int64_t area = e.kernel * e.kernel, value = e.weight.dtype == FK_F32 ? 4 : 2;
+  InputStep step;
+  step.weights = pack_once([&](Packer& packer) {
+    step.taps.clear();
+    for (int64_t tap = 0; tap < area; ++tap) {
+      const fk_array weight = {static_cast<const char*>(e.weight.data) + tap * value, e.weight.dtype, e.weight.size};
+      step.taps.push_back(packer.transposed(weight, e.channels, e.out, e.low_precision, area).panels);
+    }
+  });
+  p->taps = step.taps.data();
+  // The first and the last output pixels that a pixel of the map asks for, whether or not they exist.
+  p->border_top = p->border_left = (std::max<int64_t>(0, e.kernel - 1 - f.padding) + f.stride - 1) / f.stride;
+  p->slope_h = p->border_top + std::max(f.out_h, (e.height - 1 + f.padding) / f.stride + 1);
+  p->slope_w = p->border_left + std::max(f.out_w, (e.width - 1 + f.padding) / f.stride + 1);
+  p->slope_stride = (e.out + 1) / 2 * 2;
+  const int64_t image = p->slope_h * p->slope_w * p->slope_stride * (e.low_precision ? 2 : 4);
+  step.slopes = empty({e.batch * image}, ScalarType::Byte);
+  char* slopes = static_cast<char*>(step.slopes.mutable_data_ptr());
+  run_tasks(e.batch, 0, [&](int64_t i, void*) { std::memset(slopes + i * image, 0, static_cast<size_t>(image)); });
+  p->slopes = slopes;
+  const int64_t panel = kernels().panel, columns = blocks(e.channels, panel) * panel;
+  const int64_t row = 4 * e.width * columns;
+  p->rows_per_band = std::max<int64_t>(1, std::min(e.height, kBandBytes / std::max<int64_t>(1, row)));
+  p->bands = blocks(e.height, p->rows_per_band);
+  return step;
+}
+
+std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::optional<double> norm_eps,
+                             std::optional<double> in_norm_eps, int64_t stride, int64_t padding, ScalarType dtype,
+                             ScalarType out_dtype) {
+  const Embedding e = check(t, std::nullopt, norm_eps, in_norm_eps, stride, padding, dtype);
+  fk_patch_embedding_backward p = {};
+  p.forward = geometry(e, t, stride, padding);
+  fk_patch_embedding& f = p.forward;
+  p.grad = grad_view(grads, 0, 1, {e.batch, f.out_h, f.out_w, e.out}, out_dtype);
+  p.low_precision = e.low_precision;
+  Weights w;
+  const Tensor block = prepare(e, std::nullopt, &w);
+  f.linear = w.linear;
+  f.in_norm = w.in_norm;
+  f.norm = w.norm;
+
+  Gradients found(t, needs);
+  const int64_t rows = e.batch * f.out_h * f.out_w;
+  const int64_t cached = 2 * kCacheBytes / (4 * std::max<int64_t>(1, f.linear.k + e.out));
+  p.rows_per_block = std::max<int64_t>(1, std::min({rows, kMostRows, std::max(kFewestRows, cached)}));
+  p.partials = partial_count(blocks(rows, p.rows_per_block), 4 * e.out * f.linear.k);
+  p.weight = found.sums(1, p.partials, e.out, f.linear.k, e.kernel * e.kernel);
+  p.bias = found.sums(2, p.partials, 1, e.out);
+  p.affine = found.affine_sums(3, 4, p.partials, e.out);
+  p.dx = found.data(0);
+  InputStep input;
+  const bool wants_input = (p.dx || found.wants(5) || found.wants(6)) && e.batch > 0 && e.channels > 0;
+  if (wants_input) input = prepare_input_step(e, &p);
+  p.in_affine = found.affine_sums(5, 6, wants_input ? e.batch * p.bands : 0, e.channels);
+  const fk_table& k = kernels();
+  run_tasks(p.partials, k.scratch_patch_embedding_backward(&p),
+            [&](int64_t task, void* memory) { k.patch_embedding_backward(&p, task, memory); });
+  if (wants_input)
+    run_tasks(e.batch * p.bands, k.scratch_patch_embedding_input(&p),
+              [&](int64_t task, void* memory) { k.patch_embedding_input(&p, task, memory); });
+  return found.finish();
+}
+
 }  // namespace
 }  // namespace fk
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
   m.impl("patch_embedding", TORCH_BOX(&fk::run));
   m.impl("patch_embedding_pack", TORCH_BOX(&fk::pack_only));
+  m.impl("patch_embedding_backward.native", TORCH_BOX(&fk::backward));
 }

@@ -100,6 +100,16 @@ struct RowSums {
   }
 };
 
+struct BlockRange {
+  int64_t first, last;
+};
+// The blocks of rows that belong to one partial sum.
+FK_INLINE BlockRange blocks_of(int64_t rows, int64_t rows_per_block, int64_t partials, int64_t partial) {
+  const int64_t blocks = ceil_div(rows, rows_per_block);
+  BlockRange range = {blocks * partial / partials, blocks * (partial + 1) / partials};
+  return range;
+}
+
 // The backward of LayerNorm for one row x, from the gradient of the normalised row: dx, unless null, and contributions
 // to the gradients of weight and bias [2][n], unless null. Without a norm dx is the gradient itself.
 template <class T, class Out>

@@ -14,8 +14,25 @@ FK_INLINE int64_t source_column(const struct fk_pack_linear& p, int64_t columns,
 template <class T>
 FK_INLINE float weight_at(const struct fk_pack_linear& p, int64_t n, int64_t k) {
   const T* weight = (const T*)p.weight.data;
-  return to_float(p.transposed ? weight[k * p.n + source_column(p, p.n, n)]
-                               : weight[n * p.k + source_column(p, p.k, k)]);
+  return to_float(p.transposed ? weight[(k * p.n + n) * p.step] : weight[n * p.k + source_column(p, p.k, k)]);
+}
+
+// A panel of a weight with taps: its columns are transposed a few at a time, as they are stored, and go to their rows.
+FK_INLINE void pack_taps(const struct fk_pack_linear& p, const float* weight, int64_t rows, float* to) {
+  constexpr int64_t kColumns = 4;
+  const int64_t channels = p.k / p.taps;
+  float columns[kColumns * kPanel] __attribute__((aligned(64)));
+  int64_t channel = 0, tap = 0;
+  for (int64_t k = 0; k < p.k; k += kColumns) {
+    const int64_t count = min64(kColumns, p.k - k);
+    transpose((const uint32_t*)weight + k, p.k, rows, count, (uint32_t*)columns, kPanel, kPanel);
+    for (int64_t i = 0; i < count; ++i) {
+      copy_row(columns + i * kPanel, kPanel, kPanel, to + (tap * channels + channel) * kPanel);
+      if (++tap < p.taps) continue;
+      tap = 0;
+      ++channel;
+    }
+  }
 }
 
 template <class T>
@@ -25,7 +42,7 @@ FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
   if (p.low_precision) {
     int64_t depth = round_up(p.k, 2);
     bf16* to = (bf16*)p.panels + panel * kPanel * depth;
-    if (p.transposed && p.taps == 1 && rows == kPanel) {
+    if (p.transposed && p.step == 1 && rows == kPanel) {
       for (int64_t k = 0; k < depth; k += 2)
         for (int64_t j = 0; j < kPanel; j += FK_VL) {
           const T* from = (const T*)p.weight.data + k * p.n + first + j;
@@ -41,7 +58,7 @@ FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
   }
 #endif
   float* to = (float*)p.panels + panel * kPanel * p.k;
-  if (p.transposed && p.taps == 1 && rows == kPanel) {
+  if (p.transposed && p.step == 1 && rows == kPanel) {
     for (int64_t k = 0; k < p.k; ++k)
       for (int64_t j = 0; j < kPanel; j += FK_VL)
         store(to + k * kPanel + j, load((const T*)p.weight.data + k * p.n + first + j));
@@ -49,6 +66,7 @@ FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
   }
   if (sizeof(T) == 4 && p.taps == 1 && !p.transposed)
     return transpose((const uint32_t*)p.weight.data + first * p.k, p.k, rows, p.k, (uint32_t*)to, kPanel, kPanel);
+  if (sizeof(T) == 4 && !p.transposed) return pack_taps(p, (const float*)p.weight.data + first * p.k, rows, to);
   for (int64_t k = 0; k < p.k; ++k)
     for (int64_t j = 0; j < kPanel; ++j) to[k * kPanel + j] = j < rows ? weight_at<T>(p, first + j, k) : 0.0f;
 }

@@ -178,16 +178,6 @@ FK_INLINE void mlp_backward_input(const struct fk_pointwise_mlp_backward& p, int
   }
 }
 
-struct BlockRange {
-  int64_t first, last;
-};
-// The blocks of rows that belong to one partial sum.
-FK_INLINE BlockRange blocks_of(int64_t rows, int64_t rows_per_block, int64_t partials, int64_t partial) {
-  const int64_t blocks = ceil_div(rows, rows_per_block);
-  BlockRange range = {blocks * partial / partials, blocks * (partial + 1) / partials};
-  return range;
-}
-
 template <class A>
 FK_INLINE void mlp_backward_task(const struct fk_pointwise_mlp_backward& p, int64_t task, void* scratch) {
   const MlpBackwardScratch<A> s = MlpBackwardScratch<A>::layout(p, scratch);

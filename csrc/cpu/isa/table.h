@@ -9,6 +9,7 @@
 #include "local_attention.h"
 #include "pack.h"
 #include "patch_embedding.h"
+#include "patch_embedding_backward.h"
 #include "peak.h"
 #include "pointwise_mlp.h"
 #include "pointwise_mlp_backward.h"
@@ -49,6 +50,10 @@
       scratch_pointwise_mlp_backward,                 \
       pointwise_mlp_backward,                         \
       pointwise_mlp_backward_input,                   \
+      scratch_patch_embedding_backward,               \
+      patch_embedding_backward,                       \
+      scratch_patch_embedding_input,                  \
+      patch_embedding_input,                          \
       pack_panel,                                     \
       peak,                                           \
   };
