@@ -21,6 +21,8 @@ from fastvit_kernels.ops.patch_embedding import triton as patch_embedding
 from fastvit_kernels.ops.patch_embedding.reference import Static as PatchEmbeddingStatic
 from fastvit_kernels.ops.pointwise_mlp import triton as pointwise_mlp
 from fastvit_kernels.ops.pointwise_mlp.reference import Static as PointwiseMLPStatic
+from fastvit_kernels.ops.pooled_projection import triton as pooled_projection
+from fastvit_kernels.ops.pooled_projection.reference import Static as PooledProjectionStatic
 
 
 class Stage(NamedTuple):
@@ -190,6 +192,20 @@ def make_pointwise_mlp(stage: Stage, precision: Precision) -> Prepared:
     return Prepared(pointwise_mlp, [tokens, parameter(channels), parameter(channels), *weights, tokens], static)
 
 
+def make_pooled_projection(stage: Stage, precision: Precision) -> Prepared:
+    """HAT-Net's keys and values: 49 of them."""
+    x, parameter = _makers(precision)
+    channels = stage.channels
+    tokens, statistics = (
+        x(stage.batch, stage.height * stage.width, channels),
+        torch.empty(stage.batch, 2, device="meta"),
+    )
+    norms = [parameter(channels), parameter(channels), statistics, parameter(channels), parameter(channels)]
+    tensors = [tokens, *norms, parameter(2 * channels, channels), parameter(2 * channels)]
+    static = PooledProjectionStatic(1e-6, 1e-6, stage.height, stage.width, stage.height // 7, False, precision.products)
+    return Prepared(pooled_projection, tensors, static)
+
+
 def make_depthwise_mlp(stage: Stage, precision: Precision) -> Prepared:
     """CMT's: three batch norms, two of them behind the activations, and an inner residual."""
     return _depthwise_mlp(stage, precision, "layer", "gelu", "gelu", "before_activation", True)
@@ -269,7 +285,8 @@ OPERATORS = {
     "patch_embedding": make_patch_embedding,
     "patch_embedding of images": make_stem,
     "pointwise_mlp": make_pointwise_mlp,
+    "pooled_projection": make_pooled_projection,
 }
 
-_OF_HAT_NET = ("depthwise_mlp between norms", "global_attention behind a norm", "local_attention")
+_OF_HAT_NET = ("depthwise_mlp between norms", "global_attention behind a norm", "local_attention", "pooled_projection")
 STAGES = {operator: HAT_NET if operator in _OF_HAT_NET else CVT for operator in OPERATORS}

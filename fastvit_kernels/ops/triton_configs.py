@@ -158,6 +158,12 @@ CONFIGS: dict[str, Table] = {
         ),
         ("interpreter", "any"): _INTERPRETER,
     },
+    "pool": {
+        ("default", "ieee"): ((ANY, Config(16, 64, 0, 4, 1)),),
+        ("default", "tf32"): ((ANY, Config(16, 64, 0, 4, 1)),),
+        ("default", "unaligned"): ((ANY, Config(8, 64, 0, 4, 1)),),
+        ("interpreter", "any"): ((ANY, Config(128, 64, 0, 4, 1)),),
+    },
     "moments": {
         ("default", "ieee"): ((ANY, Config(1, 2048, 1, 4, 2)),),
         ("default", "tf32"): ((ANY, Config(1, 2048, 1, 4, 2)),),

@@ -45,7 +45,6 @@ def plain_pytorch(
 class TestPooledProjection(Contract, Rejection):
     cases = inputs.POOLED_PROJECTION
     fused = ("pooled_projection",)
-    precisions = {"cpu": Contract.precisions["cpu"]}
     # The gradient of two statistics is a sum over everything that nearly cancels: its error is random.
     draws = 4
     equivalent = staticmethod(plain_pytorch)

@@ -15,7 +15,7 @@ from fastvit_kernels.testing.triton_aot import REGISTERS, SHARED_MEMORY, Compile
 TRAINED = [operator for operator in OPERATORS if operator.split()[0] in ("depthwise_mlp", "pointwise_mlp")]
 WITHOUT_PRODUCTS = (
     *("prepare_kernel", "pack_kernel", "normalize_kernel", "moments_kernel", "merge_kernel", "sum_parts_kernel"),
-    *("layer_norm_gradient_kernel", "group_norm_gradient_kernel", "group_norm_sums_kernel"),
+    *("pool_kernel", "layer_norm_gradient_kernel", "group_norm_gradient_kernel", "group_norm_sums_kernel"),
     *("statistics_gradient_kernel", "step_gradient_kernel", "step_sums_kernel"),
     *("depthwise_kernel", "depthwise_input_gradient_kernel", "depthwise_filter_gradient_kernel"),
 )

@@ -25,6 +25,7 @@ OPERATORS = (
     "local_attention",
     "patch_embedding",
     "pointwise_mlp",
+    "pooled_projection",
 )
 SMALL = {operator: [case for case in CASES[operator] if "published" not in case.tags] for operator in OPERATORS}
 

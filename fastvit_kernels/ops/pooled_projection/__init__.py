@@ -18,7 +18,7 @@ from fastvit_kernels.ops.arguments import (
 )
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
 from fastvit_kernels.ops.packing import PackedWeights
-from fastvit_kernels.ops.pooled_projection import native
+from fastvit_kernels.ops.pooled_projection import native, triton
 from fastvit_kernels.ops.pooled_projection.reference import STATIC_SCHEMA, Static, reference
 from fastvit_kernels.ops.pooling import pooled_side
 
@@ -41,9 +41,9 @@ OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     packing=lambda s: (s.in_norm_eps is None, s.norm_eps is None),
-    backends=[native.Cpu()],
+    backends=[native.Cpu(), triton.Triton()],
 )
-library.register(OPERATOR)
+library.register(OPERATOR, triton.launch)
 
 
 def pooled_projection(
