@@ -245,6 +245,44 @@ struct fk_patch_embedding_backward {
   float* in_affine;  // partial sums [batch * bands], of the LayerNorm in front
 };
 
+// The gradients of LayerNorm and linear, which may be absent. Null pointers: not wanted.
+struct fk_linear_backward {
+  struct fk_array x;     // [rows, k]; without norm and `weight` only its dtype counts
+  struct fk_array grad;  // [rows, n]
+  struct fk_norm norm;
+  struct fk_linear to_input;  // the transposed weight; panels null: `grad` is the gradient of the normalised rows
+  int32_t low_precision;
+  int64_t rows, n, k, rows_per_block, partials;
+  float *weight, *bias, *affine;  // partial sums [partials]; affine: of the norm's weight and bias
+  void* dx;                       // of x's dtype
+};
+
+struct fk_linear_forward {
+  struct fk_array x;  // [rows, k]
+  struct fk_norm norm;
+  struct fk_linear linear;  // panels null: none
+  int32_t low_precision;
+  int64_t rows, n, k, rows_per_task;
+  void* out;  // [rows, n], of the products' type
+};
+
+// The gradients of attention between projected queries, keys and values. Null pointers: not wanted. Task: a head of an
+// image.
+struct fk_attention_backward {
+  struct fk_array q, k, v;  // k and v in rows `k_stride` and `v_stride` apart
+  struct fk_array grad;     // of the heads side by side [batch, queries, value_channels]
+  int64_t q_stride, k_stride, v_stride;
+  const float* bias;  // as in fk_global_attention
+  int64_t bias_stride;
+  int64_t queries, keys, channels, value_channels, heads;
+  float scale;
+  int32_t low_precision;
+  void* result;  // the heads side by side, of the products' type
+  void *dq, *dk, *dv;
+  fk_dtype dq_dtype;             // dk and dv have the dtypes of k and v
+  int64_t dk_stride, dv_stride;  // between rows; dq has `channels`
+};
+
 struct fk_table {
   const char* name;
   int32_t lanes;          // floats of a vector
@@ -283,6 +321,12 @@ struct fk_table {
   void (*patch_embedding_backward)(const struct fk_patch_embedding_backward*, int64_t partial, void* scratch);
   int64_t (*scratch_patch_embedding_input)(const struct fk_patch_embedding_backward*);
   void (*patch_embedding_input)(const struct fk_patch_embedding_backward*, int64_t task, void* scratch);
+  int64_t (*scratch_linear_backward)(const struct fk_linear_backward*);
+  void (*linear_backward)(const struct fk_linear_backward*, int64_t partial, void* scratch);
+  int64_t (*scratch_linear_forward)(const struct fk_linear_forward*);
+  void (*linear_forward)(const struct fk_linear_forward*, int64_t task, void* scratch);
+  int64_t (*scratch_attention_backward)(const struct fk_attention_backward*);
+  void (*attention_backward)(const struct fk_attention_backward*, int64_t task, void* scratch);
   void (*pack_panel)(const struct fk_pack_linear*, int64_t panel);
   double (*peak)(int32_t low_precision, int64_t iterations);  // floating-point operations done
 };

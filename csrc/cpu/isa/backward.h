@@ -156,13 +156,15 @@ FK_INLINE void norm_backward_row(const T* x, const float* grad, int64_t n, const
   }
 }
 
-// Row `row` of x and of dx (of x's dtype; its data may be null).
+// Row `row` of x and of dx, which has x's dtype and may be null; without a norm x itself may be absent.
 FK_INLINE void norm_backward_row(const struct fk_array& x, int64_t row, const float* grad, int64_t n,
                                  const struct fk_norm& norm, void* dx, float* affine) {
   if (x.dtype == FK_F32)
-    norm_backward_row((const float*)x.data + row * n, grad, n, norm, dx ? (float*)dx + row * n : nullptr, affine);
+    norm_backward_row(x.data ? (const float*)x.data + row * n : nullptr, grad, n, norm,
+                      dx ? (float*)dx + row * n : nullptr, affine);
   else
-    norm_backward_row((const bf16*)x.data + row * n, grad, n, norm, dx ? (bf16*)dx + row * n : nullptr, affine);
+    norm_backward_row(x.data ? (const bf16*)x.data + row * n : nullptr, grad, n, norm,
+                      dx ? (bf16*)dx + row * n : nullptr, affine);
 }
 
 // Row `row` of an array, converted, zeros up to `padded`; its values are added to `sums`, unless null.

@@ -1,11 +1,13 @@
 // Included once per instruction set: all kernels, and the table through which they are called.
 #pragma once
 
+#include "attention_backward.h"
 #include "conv_projection.h"
 #include "depthwise_conv.h"
 #include "depthwise_mlp.h"
 #include "global_attention.h"
 #include "head_tokens.h"
+#include "linear_backward.h"
 #include "local_attention.h"
 #include "pack.h"
 #include "patch_embedding.h"
@@ -54,6 +56,12 @@
       patch_embedding_backward,                       \
       scratch_patch_embedding_input,                  \
       patch_embedding_input,                          \
+      scratch_linear_backward,                        \
+      linear_backward,                                \
+      scratch_linear_forward,                         \
+      linear_forward,                                 \
+      scratch_attention_backward,                     \
+      attention_backward,                             \
       pack_panel,                                     \
       peak,                                           \
   };

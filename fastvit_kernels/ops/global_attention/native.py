@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,3 +22,22 @@ class Cpu:
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.global_attention.default(tensors, packed, *static))
+
+    def supports_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[str]:
+        reasons = []
+        if static.norm == "group":
+            reasons.append("gradients of a group norm")
+        if static.add_query_input:
+            reasons.append("gradients with add_query_input")
+        if static.return_statistics:
+            reasons.append("gradients of statistics")
+        if needs[9] and tensors[9] is not None:
+            reasons.append("the gradient of attn_bias")
+        return reasons
+
+    def run_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[Tensor]:
+        return list(torch.ops.fastvit.global_attention_backward.native(grads, tensors, needs, *static))
