@@ -152,6 +152,7 @@ void check_window(int64_t kernel, int64_t stride, int64_t padding, int64_t heigh
 }
 
 ScalarType promoted(ScalarType dtype, const std::optional<Tensor>& residual) {
+  kernel_dtype(dtype);  // a residual in fp32 must not hide another
   return residual.has_value() && residual->scalar_type() == ScalarType::Float ? ScalarType::Float : dtype;
 }
 
