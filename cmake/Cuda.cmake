@@ -3,6 +3,7 @@
 set(FASTVIT_CUDA_PROBLEM "")
 set(FASTVIT_CUDA_COMPILER "")
 file(GLOB cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu)
+file(GLOB cuda_torch_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cpp)
 set(wanted "$ENV{FASTVIT_CUDA}")
 if(NOT wanted MATCHES "^[01]?$")
   message(FATAL_ERROR "FASTVIT_CUDA is '${wanted}'; expected 0, 1 or unset.")
@@ -40,4 +41,6 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
 set(FASTVIT_CUDA_COMPILER "nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
 
-fastvit_library(_fk_cuda ${cuda_sources})
+# Only the .cpp files see torch, whose headers take nvcc several times as long as the kernels.
+fastvit_library(_fk_cuda ${cuda_sources} ${cuda_torch_sources})
+target_compile_options(_fk_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)

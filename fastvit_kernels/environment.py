@@ -171,8 +171,8 @@ def info() -> Info:
         cuda=cuda,
         default_backend=requested_backend(),
         backends={
-            "cuda": _cuda_backend(cuda),
             "triton": _triton_backend(triton, cuda),
+            "cuda": _cuda_backend(cuda),
             "cpu": isa,
             "reference": Availability(True, "plain PyTorch"),
         },

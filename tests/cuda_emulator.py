@@ -18,9 +18,9 @@ NAMESPACE = "fastvit_emulated"
 _FLAGS = (
     *("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
     *("-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-DFK_LIBRARY={NAMESPACE}", "-DFK_DISPATCH_KEY=CPU"),
 )
+_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 # Fresh memory is NaN in every dtype; what Python never frees is not the kernels' concern.
 _SANITIZERS = {"ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255"}
 
@@ -51,7 +51,9 @@ def build(folder: Path) -> tuple[Path, Path]:
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.parent.name}_{source.name}.o"
-        _run(*_compiler(), *_FLAGS, *includes, "-x", "c++", "-c", source, "-o", target)
+        # What faces torch touches no tensor's memory, and would take a third of the time.
+        sanitize = () if source.parent == kernels and source.suffix == ".cpp" else _SANITIZE
+        _run(*_compiler(), *_FLAGS, *sanitize, *includes, "-x", "c++", "-c", source, "-o", target)
         return target
 
     with ThreadPoolExecutor(max_workers=2) as pool:

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from fastvit_kernels.ops.arguments import autocast_is_on
 from fastvit_kernels.ops.operator import Backend, Operator, Outputs, Tensors
+from fastvit_kernels.ops.preference import in_order
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
@@ -156,7 +157,8 @@ def select(operator: Operator, tensors: Tensors, static: Any, backend: str | Non
         BackendError: a backend was asked for by name and cannot run the call.
     """
     wanted = requested_backend(backend)
-    candidates: list[Backend] = [*operator.backends, _Reference(operator)]
+    device = tensors[0].device  # type: ignore[union-attr]
+    candidates: list[Backend] = [*in_order(operator, device), _Reference(operator)]
     recorder = None if torch.compiler.is_compiling() else _state.recorder
     if recorder is None:
         for candidate in candidates:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastvit_kernels import BackendError, _extension, ops, use_backend
-from fastvit_kernels.ops import dispatch
+from fastvit_kernels.ops import dispatch, library, preference
 from fastvit_kernels.testing import inputs
 
 
@@ -126,6 +126,37 @@ def test_an_explicit_choice_that_cannot_run_says_everything():
 def test_a_backend_without_kernels_is_no_silent_fallback():
     with pytest.raises(BackendError, match="pointwise_mlp has no cuda kernels in this build"):
         _call()(backend="cuda")
+
+
+def _on_a_gpu(monkeypatch):
+    """Which backends of local_attention a GPU would be offered, most preferred first."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    operator = library.operators["local_attention"]
+    return [backend.name for backend in preference.in_order(operator, torch.device("cuda", 0))]
+
+
+def test_what_was_never_measured_comes_behind_triton(monkeypatch):
+    assert preference.ROWS == ()
+    assert _on_a_gpu(monkeypatch) == ["cpu", "triton", "cuda"]
+
+
+@pytest.mark.parametrize(
+    ("operator", "architecture", "first"),
+    [("local_attention", (9, 0), "cuda"), ("local_attention", (8, 0), "cpu"), ("pointwise_mlp", (9, 0), "cpu")],
+)
+def test_a_measurement_decides_for_its_operator_and_gpu(monkeypatch, operator, architecture, first):
+    row = preference.Row(operator, architecture, ("cuda", "triton"), "gpu.csv")
+    monkeypatch.setattr(preference, "ROWS", (row,))
+    order = _on_a_gpu(monkeypatch)
+    assert order[0] == first and sorted(order) == ["cpu", "cuda", "triton"]
+
+
+def test_the_cuda_kernels_are_no_choice_on_a_cpu():
+    call = inputs.tagged(inputs.LOCAL_ATTENTION, "smallest")[0].call()
+    decision = _decision(call)
+    assert decision.chosen == "cpu" and "tensors are on cpu" in decision.rejected["cuda"]
+    with pytest.raises(BackendError, match="cuda: .*tensors are on cpu"):
+        call.function(**call.arguments, backend="cuda")
 
 
 def test_kernels_that_were_not_built_are_a_reason(monkeypatch):

@@ -83,7 +83,7 @@ OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     packing=lambda s: (s.norm_eps is None, *s.bn_eps),
-    backends=[native.Cpu(), triton.Triton()],
+    backends=[native.Cpu(), triton.Triton(), native.Cuda()],
 )
 library.register(OPERATOR, triton.launch)
 library.define_statistics("conv_projection_statistics", STATIC_SCHEMA, _fake_statistics)

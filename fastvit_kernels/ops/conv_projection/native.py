@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops.conv_projection.reference import Static
-from fastvit_kernels.ops.native import cpu_reasons
+from fastvit_kernels.ops.conv_projection.reference import BRANCHES, Static, branch
+from fastvit_kernels.ops.native import cpu_reasons, cuda_reasons
 from fastvit_kernels.ops.operator import Outputs, Tensors
 
 # What the C++ kernels take; they hold a row of the padded map.
@@ -26,3 +26,33 @@ class Cpu:
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.conv_projection.default(tensors, packed, *static))
+
+
+# Of the CUDA kernels: a branch's channels, which stay in registers, its filter's side, and its stride.
+_MOST_CHANNELS = 384
+_LARGEST_FILTER = 7
+_LARGEST_STRIDE = 16
+
+
+class Cuda:
+    """C++ for GPUs: patches of the normalised map are filtered in shared memory and meet the weights there."""
+
+    name = "cuda"
+
+    def supports(self, tensors: Tensors, static: Static) -> list[str]:
+        found = cuda_reasons(tensors, None, static.dtype)
+        branches = [branch(tensors, index) for index in range(len(BRANCHES))]
+        if static.bn_training:
+            found.append("batch statistics: the CUDA kernels take running ones")
+        for what, value, most in (
+            ("channels of a result", max(b.weight.shape[0] for b in branches), _MOST_CHANNELS),
+            ("the filter's side", max(b.conv_weight.shape[-1] for b in branches), _LARGEST_FILTER),
+            ("stride", max(static.stride), _LARGEST_STRIDE),
+            ("padding", max(static.padding), _MOST_PADDING),
+        ):
+            if value > most:
+                found.append(f"{what} {value}: the CUDA kernels take at most {most}")
+        return found
+
+    def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
+        return tuple(torch.ops.fastvit.conv_projection.default(tensors, None, *static))

@@ -58,7 +58,7 @@ OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     packing=lambda s: (s.norm, s.bn_after_activation, s.inner_residual, *s.bn_eps, s.out_norm_eps is None),
-    backends=[native.Cpu(), triton.Triton()],
+    backends=[native.Cpu(), triton.Triton(), native.Cuda()],
 )
 library.register(OPERATOR, triton.launch, triton.launch_backward)
 

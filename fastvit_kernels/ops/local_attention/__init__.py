@@ -58,7 +58,7 @@ OPERATOR = Operator(
     fake=_fake,
     packing=lambda s: (s.num_heads, s.norm),
     residual=11,
-    backends=[native.Cpu(), triton.Triton()],
+    backends=[native.Cpu(), triton.Triton(), native.Cuda()],
 )
 library.register(OPERATOR, triton.launch)
 

@@ -1,0 +1,140 @@
+// What the torch-facing files say to the kernels: plain structs, known to every compiler.
+#pragma once
+
+#include <cstdint>
+
+namespace fk {
+
+enum DType : int32_t { kF32, kBF16, kF16 };
+
+inline constexpr int64_t size_of(DType dtype) { return dtype == kF32 ? 4 : 2; }
+
+// A dense tensor in a dtype of its own; data null: absent.
+struct Array {
+  const void* data;
+  DType dtype;
+};
+
+enum NormKind : int32_t { kNoNorm, kLayerNorm, kGroupNorm };
+
+struct Norm {
+  NormKind kind;
+  Array weight, bias;
+  float eps;
+  const float* statistics;  // GroupNorm with one group: mean and variance of each sample
+};
+
+// A linear layer [out, in] in the compute dtype, row-major.
+struct Linear {
+  const void* weight;  // null: absent
+  Array bias;
+  int32_t out, in;
+};
+
+// Shared memory that every supported GPU lets a block have.
+constexpr int64_t kMostShared = 163 * 1024;
+
+// Rows of a tile: the queries of a block, and the keys that it meets at a time.
+constexpr int32_t kTileRows = 64;
+
+struct LocalAttention {
+  // Either what q, k and v are made from ...
+  Array x;  // [B, H * W, qkv.in]
+  Norm norm;
+  Linear qkv;
+  // ... or q, k and v themselves in the compute dtype, rows that lie `stride` values apart.
+  const void *q, *k, *v;
+  int64_t q_stride, k_stride, v_stride;
+  Array bias;         // [heads, window^2, window^2]
+  Linear projection;  // of all heads of a row
+  Array residual;
+  void* out;  // [B, H * W, heads * value_width] or [B, H * W, projection.out]
+  DType dtype, out_dtype;
+  int32_t batch, height, width, window, heads, head_width, value_width;
+  int32_t heads_per_block;
+  float scale;
+  bool masked;     // pixels beyond the map are no keys; otherwise they are keys of zeros (or of the bias of `qkv`)
+  bool vectors;    // rows of every tensor in the compute dtype can be copied 16 bytes at a time
+  float* moments;  // per block [3], see moments.h; null: not wanted
+};
+
+enum Activation : int32_t { kGelu, kQuickGelu, kSilu, kRelu, kIdentity };
+
+// Batch normalisation by given statistics; mean.data null: absent.
+struct BatchNorm {
+  Array weight, bias, mean, variance;
+  float eps;
+};
+
+// Pixels of a block's input, its results and the hidden channels that it has at a time.
+constexpr int32_t kPatchRows = 128;
+constexpr int32_t kMostSide = 8;
+constexpr int32_t kHiddenChunk = 64;
+
+struct DepthwiseMlp {
+  Array x;  // [B, H * W, expand.in]
+  Norm norm;
+  Linear expand, project;
+  Array filter, filter_bias;     // [hidden, kernel, kernel], [hidden]
+  BatchNorm norms[3];            // of the hidden map, of the filtered map, of the result
+  bool norms_follow_activation;  // the first two
+  Activation hidden_activation, activation;
+  bool adds_before, adds_after;  // the filter's input, to its result before or after the activation
+  Array residual;
+  void* out;  // [B, H * W, project.out]
+  DType dtype, out_dtype;
+  int32_t batch, height, width, kernel;
+  int32_t tile_height, tile_width;  // results of a block
+  bool vectors;
+  float* moments;  // per block [3]; null: not wanted
+};
+
+// Tokens that a block of a projection may need for its results.
+constexpr int32_t kMostProjectionRows = 320;
+
+struct ProjectionBranch {
+  Array filter;  // [C, 1, kernel, kernel]
+  BatchNorm norm;
+  Linear linear;
+  int32_t kernel, stride, padding, out_height, out_width;
+  int32_t tile_height, tile_width;  // results of a block
+  void* out;                        // [B, P + out_height * out_width, linear.out]
+};
+
+struct ConvProjection {
+  Array x;  // [B, P + H * W, C]
+  Norm norm;
+  ProjectionBranch branches[3];
+  DType dtype;
+  int32_t batch, height, width, channels, prefix;
+  bool vectors;
+};
+
+struct Moments {
+  Array x;  // [samples, rows, columns], rows of a sample one after another
+  int64_t sample_stride, values;
+  int64_t values_per_part;
+  int32_t samples, parts;
+  float* moments;
+};
+
+struct MergeMoments {
+  const float* moments;  // [samples, parts, 3]
+  float* statistics;     // [samples, 2]: mean and biased variance
+  int32_t samples, parts;
+};
+
+// Every launch returns null, or what CUDA said.
+const char* launch(const LocalAttention& p, void* stream);
+const char* launch(const DepthwiseMlp& p, void* stream);
+const char* launch(const ConvProjection& p, void* stream);
+const char* launch(const Moments& p, void* stream);
+const char* launch(const MergeMoments& p, void* stream);
+
+int64_t blocks_per_sample(const LocalAttention& p);
+int64_t shared_bytes(const LocalAttention& p);
+int64_t blocks_per_sample(const DepthwiseMlp& p);
+int64_t shared_bytes(const DepthwiseMlp& p);
+int64_t shared_bytes(const ConvProjection& p);
+
+}  // namespace fk
