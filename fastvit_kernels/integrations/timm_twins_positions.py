@@ -46,8 +46,9 @@ def _convolution_obstacles(module: Any) -> list[str]:
     proj = module._modules["proj"]
     if type(proj) is not nn.Sequential or len(proj) != 1 or fused.has_hooks(proj):
         return ["proj is not the one convolution that timm puts there"]
-    reasons = fused.about("the convolution", fused.filter_obstacles(proj[0]))
-    if not reasons and (proj[0].kernel_size, proj[0].padding) != ((3, 3), (1, 1)):
+    conv: Any = proj[0]
+    reasons = fused.about("the convolution", fused.filter_obstacles(conv))
+    if not reasons and (conv.kernel_size, conv.padding) != ((3, 3), (1, 1)):
         reasons.append("the convolution is not 3 x 3 with padding 1")
     return reasons
 
