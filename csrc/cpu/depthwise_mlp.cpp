@@ -37,83 +37,10 @@ struct Mlp {
   int64_t batch, tokens, channels, hidden, out, kernel;
   uint64_t mark;
 
-  const BatchNorm* before_hidden_activation() const { return bn_after_activation ? nullptr : &bn[0]; }
-  const BatchNorm* after_hidden_activation() const { return bn_after_activation ? &bn[0] : nullptr; }
+  BatchNorm before_hidden_activation() const { return bn_after_activation ? BatchNorm{} : bn[0]; }
+  BatchNorm after_hidden_activation() const { return bn_after_activation ? bn[0] : BatchNorm{}; }
   BatchNorm before_activation() const { return bn_after_activation ? BatchNorm{} : bn[1]; }
-  const BatchNorm* after_activation() const { return bn_after_activation ? &bn[1] : nullptr; }
-};
-
-// Adds linear layers with batch norms folded into them. Folding is exact in exact arithmetic: no
-// zero padding lies between a norm and what it is folded into.
-class MlpPacker : public Packer {
- public:
-  using Packer::Packer;
-
-  // `in`: on the inputs of the linear layer, `out`: on its results; absent norms or null for none.
-  fk_linear folded(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
-                   const BatchNorm* in, const BatchNorm* out) {
-    const bool folds = (in && in->present()) || (out && out->present());
-    if (!folds || !base_) return linear(weight, bias, n, k, low_precision);
-    folds_.push_back({weight, bias, n, k, in && in->present() ? in : nullptr, out && out->present() ? out : nullptr,
-                      std::vector<float>(static_cast<size_t>(n * k)), std::vector<float>(static_cast<size_t>(n))});
-    Fold& f = folds_.back();
-    return linear({f.values.data(), FK_F32, n * k}, {f.shifts.data(), FK_F32, n}, n, k, low_precision);
-  }
-
-  // Scale and shift of a norm that nothing can take in.
-  void affine(const BatchNorm* norm, int64_t n, int64_t padded, fk_depthwise_mlp* to) {
-    to->scale = to->shift = nullptr;
-    if (!norm || !norm->present()) return;
-    float* scale = reinterpret_cast<float*>(take(padded * 4));
-    float* shift = reinterpret_cast<float*>(take(padded * 4));
-    to->scale = scale;
-    to->shift = shift;
-    if (base_) affines_.push_back({norm, n, padded, scale, shift});
-  }
-
-  void fill() {
-    for (Fold& f : folds_) fold(&f);
-    Packer::fill();
-    for (const Affine& a : affines_)
-      for (int64_t c = 0; c < a.padded; ++c) {
-        a.scale[c] = c < a.n ? static_cast<float>(a.norm->scale(c)) : 0.0f;
-        a.shift[c] = c < a.n ? static_cast<float>(a.norm->shift(c)) : 0.0f;
-      }
-  }
-
- private:
-  struct Fold {
-    fk_array weight, bias;
-    int64_t n, k;
-    const BatchNorm *in, *out;
-    std::vector<float> values, shifts;
-  };
-  struct Affine {
-    const BatchNorm* norm;
-    int64_t n, padded;
-    float *scale, *shift;
-  };
-
-  static void fold(Fold* f) {
-    std::vector<double> scale(static_cast<size_t>(f->k), 1.0), shift(static_cast<size_t>(f->k), 0.0);
-    for (int64_t k = 0; f->in && k < f->k; ++k) {
-      scale[k] = f->in->scale(k);
-      shift[k] = f->in->shift(k);
-    }
-    for (int64_t n = 0; n < f->n; ++n) {
-      const double by = f->out ? f->out->scale(n) : 1.0;
-      double constant = f->bias.data ? element(f->bias, n) : 0.0;
-      for (int64_t k = 0; k < f->k; ++k) {
-        const double weight = element(f->weight, n * f->k + k);
-        constant += weight * shift[k];
-        f->values[n * f->k + k] = static_cast<float>(by * weight * scale[k]);
-      }
-      f->shifts[n] = static_cast<float>(by * constant + (f->out ? f->out->shift(n) : 0.0));
-    }
-  }
-
-  std::vector<Fold> folds_;
-  std::vector<Affine> affines_;
+  BatchNorm after_activation() const { return bn_after_activation ? bn[1] : BatchNorm{}; }
 };
 
 // What the operator was called with besides tensors.
@@ -128,13 +55,6 @@ struct Options {
   std::string summary;
   ScalarType dtype;
 };
-
-fk_activation activation_of(const std::string& name) {
-  const char* const names[] = {"gelu", "quick_gelu", "silu", "relu", "none"};
-  for (int i = 0; i < 5; ++i)
-    if (name == names[i]) return static_cast<fk_activation>(i);
-  STD_TORCH_CHECK(false, "activation: unknown name");
-}
 
 Mlp check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) {
   check_count(t, kCount);
@@ -194,17 +114,19 @@ Mlp check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) 
 
 // What is laid out: the kernel's weights, and the norm of the branch.
 Tensor prepare(const Mlp& m, const std::optional<Tensor>& packed, fk_depthwise_mlp* to, fk_norm* out_norm) {
-  return pack<MlpPacker>(packed, m.mark, [&](MlpPacker& p) {
+  return pack(packed, m.mark, [&](Packer& p) {
     const int64_t panel = kernels().panel, padded = (m.hidden + panel - 1) / panel * panel;
     to->norm = norm_of(p, m.norm, m.norm_weight, m.norm_bias, m.norm_eps, m.channels);
-    to->expand =
-        p.folded(m.expand, m.expand_bias, m.hidden, m.channels, m.low_precision, nullptr, m.before_hidden_activation());
-    p.affine(m.after_hidden_activation(), m.hidden, padded, to);
+    to->expand = p.folded(m.expand, m.expand_bias, m.hidden, m.channels, m.low_precision, BatchNorm{},
+                          m.before_hidden_activation());
+    const Affine affine = p.affine(m.after_hidden_activation(), m.hidden, padded);
+    to->scale = affine.scale;
+    to->shift = affine.shift;
     const Filter filter = p.depthwise(m.filter, m.filter_bias, m.before_activation(), m.hidden, m.kernel * m.kernel,
                                       padded, m.adds_input);
     to->filter = filter.taps;
     to->filter_bias = filter.shift;
-    to->project = p.folded(m.project, m.project_bias, m.out, m.hidden, m.low_precision, m.after_activation(), &m.bn[2]);
+    to->project = p.folded(m.project, m.project_bias, m.out, m.hidden, m.low_precision, m.after_activation(), m.bn[2]);
     *out_norm = norm_of(p, m.out_norm_eps.has_value() ? FK_GROUP_NORM : FK_NO_NORM, m.out_norm_weight, m.out_norm_bias,
                         m.out_norm_eps.value_or(0.0), m.out);
   });

@@ -93,19 +93,54 @@ fk_linear Packer::add(fk_pack_linear linear) {
   const int64_t depth = linear.low_precision ? (linear.k + 1) / 2 * 2 : linear.k;
   linear.panels = take(panels * panel * depth * (linear.low_precision ? 2 : 4));
   linear.packed_bias = reinterpret_cast<float*>(take(panels * panel * 4));
-  if (base_) linears_.push_back(linear);
+  if (fills_) linears_.push_back(linear);
   return {linear.panels, linear.packed_bias, linear.n, linear.k, linear.low_precision};
+}
+
+fk_linear Packer::folded(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
+                         const BatchNorm& in, const BatchNorm& out, int64_t taps) {
+  if (!fills_ || !(in.present() || out.present())) return linear(weight, bias, n, k, low_precision, taps);
+  folds_.push_back({weight, bias, n, k, in, out, std::vector<float>(static_cast<size_t>(n * k)),
+                    std::vector<float>(static_cast<size_t>(n))});
+  Fold& f = folds_.back();
+  return linear({f.values.data(), FK_F32, n * k}, {f.shifts.data(), FK_F32, n}, n, k, low_precision, taps);
+}
+
+void Packer::fold(Fold* f) {
+  std::vector<double> scale(static_cast<size_t>(f->k), 1.0), shift(static_cast<size_t>(f->k), 0.0);
+  for (int64_t k = 0; f->in.present() && k < f->k; ++k) {
+    scale[k] = f->in.scale(k);
+    shift[k] = f->in.shift(k);
+  }
+  for (int64_t n = 0; n < f->n; ++n) {
+    const double by = f->out.present() ? f->out.scale(n) : 1.0;
+    double constant = f->bias.data ? element(f->bias, n) : 0.0;
+    for (int64_t k = 0; k < f->k; ++k) {
+      const double weight = element(f->weight, n * f->k + k);
+      constant += weight * shift[k];
+      f->values[n * f->k + k] = static_cast<float>(by * weight * scale[k]);
+    }
+    f->shifts[n] = static_cast<float>(by * constant + (f->out.present() ? f->out.shift(n) : 0.0));
+  }
+}
+
+Affine Packer::affine(const BatchNorm& norm, int64_t n, int64_t padded) {
+  if (!norm.present()) return {nullptr, nullptr};
+  float* scale = reinterpret_cast<float*>(take(padded * 4));
+  float* shift = reinterpret_cast<float*>(take(padded * 4));
+  if (fills_) norms_.push_back({norm, n, padded, scale, shift});
+  return {scale, shift};
 }
 
 const float* Packer::vector(const fk_array& source, int64_t n, int64_t padded, float fill) {
   float* to = reinterpret_cast<float*>(take(padded * 4));
-  if (base_) vectors_.push_back({source, n, padded, fill, to});
+  if (fills_) vectors_.push_back({source, n, padded, fill, to});
   return to;
 }
 
 const float* Packer::table(const fk_array& source, int64_t heads, int64_t queries, int64_t keys, int64_t stride) {
   float* to = reinterpret_cast<float*>(take(heads * keys * stride * 4));
-  if (base_) tables_.push_back({source, heads, queries, keys, stride, to});
+  if (fills_) tables_.push_back({source, heads, queries, keys, stride, to});
   return to;
 }
 
@@ -113,7 +148,7 @@ Filter Packer::depthwise(const fk_array& filter, const fk_array& bias, const Bat
                          int64_t padded, bool adds_input) {
   float* to = reinterpret_cast<float*>(take(taps * padded * 4));
   float* shift = reinterpret_cast<float*>(take(padded * 4));
-  if (base_) filters_.push_back({filter, bias, norm, n, taps, padded, adds_input, to, shift});
+  if (fills_) filters_.push_back({filter, bias, norm, n, taps, padded, adds_input, to, shift});
   return {to, shift};
 }
 
@@ -137,7 +172,13 @@ static float in_log2(float bias) {
   return scaled > kMost ? kMost : scaled < -kMost ? -kMost : scaled;
 }
 
-void Packer::fill() const {
+void Packer::fill() {
+  for (Fold& f : folds_) fold(&f);
+  for (const Norm& m : norms_)
+    for (int64_t c = 0; c < m.padded; ++c) {
+      m.scale[c] = c < m.n ? static_cast<float>(m.norm.scale(c)) : 0.0f;
+      m.shift[c] = c < m.n ? static_cast<float>(m.norm.shift(c)) : 0.0f;
+    }
   for (const Table& t : tables_)
     for (int64_t h = 0; h < t.heads; ++h)
       for (int64_t k = 0; k < t.keys; ++k)

@@ -34,17 +34,28 @@ struct Filter {
   const float* shift;  // [padded]
 };
 
+// Scale and shift of each channel; null: none.
+struct Affine {
+  const float *scale, *shift;
+};
+
 // Lays the weights of one operator out behind each other. An operator describes its weights twice, first to measure
-// (null base), then to get pointers and the list of what is to be filled in.
+// (null base), then to get pointers and, where the block is new, the list of what is to be filled in.
 class Packer {
  public:
-  explicit Packer(char* base) : base_(base) {}
+  explicit Packer(char* base, bool fills) : base_(base), fills_(fills) {}
 
   fk_linear linear(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
                    int64_t taps = 1);
   // The product with the weight's transpose, for gradients: weight is [k, n, step], of which the first of each `step`
   // values counts.
   fk_linear transposed(const fk_array& weight, int64_t n, int64_t k, bool low_precision, int64_t step = 1);
+  // The same with batch norms folded in: `in` on its inputs, `out` on its results, each maybe absent. That is exact in
+  // exact arithmetic: no zero padding may lie between a norm and what it is folded into.
+  fk_linear folded(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
+                   const BatchNorm& in, const BatchNorm& out, int64_t taps = 1);
+  // A norm that nothing can take in.
+  Affine affine(const BatchNorm& norm, int64_t n, int64_t padded);
   // `n` values converted to fp32; `fill` where the source is absent, and up to `padded`.
   const float* vector(const fk_array& source, int64_t n, int64_t padded, float fill);
 
@@ -58,15 +69,14 @@ class Packer {
                    int64_t padded, bool adds_input = false);
 
   int64_t bytes() const { return used_; }
-  void fill() const;
-
- protected:
-  char* take(int64_t bytes);
-  char* base_;
-  int64_t used_ = 64;
+  void fill();
 
  private:
   fk_linear add(fk_pack_linear linear);
+  char* take(int64_t bytes);
+  char* base_;
+  bool fills_;
+  int64_t used_ = 64;
 
   struct Vector {
     fk_array source;
@@ -86,7 +96,22 @@ class Packer {
     bool adds_input;
     float *to, *shift;
   };
+  struct Fold {
+    fk_array weight, bias;
+    int64_t n, k;
+    BatchNorm in, out;
+    std::vector<float> values, shifts;
+  };
+  struct Norm {
+    BatchNorm norm;
+    int64_t n, padded;
+    float *scale, *shift;
+  };
   static void fill_filter(const Depthwise& d);
+  static void fold(Fold* f);
+
+  std::vector<Fold> folds_;
+  std::vector<Norm> norms_;
 
   std::vector<Depthwise> filters_;
   std::vector<Table> tables_;
@@ -106,16 +131,16 @@ void stamp(char* block, uint64_t fingerprint);
 
 // The block for this call: `packed` when it fits, else a new one. `describe(packer)` lays out the weights and keeps the
 // pointers it gets; those of its last run are valid while the block lives.
-template <class P = Packer, class Describe>
+template <class Describe>
 Tensor pack(const std::optional<Tensor>& packed, uint64_t mark, const Describe& describe) {
-  P measure(nullptr);
+  Packer measure(nullptr, false);
   describe(measure);
   const bool reuse = carries(packed, mark);
   STD_TORCH_CHECK(!reuse || packed->numel() == measure.bytes(),
                   "packed: damaged, its size does not go with its weights");
   Tensor block = reuse ? *packed : empty({measure.bytes()}, ScalarType::Byte);
   char* base = static_cast<char*>(block.mutable_data_ptr());
-  P packer(base);
+  Packer packer(base, !reuse);
   describe(packer);
   if (!reuse) {
     prefer_large_pages(base, measure.bytes());

@@ -71,6 +71,13 @@ fk_dtype kernel_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float ? FK_F32 : FK_BF16;
 }
 
+fk_activation activation_of(const std::string& name) {
+  const char* const names[] = {"gelu", "quick_gelu", "silu", "relu", "none"};
+  for (int i = 0; i < 5; ++i)
+    if (name == names[i]) return static_cast<fk_activation>(i);
+  STD_TORCH_CHECK(false, "activation: unknown name");
+}
+
 fk_array view(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a dense row-major tensor");
   return array(tensor, name);

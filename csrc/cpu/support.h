@@ -49,6 +49,7 @@ void check_count(const TensorList& tensors, size_t expected);
 void check_bias(const TensorList& tensors, size_t bias, size_t weight, const char* name);
 
 fk_dtype kernel_dtype(ScalarType dtype);
+fk_activation activation_of(const std::string& name);
 Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype);
 
 // 64-byte aligned memory of this thread, kept from call to call; valid until the thread asks again.

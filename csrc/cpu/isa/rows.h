@@ -14,6 +14,12 @@ FK_INLINE void copy_row(const T* x, int64_t n, int64_t padded, Out* out) {
     store(out + n - FK_VL, load(x + n - FK_VL));
     i = n;
   }
+#ifdef __AVX512F__
+  if (i < n) {
+    store_tail(out + i, load_tail(x + i, n - i), n - i);
+    i = n;
+  }
+#endif
   for (; i < n; ++i) from_float(out + i, to_float(x[i]));
   for (; i < padded; ++i) from_float(out + i, 0.0f);
 }

@@ -74,6 +74,20 @@ FK_INLINE void from_float(bf16* p, float x) {
 }
 
 // Partial vectors at the end of a row: absent lanes read as zero and are not written.
+#ifdef __AVX512F__
+FK_INLINE uint32_t lanes_mask(int64_t n) { return ((uint32_t)1 << n) - 1; }
+FK_INLINE vf load_tail(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)lanes_mask(n), p); }
+FK_INLINE vf load_tail(const bf16* p, int64_t n) {
+  const vh low = (vh)_mm256_maskz_loadu_epi16((__mmask16)lanes_mask(n), p);
+  return (vf)(__builtin_convertvector(low, vu) << 16);
+}
+FK_INLINE void store_tail(float* p, vf x, int64_t n) { _mm512_mask_storeu_ps(p, (__mmask16)lanes_mask(n), (__m512)x); }
+FK_INLINE void store_tail(bf16* p, vf x, int64_t n) {
+  vh low;
+  store((bf16*)&low, x);
+  _mm256_mask_storeu_epi16(p, (__mmask16)lanes_mask(n), (__m256i)low);
+}
+#else
 template <class T>
 FK_INLINE vf load_tail(const T* p, int64_t n) {
   float lanes[FK_VL] __attribute__((aligned(64))) = {};
@@ -87,6 +101,7 @@ FK_INLINE void store_tail(T* p, vf x, int64_t n) {
   store(lanes, x);
   for (int64_t i = 0; i < n; ++i) from_float(p + i, lanes[i]);
 }
+#endif
 
 FK_INLINE float sum(vf x) {
   float lanes[FK_VL] __attribute__((aligned(64)));
