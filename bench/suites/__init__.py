@@ -10,6 +10,7 @@ from fastvit_kernels.bench.suites import (
     cmt,
     conv_projection,
     cvt,
+    depthwise_conv,
     depthwise_mlp,
     dhvt,
     global_attention,
@@ -49,6 +50,10 @@ def _query_attention(batch: int) -> list[Case]:
     return [query_attention.case(shape, batch) for shape in shapes]
 
 
+def _depthwise_conv(batch: int) -> list[Case]:
+    return [depthwise_conv.case(shape, batch) for shape in cmt.convolutions()]
+
+
 def _depthwise_mlp(batch: int) -> list[Case]:
     shapes = [*hat_net.mlps(), *cmt.mlps(), *dhvt.mlps(), *pvt_v2.mlps()]
     return [depthwise_mlp.case(shape, batch) for shape in shapes]
@@ -62,6 +67,7 @@ SUITES: dict[str, Suite] = {
     "pointwise_mlp": partial(_of_cvt, pointwise_mlp.case),
     "local_attention": _local_attention,
     "query_attention": _query_attention,
+    "depthwise_conv": _depthwise_conv,
     "depthwise_mlp": _depthwise_mlp,
 }
 """Suite name -> the cases for a batch size. Cases build their modules and inputs when first asked for them."""

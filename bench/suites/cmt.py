@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastvit_kernels.bench import flops, plain_cmt
 from fastvit_kernels.bench.cases import Case
-from fastvit_kernels.bench.suites import depthwise_mlp, patch_embedding, query_attention
+from fastvit_kernels.bench.suites import depthwise_conv, depthwise_mlp, patch_embedding, query_attention
 from fastvit_kernels.bench.suites.models import accelerated, images, ours
 
 MODELS = ("cmt_s",)
@@ -66,6 +66,17 @@ def _stages() -> list[tuple[str, tuple[int, int], plain_cmt.Block]]:
     for index, letter in enumerate(plain_cmt.STAGES):
         side = plain_cmt.VARIANTS["cmt_s"]["side"] >> (2 + index)
         found.append((f"cmt_s-stage{index + 1}", (side, side), getattr(plain, f"blocks_{letter}")[0]))
+    return found
+
+
+def convolutions() -> list[depthwise_conv.Shape]:
+    """The local perception and the reduction of keys of CMT-S, by stage."""
+    found = []
+    for name, grid, block in _stages():
+        dim, ratio = block.norm1.weight.numel(), block.attn.reduction
+        found.append(depthwise_conv.Shape(name, dim, grid))
+        if ratio > 1:
+            found.append(depthwise_conv.Shape(f"{name}-keys", dim, grid, ratio))
     return found
 
 

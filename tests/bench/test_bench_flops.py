@@ -155,6 +155,14 @@ def test_reduction_of_keys_by_hand() -> None:
     assert case.cost == expected + flops.Cost(0, 2 * 128, 0)
 
 
+def test_depthwise_conv_by_hand() -> None:
+    cases = {case.name: case for case in SUITES["depthwise_conv"](2)}
+    assert cases["cmt_s-stage1"].cost == flops.Cost(2 * 56**2 * 64 * 9, 64 * 10, 2 * 2 * 56**2 * 64)
+    # One multiply-add per pixel and channel; filter, bias, and the parameters of both norms.
+    keys = flops.Cost(2 * 28**2 * 128, 128 * (16 + 1 + 2 + 4), 2 * (28**2 + 7**2) * 128)
+    assert cases["cmt_s-stage2-keys"].cost == keys
+
+
 # How many shapes each suite has: CvT's nine stages, the different ones of the HAT-Nets, those of the others' models.
 SHAPES = {
     "patch_embedding": 9 + 4 + 2 * (4 + 3),
@@ -163,6 +171,7 @@ SHAPES = {
     "pointwise_mlp": 9,
     "local_attention": 9 + 4 + 4,
     "query_attention": 6 + 4 + 3 + 2 * 4,
+    "depthwise_conv": 4 + 3,
     "depthwise_mlp": 9 + 2 + 4 + 3 + 2 * 4,
 }
 
