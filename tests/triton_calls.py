@@ -170,16 +170,21 @@ def make_patch_embedding(stage: Stage, precision: Precision) -> Prepared:
     channels, out = stage.channels, 2 * stage.channels
     weights = [parameter(out, channels, stage.kernel, stage.kernel), *(parameter(out) for _ in range(3))]
     tensors = [x(stage.batch, stage.height, stage.width, channels), *weights, parameter(channels), parameter(channels)]
-    static = PatchEmbeddingStatic(1e-5, 1e-5, 2, stage.kernel // 2, precision.products, precision.activations)
+    dtypes = precision.products, precision.activations
+    static = PatchEmbeddingStatic(1e-5, 1e-5, 2, stage.kernel // 2, "none", False, 0.0, False, *dtypes)
+    tensors += [None] * 4
     return Prepared(patch_embedding, tensors, static)
 
 
 def make_stem(stage: Stage, precision: Precision) -> Prepared:
-    """From an image, channels first, to the stage."""
+    """From an image, channels first, to the stage, with an activation and a batch norm behind it."""
     x, parameter = _makers(precision)
     image = x(stage.batch, 3, 4 * stage.height, 4 * stage.width).permute(0, 2, 3, 1)
     tensors = [image, parameter(stage.channels, 3, 7, 7), *(parameter(stage.channels) for _ in range(3)), None, None]
-    static = PatchEmbeddingStatic(1e-5, None, 4, 2, precision.products, precision.activations)
+    tensors += [parameter(stage.channels) for _ in range(4)]
+    static = PatchEmbeddingStatic(
+        1e-5, None, 4, 2, "gelu", True, 1e-5, False, precision.products, precision.activations
+    )
     return Prepared(patch_embedding, tensors, static)
 
 

@@ -93,6 +93,8 @@ struct fk_patch_embedding {
   fk_dtype out_dtype;
   struct fk_linear linear;  // K is kernel * kernel * channels, in this order
   struct fk_norm in_norm;   // of each pixel of x
+  fk_activation activation;
+  const float *scale, *shift;  // of the activated result [N, padded]; null: none
   struct fk_norm norm;
   int64_t batch, height, width, channels, kernel, stride, padding, out_h, out_w;
   int64_t rows_per_task;

@@ -7,20 +7,31 @@ namespace {
 
 struct Embedding {
   fk_array weight, bias, norm_weight, norm_bias, in_norm_weight, in_norm_bias;
+  BatchNorm bn;
   std::optional<double> norm_eps, in_norm_eps;
   int64_t batch, height, width, channels, kernel, out;
-  bool low_precision;
+  bool low_precision, bn_after_activation;
   uint64_t mark;
 };
 
 struct Weights {
   fk_linear linear;
+  Affine affine;
   fk_norm in_norm, norm;
 };
 
-Embedding check(TensorList& t, const std::optional<Tensor>& packed, std::optional<double> norm_eps,
-                std::optional<double> in_norm_eps, int64_t stride, int64_t padding, ScalarType dtype) {
-  check_count(t, 7);
+// What the operator was called with besides tensors.
+struct Options {
+  std::optional<double> norm_eps, in_norm_eps;
+  int64_t stride, padding;
+  std::string activation;
+  bool bn_after_activation;
+  double bn_eps;
+  ScalarType dtype;
+};
+
+Embedding check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) {
+  check_count(t, 11);
   const Tensor &x = required(t, 0, "x"), &weight = required(t, 1, "weight");
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, "x, weight: expected 4 dimensions");
   Embedding e;
@@ -30,7 +41,10 @@ Embedding check(TensorList& t, const std::optional<Tensor>& packed, std::optiona
   e.channels = x.size(3);
   e.out = weight.size(0);
   e.kernel = weight.size(3);
-  e.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
+  e.low_precision = kernel_dtype(o.dtype) == FK_BF16 && kernels().low_precision;
+  e.bn_after_activation = o.bn_after_activation;
+  int64_t eps_bits;
+  __builtin_memcpy(&eps_bits, &o.bn_eps, 8);
   auto look = [&] {
     e.weight = weight_view(t[1], "weight", {e.out, e.channels, e.kernel, e.kernel});
     e.bias = weight_view(t[2], "bias", {e.out});
@@ -38,19 +52,25 @@ Embedding check(TensorList& t, const std::optional<Tensor>& packed, std::optiona
     e.norm_bias = weight_view(t[4], "norm_bias", {e.out});
     e.in_norm_weight = weight_view(t[5], "in_norm_weight", {e.channels});
     e.in_norm_bias = weight_view(t[6], "in_norm_bias", {e.channels});
+    e.bn = batch_norm(t, 7, e.out, o.bn_eps);
   };
-  e.mark = identify({e.out, e.channels, e.kernel, e.low_precision, norm_eps.has_value(), in_norm_eps.has_value()}, t, 1,
-                    7, packed, look);
-  e.norm_eps = norm_eps;
-  e.in_norm_eps = in_norm_eps;
-  check_window(e.kernel, stride, padding, e.height, e.width);
+  e.mark = identify({e.out, e.channels, e.kernel, e.low_precision, o.norm_eps.has_value(), o.in_norm_eps.has_value(),
+                     o.bn_after_activation, eps_bits},
+                    t, 1, 11, packed, look);
+  e.norm_eps = o.norm_eps;
+  e.in_norm_eps = o.in_norm_eps;
+  check_window(e.kernel, o.stride, o.padding, e.height, e.width);
   return e;
 }
 
 Tensor prepare(const Embedding& e, const std::optional<Tensor>& packed, Weights* w) {
   return pack(packed, e.mark, [&](Packer& p) {
     const int64_t taps = e.kernel * e.kernel;
-    w->linear = p.linear(e.weight, e.bias, e.out, taps * e.channels, e.low_precision, taps);
+    const int64_t panel = kernels().panel, padded = (e.out + panel - 1) / panel * panel;
+    const BatchNorm none = {};
+    w->linear = p.folded(e.weight, e.bias, e.out, taps * e.channels, e.low_precision, none,
+                         e.bn_after_activation ? none : e.bn, taps);
+    w->affine = p.affine(e.bn_after_activation ? e.bn : none, e.out, padded);
     w->in_norm = norm_of(p, e.in_norm_weight, e.in_norm_bias, e.in_norm_eps, e.channels);
     w->norm = norm_of(p, e.norm_weight, e.norm_bias, e.norm_eps, e.out);
   });
@@ -59,6 +79,7 @@ Tensor prepare(const Embedding& e, const std::optional<Tensor>& packed, Weights*
 fk_patch_embedding geometry(const Embedding& e, const TensorList& t, int64_t stride, int64_t padding) {
   fk_patch_embedding p = {};
   p.x = view(*t[0], "x");
+  p.activation = FK_NO_ACTIVATION;
   p.batch = e.batch;
   p.height = e.height;
   p.width = e.width;
@@ -72,14 +93,19 @@ fk_patch_embedding geometry(const Embedding& e, const TensorList& t, int64_t str
 }
 
 Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps,
-           std::optional<double> in_norm_eps, int64_t stride, int64_t padding, ScalarType dtype, ScalarType out_dtype) {
-  const Embedding e = check(t, packed, norm_eps, in_norm_eps, stride, padding, dtype);
+           std::optional<double> in_norm_eps, int64_t stride, int64_t padding, std::string activation,
+           bool bn_after_activation, double bn_eps, bool, ScalarType dtype, ScalarType out_dtype) {
+  const Embedding e =
+      check(t, packed, {norm_eps, in_norm_eps, stride, padding, activation, bn_after_activation, bn_eps, dtype});
   Weights w;
   const Tensor block = prepare(e, packed, &w);
   fk_patch_embedding p = geometry(e, t, stride, padding);
   p.out_dtype = kernel_dtype(out_dtype);
   p.linear = w.linear;
   p.in_norm = w.in_norm;
+  p.activation = activation_of(activation);
+  p.scale = w.affine.scale;
+  p.shift = w.affine.shift;
   p.norm = w.norm;
   Tensor out = empty({e.batch, p.out_h, p.out_w, e.out}, out_dtype);
   p.out = out.mutable_data_ptr();
@@ -93,9 +119,12 @@ Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> nor
 }
 
 Tensor pack_only(TensorList t, std::optional<double> norm_eps, std::optional<double> in_norm_eps, int64_t stride,
-                 int64_t padding, ScalarType dtype, ScalarType) {
+                 int64_t padding, std::string activation, bool bn_after_activation, double bn_eps, bool,
+                 ScalarType dtype, ScalarType) {
   Weights w;
-  return prepare(check(t, std::nullopt, norm_eps, in_norm_eps, stride, padding, dtype), std::nullopt, &w);
+  return prepare(
+      check(t, std::nullopt, {norm_eps, in_norm_eps, stride, padding, activation, bn_after_activation, bn_eps, dtype}),
+      std::nullopt, &w);
 }
 
 // Rows of a block: their neighbourhoods stay in L2, and each block adds to all of the weight's partial sum.
@@ -138,9 +167,11 @@ InputStep prepare_input_step(const Embedding& e, fk_patch_embedding_backward* p)
 }
 
 std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::optional<double> norm_eps,
-                             std::optional<double> in_norm_eps, int64_t stride, int64_t padding, ScalarType dtype,
-                             ScalarType out_dtype) {
-  const Embedding e = check(t, std::nullopt, norm_eps, in_norm_eps, stride, padding, dtype);
+                             std::optional<double> in_norm_eps, int64_t stride, int64_t padding, std::string activation,
+                             bool bn_after_activation, double bn_eps, bool, ScalarType dtype, ScalarType out_dtype) {
+  const Embedding e =
+      check(t, std::nullopt, {norm_eps, in_norm_eps, stride, padding, activation, bn_after_activation, bn_eps, dtype});
+  STD_TORCH_CHECK(activation == "none" && !e.bn.present(), "activation, bn: have no gradients here");
   fk_patch_embedding_backward p = {};
   p.forward = geometry(e, t, stride, padding);
   fk_patch_embedding& f = p.forward;

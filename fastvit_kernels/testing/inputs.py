@@ -754,6 +754,11 @@ def _patch_embedding(
     norm: bool = True,
     norm_affine: bool = True,
     in_norm: bool = False,
+    activation: str | None = None,
+    bn: bool = False,
+    bn_after_activation: bool = False,
+    bn_affine: bool = True,
+    bn_training: bool = False,
     layout: torch.memory_format = torch.channels_last,
 ) -> Call:
     arguments: dict[str, Any] = {
@@ -771,12 +776,27 @@ def _patch_embedding(
         arguments["in_norm_eps"] = 1e-3
         if norm_affine:
             arguments |= {"in_norm_weight": maker.positive(channels), "in_norm_bias": maker.vector(channels)}
+    if activation:
+        arguments["activation"] = activation
+    if bn:
+        arguments["bn_after_activation"] = bn_after_activation
+        arguments["bn"] = BatchNorm(
+            maker.positive(out) if bn_affine else None,
+            maker.vector(out) if bn_affine else None,
+            maker.vector(out),
+            maker.positive(out),
+            training=bn_training,
+        )
     return Call(ops.patch_embedding, arguments)
 
 
-def patch_embedding_case(name: str, *tags: str, **options: Any) -> Case:
+def patch_embedding_case(name: str, *tags: str, vanishing: Sequence[str] = (), **options: Any) -> Case:
     """A call of `patch_embedding` with these options of `_patch_embedding`."""
-    return Case(name, lambda maker: _patch_embedding(maker, **options), frozenset(tags))
+    return Case(name, lambda maker: _patch_embedding(maker, **options), frozenset(tags), frozenset(vanishing))
+
+
+_CMT_STEM: dict[str, Any] = {"activation": "gelu", "bn": True, "bn_after_activation": True, "norm": False}
+_DHVT_STEM: dict[str, Any] = {"activation": "gelu", "bn": True, "bias": False, "norm": False}
 
 
 PATCH_EMBEDDING = [
@@ -805,6 +825,12 @@ PATCH_EMBEDDING = [
     patch_embedding_case("both_norms", "smallest", in_norm=True, kernel=2, stride=2, padding=0),
     patch_embedding_case("padded_norm", in_norm=True, norm=False, padding=2),
     patch_embedding_case("in_norm_without_affine", in_norm=True, norm_affine=False, channels=17),
+    patch_embedding_case("bn_behind_the_activation", "smallest", **_CMT_STEM),
+    patch_embedding_case("bn_in_front_of_the_activation", "smallest", **_DHVT_STEM),
+    patch_embedding_case("bn_alone", bn=True, norm=False, channels=5, out=13),
+    patch_embedding_case("bn_without_affine", bn=True, bn_affine=False, activation="relu", out=37),
+    patch_embedding_case("activation_alone", activation="silu", norm=False, out=3, kernel=5, padding=2),
+    patch_embedding_case("all_norms", activation="quick_gelu", bn=True, in_norm=True, out=40),
     patch_embedding_case(
         "cvt_13_stage_1", "published", batch=1, size=(224, 224), channels=3, out=64, kernel=7, stride=4, padding=2
     ),
@@ -922,6 +948,13 @@ POOLED_PROJECTION = [
     pooled_projection_case(
         "hat_net_small_stage_2", "published", batch=1, grid=(28, 28), channels=128, out=256, kernel=4
     ),
+]
+
+# A bias right in front of batch statistics has no effect.
+PATCH_EMBEDDING_TRAINING = [
+    patch_embedding_case("cmt_stem_training", "smallest", "inductor", bn_training=True, **_CMT_STEM),
+    patch_embedding_case("dhvt_stem_training", bn_training=True, **_DHVT_STEM),
+    patch_embedding_case("bn_alone_training", vanishing=["bias"], bn=True, norm=False, bn_training=True),
 ]
 
 CASES = {

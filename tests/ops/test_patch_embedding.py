@@ -6,9 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvit_kernels.ops import patch_embedding
+from fastvit_kernels.ops import BatchNorm, patch_embedding
 from fastvit_kernels.testing import inputs
 from fastvit_kernels.testing.contract import Contract, Rejection
+
+
+ACTIVATIONS = {
+    None: lambda x: x,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
 
 
 def plain_pytorch(
@@ -17,6 +26,9 @@ def plain_pytorch(
     bias,
     stride,
     padding,
+    activation=None,
+    bn=None,
+    bn_after_activation=False,
     norm_weight=None,
     norm_bias=None,
     norm_eps=None,
@@ -28,6 +40,11 @@ def plain_pytorch(
         rows = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), in_norm_weight, in_norm_bias, in_norm_eps)
         x = rows.permute(0, 3, 1, 2)
     maps = F.conv2d(x, weight, bias, stride, padding)
+    for step in ("act", "bn") if bn_after_activation else ("bn", "act"):
+        if step == "act":
+            maps = ACTIVATIONS[activation](maps)
+        elif bn is not None:
+            maps = F.batch_norm(maps, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, 0.0, bn.eps)
     if norm_eps is None:
         return maps
     return F.layer_norm(maps.permute(0, 2, 3, 1), (len(weight),), norm_weight, norm_bias, norm_eps).permute(0, 3, 1, 2)
@@ -48,6 +65,28 @@ class TestPatchEmbedding(Contract, Rejection):
     )
 
 
+class TestTraining(Contract):
+    cases = inputs.PATCH_EMBEDDING_TRAINING
+    fused = ("patch_embedding",)
+    reshaped = TestPatchEmbedding.reshaped
+    equivalent = staticmethod(plain_pytorch)
+    # The batch's statistics come from PyTorch's operators, which make no such promise.
+    test_bits_do_not_depend_on_the_thread_count = None
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_running_statistics_are_those_of_batch_norm(after):
+    bn, expected = torch.nn.BatchNorm2d(16).train(), torch.nn.BatchNorm2d(16).train()
+    case = inputs.patch_embedding_case("training", norm=False, activation="gelu")
+    arguments = case.call().arguments
+    ours = BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, True, bn.momentum)
+    patch_embedding(**arguments, bn=ours, bn_after_activation=after)
+    maps = F.conv2d(arguments["x"], arguments["weight"], arguments["bias"], 2, 1)
+    expected(F.gelu(maps) if after else maps)
+    torch.testing.assert_close(bn.running_mean, expected.running_mean)
+    torch.testing.assert_close(bn.running_var, expected.running_var)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -63,6 +102,19 @@ class TestPatchEmbedding(Contract, Rejection):
         ({"norm_eps": float("inf")}, ValueError, "norm_eps: expected a finite number in .*, got inf"),
         ({"stride": 0}, ValueError, "stride: expected an integer of at least 1, got 0"),
         ({"stride": (2, 2)}, TypeError, "stride: expected an integer, got tuple"),
+        ({"activation": "tanh"}, ValueError, "activation: expected one of gelu, .* or None, got 'tanh'"),
+        ({"bn": torch.zeros(16)}, TypeError, "bn: expected a BatchNorm or None, got Tensor"),
+        ({"bn": BatchNorm(None, None, None, None)}, ValueError, "bn: expected running statistics outside training"),
+        (
+            {"bn": BatchNorm(torch.ones(6), None, torch.ones(16), torch.ones(16))},
+            ValueError,
+            r"bn.weight: expected shape \(16,\), got \(6,\)",
+        ),
+        (
+            {"x": torch.zeros(1, 6, 1, 1), "bn": BatchNorm(None, None, None, None, training=True)},
+            ValueError,
+            "x: expected more than 1 value per channel when training, got 1",
+        ),
         ({"padding": -1}, ValueError, "padding: expected an integer of at least 0, got -1"),
         ({"padding": "same"}, TypeError, "padding: expected an integer, got str"),
     ],

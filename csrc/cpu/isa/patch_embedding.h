@@ -53,6 +53,22 @@ FK_INLINE void gather_neighbourhood(const struct fk_patch_embedding& p, int64_t 
   copy_row(x, 0, padded - p.linear.k, to);
 }
 
+// A finished tile: bias, activation, affine.
+template <class A, fk_activation Activation>
+FK_INLINE void place_result(const struct fk_patch_embedding& p, const float* tile, int64_t height, int64_t column,
+                            float* out, int64_t ldo) {
+  for (int64_t j = 0; j < kPanel; j += FK_VL) {
+    const vf bias = load(p.linear.bias + column + j);
+    const vf scale = p.scale ? load(p.scale + column + j) : splat(1.0f);
+    const vf shift = p.scale ? load(p.shift + column + j) : splat(0.0f);
+    for (int64_t i = 0; i < height; ++i) {
+      vf y = activate<sizeof(A) == 2, Activation>(load(tile + i * kPanel + j) + bias);
+      if (p.scale) y = y * scale + shift;
+      store(out + i * ldo + j, y);
+    }
+  }
+}
+
 template <class A>
 FK_INLINE void embedding_task(const struct fk_patch_embedding& p, int64_t task, void* scratch) {
   const EmbeddingScratch<A> s = EmbeddingScratch<A>::layout(p, scratch);
@@ -65,13 +81,12 @@ FK_INLINE void embedding_task(const struct fk_patch_embedding& p, int64_t task, 
     else
       gather_neighbourhood<bf16>(p, first + i, s.rows + i * s.lda, padded);
   const A* panels = (const A*)p.linear.panels;
-  product(s.rows, s.lda, rows, panels, p.linear.k, 0, ceil_div(p.linear.n, kPanel), panels,
-          [&](int64_t row, int64_t height, int64_t column, const float* tile) {
-            for (int64_t i = 0; i < height; ++i)
-              for (int64_t j = 0; j < kPanel; j += FK_VL)
-                store(s.out + (row + i) * s.ldo + column + j,
-                      load(tile + i * kPanel + j) + load(p.linear.bias + column + j));
-          });
+  with_activation(p.activation, [&](auto activation) {
+    product(s.rows, s.lda, rows, panels, p.linear.k, 0, ceil_div(p.linear.n, kPanel), panels,
+            [&](int64_t row, int64_t height, int64_t column, const float* tile) {
+              place_result<A, activation.value>(p, tile, height, column, s.out + row * s.ldo + column, s.ldo);
+            });
+  });
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t at = (first + i) * p.linear.n;
     if (p.out_dtype == FK_F32)

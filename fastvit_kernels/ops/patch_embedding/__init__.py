@@ -1,4 +1,4 @@
-"""A dense strided convolution between two LayerNorms: in front of a stage, or of reduced keys and values."""
+"""A dense strided convolution with norms and an activation: of a stem, in front of a stage or of reduced keys."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.ops import library
+from fastvit_kernels.ops.activations import ALL_ACTIVATIONS
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
     check_eps,
     check_integer,
     check_parameter,
     check_tensor,
+    check_vectors,
     compute_dtype,
+)
+from fastvit_kernels.ops.batch_norm import (
+    BatchNorm,
+    batch_norm_tensors,
+    check_batch_norm,
+    update_running_statistics,
 )
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
 from fastvit_kernels.ops.packing import PackedWeights
 from fastvit_kernels.ops.patch_embedding import native, triton
-from fastvit_kernels.ops.patch_embedding.reference import STATIC_SCHEMA, Static, output_size, reference
+from fastvit_kernels.ops.patch_embedding.reference import (
+    STATIC_SCHEMA,
+    Static,
+    batch_statistics,
+    output_size,
+    reference,
+)
 
 __all__ = ["patch_embedding"]
 
@@ -33,11 +47,11 @@ OPERATOR = Operator(
     name="patch_embedding",
     static=Static,
     static_schema=STATIC_SCHEMA,
-    parameters=tuple(range(1, 7)),
+    parameters=tuple(range(1, 11)),
     returns=1,
     reference=reference,
     fake=_fake,
-    packing=lambda s: (s.norm_eps is None, s.in_norm_eps is None),
+    packing=lambda s: (s.norm_eps is None, s.in_norm_eps is None, s.bn_after_activation, s.bn_eps),
     triton_any_layout=(0,),
     backends=[native.Cpu(), triton.Triton()],
 )
@@ -51,6 +65,9 @@ def patch_embedding(
     *,
     stride: int,
     padding: int = 0,
+    activation: str | None = None,
+    bn: BatchNorm | None = None,
+    bn_after_activation: bool = False,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     norm_eps: float | None = None,
@@ -60,19 +77,24 @@ def patch_embedding(
     packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """LayerNorm over the channels, a dense strided convolution, LayerNorm over the channels.
+    """LayerNorm over the channels, a dense strided convolution, batch norm and activation, LayerNorm over the channels.
 
-    Equivalent plain PyTorch::
+    Equivalent plain PyTorch, all but the convolution optional::
 
         x = F.layer_norm(x.permute(0, 2, 3, 1), (C,), in_norm_weight, in_norm_bias, in_norm_eps).permute(0, 3, 1, 2)
-        maps = F.conv2d(x, weight, bias, stride, padding).permute(0, 2, 3, 1)
-        out = F.layer_norm(maps, (C_out,), norm_weight, norm_bias, norm_eps).permute(0, 3, 1, 2)
+        maps = F.conv2d(x, weight, bias, stride, padding)
+        maps = bn(activation(maps)) if bn_after_activation else activation(bn(maps))
+        out = F.layer_norm(maps.permute(0, 2, 3, 1), (C_out,), norm_weight, norm_bias, norm_eps).permute(0, 3, 1, 2)
 
     Args:
         x: `[B, C, H, W]`, on a CPU free of a copy in `torch.channels_last`; fp64, fp32, bf16 or fp16.
         weight: `[C_out, C, K, K]`; fp32 or x's dtype, like all parameters.
         bias: `[C_out]` or None.
         stride, padding: of the convolution, the same for both axes; padding is with zeros.
+        activation: `"gelu"` (exact, erf), `"quick_gelu"`, `"silu"`, `"relu"` or None.
+        bn: a batch normalisation of the convolution's result, or None. In training it normalises by the batch's
+            statistics and updates the running ones as `nn.BatchNorm2d` does.
+        bn_after_activation: it stands behind the activation, not in front of it.
         norm_weight, norm_bias: `[C_out]` or None.
         norm_eps: epsilon of the LayerNorm (computed in fp32) behind the convolution; None for no normalisation.
         in_norm_weight, in_norm_bias: `[C]` or None.
@@ -111,10 +133,39 @@ def patch_embedding(
     check_integer("padding", padding, 0)
     if min(x.shape[2:]) + 2 * padding < kernel:
         raise ValueError(f"x: a {kernel} x {kernel} filter is larger than the padded {tuple(x.shape[2:])} map")
+    if activation is not None and activation not in ALL_ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ALL_ACTIVATIONS)} or None, got {activation!r}")
+    if bn is not None:
+        check_batch_norm("bn", bn)
+        check_vectors(("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"), bn[:4], out, x)
+    bn_eps, training = (0.0, False) if bn is None else (bn.eps, bn.training)
     dtype = compute_dtype(x)
     out_dtype = dtype
     if norm_eps is not None and dtype is not x.dtype:
         out_dtype = torch.promote_types(dtype, torch.float32)
-    static = Static(norm_eps, in_norm_eps, stride, padding, dtype, out_dtype)
-    tensors = [x.permute(0, 2, 3, 1), weight, bias, norm_weight, norm_bias, in_norm_weight, in_norm_bias]
+    static = Static(
+        norm_eps,
+        in_norm_eps,
+        stride,
+        padding,
+        activation or "none",
+        bool(bn_after_activation),
+        bn_eps,
+        training,
+        dtype,
+        out_dtype,
+    )
+    rows = x.permute(0, 2, 3, 1)
+    tensors = [rows, weight, bias, norm_weight, norm_bias, in_norm_weight, in_norm_bias]
+    tensors += batch_norm_tensors(bn, out, x)
+    if bn is not None and training:
+        height, width = (output_size(size, kernel, static) for size in x.shape[2:])
+        count = x.shape[0] * height * width
+        if count < 2:
+            raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
+        with torch.no_grad():
+            mean, var = batch_statistics(tensors, static)
+            tensors[9:] = mean, var
+            update_running_statistics(bn, mean, var, count)
+    packed = None if training else packed
     return library.call(OPERATOR, tensors, static, packed=packed, backend=backend)[0].permute(0, 3, 1, 2)

@@ -26,7 +26,8 @@ class Cpu:
     def supports_backward(
         self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
     ) -> list[str]:
-        return []
+        step = static.activation != "none" or tensors[9] is not None
+        return ["a batch norm or an activation behind the convolution"] if step else []
 
     def run_backward(
         self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
