@@ -16,7 +16,8 @@ from fastvit_kernels.models.checkpoints import Conversion
 from fastvit_kernels.models.cmt_tables import check_tables, resize_tables
 from fastvit_kernels.models.features import FeatureInfo, check_image
 from fastvit_kernels.models.registry import register
-from fastvit_kernels.nn import IRFFN, LMHSA, LPU, DropPath, LayerNorm, PatchEmbedding
+from fastvit_kernels.nn import IRFFN, LMHSA, LPU, DenseConv2d, DropPath, LayerNorm, PatchEmbedding
+from fastvit_kernels.nn.dense_conv import convolve
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 from fastvit_kernels.nn.repetition import Repeating
 
@@ -135,7 +136,7 @@ class CMT(Repeating):
         self.resize_relative_pos = resize_relative_pos
         for index in (1, 2, 3):
             channels, stride = (in_chans, 2) if index == 1 else (stem_channel, 1)
-            self.add_module(f"stem_conv{index}", nn.Conv2d(channels, stem_channel, 3, stride, padding=1))
+            self.add_module(f"stem_conv{index}", DenseConv2d(channels, stem_channel, 3, stride, padding=1))
             self.add_module(f"stem_relu{index}", nn.GELU())
             self.add_module(f"stem_norm{index}", nn.BatchNorm2d(stem_channel))
         widths = (stem_channel, *embed_dims)
@@ -167,7 +168,7 @@ class CMT(Repeating):
             self.add_module(f"blocks_{letter}", blocks)
         self.head: nn.Module | None = None
         if not features_only:
-            self._fc = nn.Conv2d(embed_dims[-1], fc_dim, 1)
+            self._fc = DenseConv2d(embed_dims[-1], fc_dim, 1)
             self._bn = nn.BatchNorm2d(fc_dim)
             self._swish = nn.SiLU()
             self._drop = nn.Dropout(dp)
@@ -176,7 +177,7 @@ class CMT(Repeating):
         self.feature_info = [FeatureInfo(channels, 4 << stage) for stage, channels in enumerate(embed_dims)]
         for module in self.modules():
             _initialise(module)
-            if isinstance(module, (IRFFN, LMHSA, LPU, PatchEmbedding)):
+            if isinstance(module, (DenseConv2d, IRFFN, LMHSA, LPU, PatchEmbedding)):
                 module.backend = backend
 
     def grid(self, stage: int) -> tuple[int, int]:
@@ -196,7 +197,7 @@ class CMT(Repeating):
         """The pooled features `[B, fc_dim]` in front of the classifier."""
         if self.head is None:
             raise ValueError("features_only: this model was built for feature maps, it ends behind its last stage")
-        x = self._swish(self._bn(self._fc(self.forward_maps(x)[-1])))
+        x = convolve(self._fc, self.forward_maps(x)[-1], bn=self._bn, act=self._swish)
         pooled: Tensor = self._drop(x.mean((2, 3)))
         return pooled
 
@@ -209,9 +210,9 @@ class CMT(Repeating):
         # Only an image in NCHW memory is copied here; all maps behind it are channels-last already.
         x = x.contiguous(memory_format=torch.channels_last)
         for index in (1, 2, 3):
-            convolved = self.get_submodule(f"stem_conv{index}")(x)
-            activated = self.get_submodule(f"stem_relu{index}")(convolved)
-            x = self.get_submodule(f"stem_norm{index}")(activated.contiguous(memory_format=torch.channels_last))
+            modules: dict[str, Any] = self._modules
+            conv, act, bn = (modules[f"stem_{name}{index}"] for name in ("conv", "relu", "norm"))
+            x = convolve(conv, x, act=act, bn=bn, bn_after_activation=True)
         maps = []
         for letter in STAGES:
             x = self.get_submodule(f"patch_embed_{letter}")(x)
@@ -234,7 +235,7 @@ class CMT(Repeating):
         Packing takes a call with the tables of relative positions, which belong to the one size of images.
         """
         blank = self.get_parameter("relative_pos_a").new_zeros(1, self.in_chans, *self.img_size)
-        self.forward_maps(blank)
+        _ = self.forward_maps(blank) if self.head is None else self.forward_features(blank)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastvit_kernels.models.features import FeatureInfo, check_image
 from fastvit_kernels.models.registry import register
-from fastvit_kernels.nn import DAFF, HIMHSA, DropPath, LayerNorm
+from fastvit_kernels.nn import DAFF, HIMHSA, DenseConv2d, DropPath, LayerNorm
+from fastvit_kernels.nn.dense_conv import convolve
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 from fastvit_kernels.nn.repetition import Repeating
 
@@ -55,8 +56,26 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to a map `[B, embed_dim, H', W']`."""
-        out: Tensor = self.post_affine(self.proj(self.pre_affine(x)))
+        out: Tensor = self.post_affine(self._project(self.pre_affine(x)))
         return out
+
+    @torch.no_grad()
+    def pack_weights(self) -> None:
+        """Where the convolutions are prepared for inference, pack their weights now, not at the first call."""
+        self.forward(self.pre_affine.alpha.new_zeros(1, *self.pre_affine.alpha.shape[1:2], 1, 1))
+
+    def _project(self, x: Tensor) -> Tensor:
+        """`self.proj(x)`, with activations handed to the convolutions in front of them where nobody can tell."""
+        steps = list(self.proj)
+        if has_hooks(self.proj):
+            return self.proj(x)
+        while steps:
+            step = steps.pop(0)
+            if isinstance(step, _ConvNorm) and not has_hooks(step) and steps and isinstance(steps[0], nn.GELU):
+                x = step(x, steps.pop(0))
+            else:
+                x = step(x)
+        return x
 
 
 class Block(nn.Module):
@@ -180,7 +199,7 @@ class DHVT(Repeating):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            if isinstance(module, (DAFF, HIMHSA)):
+            if isinstance(module, (DAFF, HIMHSA, DenseConv2d)):
                 module.backend = backend
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -224,18 +243,16 @@ class DHVT(Repeating):
 
 
 class _ConvNorm(nn.Sequential):
-    """A convolution and its batch norm, on a map that stays in channels-last memory."""
+    """A convolution and its batch norm, on a map that stays in channels-last memory; an activation may be behind."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        conv, norm = self
-        # PyTorch's CPU batch norm in training returns a wrong input gradient when its input left that memory format and
-        # the batch stride of the gradient it gets is not H*W*C (seen in 2.13).
-        out: Tensor = norm(conv(input).contiguous(memory_format=torch.channels_last))
-        return out
+    def forward(self, input: Tensor, act: nn.Module | None = None) -> Tensor:
+        modules: Any = self
+        conv, bn = modules
+        return convolve(conv, input, act=act, bn=bn)
 
 
 def _conv3x3(in_dim: int, out_dim: int) -> nn.Module:
-    conv = nn.Conv2d(in_dim, out_dim, 3, stride=2, padding=1, bias=False)
+    conv = DenseConv2d(in_dim, out_dim, 3, stride=2, padding=1, bias=False)
     return _ConvNorm(conv, nn.BatchNorm2d(out_dim))
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastvit_kernels import ops
 from fastvit_kernels.nn import fused
+from fastvit_kernels.nn.fused_depthwise import activation_name
 from fastvit_kernels.ops.packing import PackedWeights
 
 
@@ -26,10 +27,26 @@ class DenseConv2d(nn.Conv2d):
     backend: str | None = None
     _packed: PackedWeights | None = None
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`[B, in_channels, H, W]`, best in channels-last memory, to `[B, out_channels, H', W']`."""
-        if self._packed is None or torch.is_grad_enabled() or self.fusion_obstacles():
-            return super().forward(input)
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        act: nn.Module | None = None,
+        bn: nn.BatchNorm2d | None = None,
+        bn_after_activation: bool = False,
+    ) -> Tensor:
+        """`act(bn(conv(input)))`; without the optional arguments the convolution's own forward.
+
+        Args:
+            input: `[B, in_channels, H, W]`, best in channels-last memory.
+            act, bn: modules to apply to the result, fused where possible.
+            bn_after_activation: `bn` stands behind `act`, not in front of it.
+
+        Returns:
+            `[B, out_channels, H', W']`.
+        """
+        if self._packed is None or torch.is_grad_enabled() or self.fusion_obstacles(act, bn):
+            return _behind(super().forward(input), act, bn, bn_after_activation)
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None and isinstance(self.padding[0], int)
         return ops.patch_embedding(
@@ -38,14 +55,52 @@ class DenseConv2d(nn.Conv2d):
             bias,
             stride=self.stride[0],
             padding=self.padding[0],
+            activation=None if act is None else activation_name(act),
+            bn=None if bn is None else fused.batch_norm_of(bn),
+            bn_after_activation=bn_after_activation,
             packed=self._packed,
             backend=self.backend,
         )
 
-    def fusion_obstacles(self) -> list[str]:
-        """Every reason why `forward` would run PyTorch's convolution even when prepared for inference."""
-        return fused.dense_conv_obstacles(self)
+    def fusion_obstacles(self, act: nn.Module | None = None, bn: nn.BatchNorm2d | None = None) -> list[str]:
+        """Every reason why `forward` would call PyTorch's modules even when prepared for inference."""
+        reasons = fused.dense_conv_obstacles(self)
+        if act is not None and activation_name(act) is None:
+            reasons.append(f"the activation is {act}, the fused ones are GELU (exact), QuickGELU, SiLU and ReLU")
+        elif act is not None and fused.has_hooks(act):
+            reasons.append("the activation has hooks")
+        if bn is not None:
+            reasons += fused.about("the batch norm", fused.batch_norm_obstacles(bn))
+            if not reasons and fused.uses_batch_statistics(bn):
+                reasons.append("the batch norm is training")
+        return reasons
 
     def prepare_inference(self, enabled: bool) -> None:
         """Keep the weights in the layout of the CPU kernels between calls (`enabled`), or stop doing so."""
         self._packed = PackedWeights() if enabled else None
+
+
+def convolve(
+    conv: nn.Conv2d,
+    input: Tensor,
+    *,
+    act: nn.Module | None = None,
+    bn: nn.BatchNorm2d | None = None,
+    bn_after_activation: bool = False,
+) -> Tensor:
+    """A convolution and what stands behind it, handed to the convolution where nobody can tell the difference."""
+    if isinstance(conv, DenseConv2d) and not fused.has_hooks(conv):
+        return conv(input, act=act, bn=bn, bn_after_activation=bn_after_activation)
+    return _behind(conv(input), act, bn, bn_after_activation)
+
+
+def _behind(maps: Tensor, act: nn.Module | None, bn: nn.BatchNorm2d | None, bn_after_activation: bool) -> Tensor:
+    for module in (act, bn) if bn_after_activation else (bn, act):
+        if module is None:
+            continue
+        if module is bn:
+            # PyTorch's CPU batch norm in training returns a wrong input gradient when its input left that memory format
+            # and the batch stride of the gradient it gets is not H*W*C (seen in 2.13).
+            maps = maps.contiguous(memory_format=torch.channels_last)
+        maps = module(maps)
+    return maps
