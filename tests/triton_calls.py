@@ -11,6 +11,8 @@ import torch
 from fastvit_kernels.ops import library
 from fastvit_kernels.ops.conv_projection import triton as conv_projection
 from fastvit_kernels.ops.conv_projection.reference import Static as ConvProjectionStatic
+from fastvit_kernels.ops.depthwise_conv import triton as depthwise_conv
+from fastvit_kernels.ops.depthwise_conv.reference import Static as DepthwiseConvStatic
 from fastvit_kernels.ops.depthwise_mlp import triton as depthwise_mlp
 from fastvit_kernels.ops.depthwise_mlp.reference import Static as DepthwiseMLPStatic
 from fastvit_kernels.ops.global_attention import triton as global_attention
@@ -188,6 +190,16 @@ def make_stem(stage: Stage, precision: Precision) -> Prepared:
     return Prepared(patch_embedding, tensors, static)
 
 
+def make_depthwise_conv(stage: Stage, precision: Precision) -> Prepared:
+    """A reduction between two norms."""
+    x, parameter = _makers(precision)
+    channels = stage.channels
+    tokens = x(stage.batch, stage.height * stage.width, channels)
+    tensors = [tokens, parameter(channels, 1, 2, 2), *(parameter(channels) for _ in range(7)), None]
+    static = DepthwiseConvStatic(1e-6, 1e-5, False, stage.height, stage.width, 2, 0, precision.products)
+    return Prepared(depthwise_conv, tensors, static)
+
+
 def make_pointwise_mlp(stage: Stage, precision: Precision) -> Prepared:
     x, parameter = _makers(precision)
     channels, hidden = stage.channels, int(stage.hidden_ratio * stage.channels)
@@ -281,6 +293,7 @@ def _makers(precision: Precision) -> tuple[Callable[..., torch.Tensor], Callable
 
 OPERATORS = {
     "conv_projection": make_conv_projection,
+    "depthwise_conv": make_depthwise_conv,
     "depthwise_mlp": make_depthwise_mlp,
     "depthwise_mlp with a mean": make_daff,
     "depthwise_mlp between norms": make_hat_mlp,

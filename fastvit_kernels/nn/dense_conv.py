@@ -95,10 +95,11 @@ def convolve(
 
 
 def _behind(maps: Tensor, act: nn.Module | None, bn: nn.BatchNorm2d | None, bn_after_activation: bool) -> Tensor:
-    for module in (act, bn) if bn_after_activation else (bn, act):
+    steps: list[nn.Module | None] = [act, bn] if bn_after_activation else [bn, act]
+    for module in steps:
         if module is None:
             continue
-        if module is bn:
+        if isinstance(module, nn.BatchNorm2d):
             # PyTorch's CPU batch norm in training returns a wrong input gradient when its input left that memory format
             # and the batch stride of the gradient it gets is not H*W*C (seen in 2.13).
             maps = maps.contiguous(memory_format=torch.channels_last)

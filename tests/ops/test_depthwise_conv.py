@@ -36,7 +36,6 @@ def plain_pytorch(
 class TestDepthwiseConv(Contract, Rejection):
     cases = inputs.DEPTHWISE_CONV
     fused = ("depthwise_conv",)
-    precisions = {"cpu": (inputs.FP32, inputs.BF16, inputs.BF16_FP32)}
     equivalent = staticmethod(plain_pytorch)
     resizable = frozenset({("x", 0)})
     reshaped = (
@@ -52,7 +51,6 @@ class TestDepthwiseConv(Contract, Rejection):
 class TestTraining(Contract):
     cases = inputs.DEPTHWISE_CONV_TRAINING
     fused = ("depthwise_conv",)
-    precisions = {"cpu": (inputs.FP32, inputs.BF16, inputs.BF16_FP32)}
     reshaped = TestDepthwiseConv.reshaped
     equivalent = staticmethod(plain_pytorch)
     # The batch's statistics come from PyTorch's operators, which make no such promise.

@@ -10,7 +10,6 @@ from fastvit_kernels.ops import BatchNorm, patch_embedding
 from fastvit_kernels.testing import inputs
 from fastvit_kernels.testing.contract import Contract, Rejection
 
-
 ACTIVATIONS = {
     None: lambda x: x,
     "gelu": F.gelu,

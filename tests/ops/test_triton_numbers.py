@@ -20,6 +20,7 @@ from fastvit_kernels.testing.triton_interpreter import round_to_bfloat16
 
 OPERATORS = (
     "conv_projection",
+    "depthwise_conv",
     "depthwise_mlp",
     "global_attention",
     "local_attention",

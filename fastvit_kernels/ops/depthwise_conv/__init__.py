@@ -23,7 +23,7 @@ from fastvit_kernels.ops.batch_norm import (
     check_batch_norm,
     update_running_statistics,
 )
-from fastvit_kernels.ops.depthwise_conv import native
+from fastvit_kernels.ops.depthwise_conv import native, triton
 from fastvit_kernels.ops.depthwise_conv.reference import (
     STATIC_SCHEMA,
     Static,
@@ -54,9 +54,9 @@ OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     packing=lambda s: (s.norm_eps is None, s.bn_eps),
-    backends=[native.Cpu()],
+    backends=[native.Cpu(), triton.Triton()],
 )
-library.register(OPERATOR)
+library.register(OPERATOR, triton.launch)
 
 
 def depthwise_conv(

@@ -10,9 +10,10 @@ from torch import Tensor
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.patch_embedding.reference import Static, output_size
-from fastvit_kernels.ops.primitives import activate, dot, normalize, scale_and_shift, vector
+from fastvit_kernels.ops.primitives import dot, normalize, vector
 from fastvit_kernels.ops.triton_configs import ALIGNMENT
 from fastvit_kernels.ops.triton_normalization import normalize_rows
+from fastvit_kernels.ops.triton_steps import apply_step
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def embed_kernel(
     CHANNELS_FIRST: tl.constexpr,
     ONE_TAP: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    BN_LAST: tl.constexpr,
+    BN_AFTER_ACTIVATION: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -129,13 +130,7 @@ def embed_kernel(
             weight = tl.load(weight_columns + k[:, None], mask=weight_mask, other=0.0)
         accumulator = dot(x, weight, accumulator, ARITHMETIC)
     y = accumulator + vector(bias_ptr, columns, column_mask, 0.0, BLOCK_N)[None, :]
-    if BN_LAST:
-        y = activate(y, ACTIVATION)
-    if bn is not None:
-        scale, shift = scale_and_shift(bn, columns, column_mask, BLOCK_N)
-        y = y * scale[None, :] + shift[None, :]
-    if not BN_LAST:
-        y = activate(y, ACTIVATION)
+    y = apply_step(y, bn, columns, column_mask, ACTIVATION, BN_AFTER_ACTIVATION, BLOCK_N)
     if norm is not None:
         y = row_normalize(y, norm, columns, column_mask, out_channels, BLOCK_N)
     offsets = rows.to(tl.int64)[:, None] * out_channels + columns[None, :]
@@ -180,7 +175,7 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         x,
         packed,
         bias,
-        None if bn[2] is None else (*bn, static.bn_eps),
+        (*bn, static.bn_eps),
         (norm_weight, norm_bias, static.norm_eps) if whole_rows else None,
         rows,
         num_rows,
@@ -197,7 +192,7 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         CHANNELS_FIRST=channels_first,
         ONE_TAP=not channels_first and channels % config.block_k == 0,
         ACTIVATION=static.activation,
-        BN_LAST=static.bn_after_activation,
+        BN_AFTER_ACTIVATION=static.bn_after_activation,
         ARITHMETIC=arithmetic.constexpr(),
     )
     if rows is not out:

@@ -1,0 +1,102 @@
+"""DenseConv2d with what stands behind it: fused where it is prepared for inference, called one by one elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fastvit_kernels import explain
+from fastvit_kernels.nn import DenseConv2d
+from fastvit_kernels.nn.dense_conv import convolve
+from fastvit_kernels.testing.numerics import relative_l2
+
+
+class Stem(nn.Module):
+    def __init__(self, act, bn_after_activation):
+        super().__init__()
+        self.conv = DenseConv2d(3, 20, 3, 2, 1)
+        self.act = act
+        self.bn = nn.BatchNorm2d(20)
+        self.after = bn_after_activation
+        nn.init.normal_(self.bn.running_mean)
+        nn.init.uniform_(self.bn.running_var, 0.5, 2.0)
+        nn.init.normal_(self.bn.weight)
+
+    def forward(self, x):
+        return convolve(self.conv, x, act=self.act, bn=self.bn, bn_after_activation=self.after)
+
+    def plain(self, x):
+        maps = self.conv(x)
+        return self.bn(self.act(maps)) if self.after else self.act(self.bn(maps))
+
+
+def made(act=None, after=False):
+    torch.manual_seed(0)
+    return Stem(act or nn.GELU(), after).eval(), torch.randn(2, 3, 9, 11)
+
+
+def operators(model, x):
+    return [decision.operator for decision in explain(model, x).decisions]
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.SiLU(), nn.ReLU()], ids=lambda act: type(act).__name__)
+@pytest.mark.parametrize("after", [False, True])
+def test_prepared_for_inference_it_is_one_operator(act, after):
+    model, x = made(act, after)
+    with torch.no_grad():
+        expected = model.plain(x)
+        assert torch.equal(model(x), expected) and not operators(model, x)
+        model.conv.prepare_inference(True)
+        for _ in range(2):
+            assert relative_l2(model(x), expected) <= 2e-6
+        assert operators(model, x) == ["patch_embedding"]
+        model.bn.running_mean.add_(1.0)
+        model.conv.weight.mul_(0.5)
+        again = model(x)
+        model.conv.prepare_inference(False)
+        assert relative_l2(again, model(x)) <= 2e-6
+
+
+def trains(model):
+    model.bn.train()
+
+
+def listens_to_the_convolution(model):
+    model.conv.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def listens_to_the_activation(model):
+    model.act.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def approximates(model):
+    model.act = nn.GELU("tanh")
+
+
+def replaces_the_convolution(model):
+    model.conv = nn.Conv2d(3, 20, 3, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [trains, listens_to_the_convolution, listens_to_the_activation, approximates, replaces_the_convolution],
+    ids=lambda change: change.__name__,
+)
+def test_what_cannot_be_fused_is_called(change):
+    model, x = made()
+    model.conv.prepare_inference(True)
+    change(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model.plain(x))
+
+
+def test_gradients_are_those_of_the_modules():
+    model, x = made(after=True)
+    model.train()
+    model.conv.prepare_inference(True)
+    inputs = x.requires_grad_(), *model.parameters()
+    found = torch.autograd.grad(model(x).square().sum(), inputs)
+    expected = torch.autograd.grad(model.plain(x).square().sum(), inputs)
+    for gradient, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, right)
