@@ -156,8 +156,8 @@ def _raw(library: str, name: str, tensors: list, static: tuple) -> list:
     return list(getattr(_operators(library), name)(tensors, None, *static))
 
 
-def _operator(library: str, name: str, case: str, precision: object, seed: int, changes: dict) -> list:
-    """A case of an operator, with both orders of threads; the results must not differ by a bit."""
+def _operator(library: str, name: str, case: str, precision: object, seed: int, changes: dict, orders: tuple) -> list:
+    """A case of an operator, with these orders of threads; the results must not differ by a bit."""
     import torch
 
     from fastvit_kernels.testing.inputs import CASES
@@ -166,11 +166,11 @@ def _operator(library: str, name: str, case: str, precision: object, seed: int, 
     tensors, static = raw_call(next(c for c in CASES[name] if c.name == case).call(precision, seed))
     static = static._replace(**changes)
     results = []
-    for reverse in (0, 1):
+    for reverse in orders:
         ctypes.CDLL(library).fk_emulator_reverse(reverse)
         results.append(_raw(library, name, tensors, static))
-    for first, second in zip(*results, strict=True):
-        if not torch.equal(first.view(torch.uint8), second.view(torch.uint8)):
+    for first, last in zip(results[0], results[-1], strict=True):
+        if not torch.equal(first.view(torch.uint8), last.view(torch.uint8)):
             raise RuntimeError(f"{name}: the order of the threads changes the result")
     return results[0]
 
