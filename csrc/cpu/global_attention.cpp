@@ -1,5 +1,3 @@
-#include <array>
-
 #include "gradients.h"
 #include "norms.h"
 
@@ -151,43 +149,13 @@ Tensor pack_only(TensorList t, int64_t heads, double, std::string norm, double n
   return prepare(check(t, std::nullopt, heads, norm, norm_eps, add_query_input, dtype), std::nullopt, &p);
 }
 
-// The backward goes through temporary tensors: the queries, the gradient of the heads' results, the results themselves.
-struct Temporary {
-  Tensor tensor;
-  fk_array array;
-};
-
-Temporary temporary(int64_t rows, int64_t columns, bool low_precision) {
-  const ScalarType dtype = low_precision ? ScalarType::BFloat16 : ScalarType::Float;
-  Temporary t = {empty({rows, columns}, dtype), {nullptr, low_precision ? FK_BF16 : FK_F32, rows * columns}};
-  t.array.data = t.tensor.mutable_data_ptr();
-  return t;
-}
-
-void run_linear_backward(fk_linear_backward* p, Gradients& found, std::array<size_t, 4> weights) {
-  const int64_t cached = 2 * kCacheBytes / (8 * std::max(p->k, p->n));
-  p->rows_per_block = std::max<int64_t>(1, std::min({p->rows, int64_t{224}, std::max<int64_t>(56, cached)}));
-  p->partials = partial_count(blocks(p->rows, p->rows_per_block), 4 * p->n * p->k);
-  const auto [weight, bias, norm_weight, norm_bias] = weights;
-  if (weight < kCount) {
-    p->weight = found.sums(weight, p->partials, p->n, p->k);
-    p->bias = found.sums(bias, p->partials, 1, p->n);
-  }
-  if (norm_weight < kCount) p->affine = found.affine_sums(norm_weight, norm_bias, p->partials, p->k);
-  if (!p->weight && !p->bias && !p->affine && !p->dx) return;
-  const fk_table& k = kernels();
-  run_tasks(p->partials, k.scratch_linear_backward(p),
-            [&](int64_t task, void* memory) { k.linear_backward(p, task, memory); });
-}
-
 std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t heads, double scale, std::string norm,
                              double norm_eps, bool add_query_input, bool return_statistics, ScalarType dtype) {
   const Attention a = check(t, std::nullopt, heads, norm, norm_eps, add_query_input, dtype);
   const auto supported = [&](bool condition) {
     STD_TORCH_CHECK(condition, "global_attention_backward: no kernels for these gradients");
   };
-  supported(a.norm != FK_GROUP_NORM && !add_query_input && !return_statistics && needs.size() == kCount);
-  supported(!(needs[kBias] && t[kBias].has_value()) && !t[kStatistics].has_value());
+  supported(a.norm != FK_GROUP_NORM && !add_query_input && !return_statistics && !t[kStatistics].has_value());
   fk_array grad = grad_view(grads, 0, 2, {a.batch, a.queries, a.out}, promoted(dtype, t[kResidual]));
   view(t[kResidual], "residual", {a.batch, a.queries, a.out});
   t[kQ] = torch::stable::contiguous(*t[kQ]);
@@ -229,9 +197,13 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t hea
   p.keys = a.keys;
   p.channels = a.channels;
   p.value_channels = a.value_channels;
+  p.dq_stride = a.channels;
   p.heads = heads;
   p.scale = static_cast<float>(scale);
   p.low_precision = a.low_precision;
+  p.sets = p.partials = a.batch;
+  if (found.wants(kBias)) p.partials = partial_count(a.batch, 4 * heads * a.queries * a.keys);
+  p.bias_sums = found.table_sums(kBias, p.partials, heads, a.queries, a.keys);
   p.bias = forward.bias;
   p.bias_stride = forward.bias_stride;
 
@@ -257,7 +229,7 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t hea
     p.q = queries.array;
   }
   p.grad = grad;
-  if (a.proj.data && (wants_queries || p.dk || p.dv)) {
+  if (a.proj.data && (wants_queries || p.dk || p.dv || p.bias_sums)) {
     slopes = temporary(rows, a.value_channels, a.low_precision);
     fk_linear_backward b = {};
     b.x.dtype = slopes.array.dtype;
@@ -268,7 +240,7 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t hea
     b.n = a.out;
     b.k = a.value_channels;
     b.dx = slopes.tensor.mutable_data_ptr();
-    run_linear_backward(&b, found, {kCount, kCount, kCount, kCount});
+    run_linear_backward(&b, found, {});
     p.grad = slopes.array;
   }
   if (found.wants(kProj)) {
@@ -283,8 +255,8 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t hea
     p.dq = found.data(kQ);
     p.dq_dtype = p.q.dtype;
   }
-  if (p.dq || p.dk || p.dv || p.result)
-    run_tasks(a.batch * heads, k.scratch_attention_backward(&p),
+  if (p.dq || p.dk || p.dv || p.result || p.bias_sums)
+    run_tasks(p.partials * heads, k.scratch_attention_backward(&p),
               [&](int64_t task, void* memory) { k.attention_backward(&p, task, memory); });
   if (found.wants(kProj) || found.wants(kProjBias)) {
     fk_linear_backward b = {};
@@ -294,7 +266,7 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t hea
     b.rows = rows;
     b.n = a.out;
     b.k = a.value_channels;
-    run_linear_backward(&b, found, {kProj, kProjBias, kCount, kCount});
+    run_linear_backward(&b, found, {kProj, kProjBias});
   }
   if (prepares && wants_queries) {
     fk_linear_backward b = {};

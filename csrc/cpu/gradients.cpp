@@ -52,7 +52,19 @@ float* Gradients::sums(size_t index, int64_t count, int64_t rows, int64_t column
   const int64_t stride = rows * padded(columns);
   float* partials = memory(count * stride);
   sums_.push_back({partials, count, stride, rows, columns, taps, results_[index]->mutable_data_ptr(),
-                   kernel_dtype(results_[index]->scalar_type())});
+                   kernel_dtype(results_[index]->scalar_type()), 0});
+  return partials;
+}
+
+float* Gradients::table_sums(size_t index, int64_t count, int64_t heads, int64_t queries, int64_t keys) {
+  if (!wants(index)) return nullptr;
+  const int64_t head = padded(queries) * keys;
+  float* partials = memory(count * heads * head);
+  char* to = static_cast<char*>(results_[index]->mutable_data_ptr());
+  const fk_dtype dtype = kernel_dtype(results_[index]->scalar_type());
+  for (int64_t h = 0; h < heads; ++h)
+    sums_.push_back({partials + h * head, count, heads * head, keys, queries, 1,
+                     to + h * queries * keys * (dtype == FK_F32 ? 4 : 2), dtype, 1});
   return partials;
 }
 
@@ -64,8 +76,30 @@ float* Gradients::affine_sums(size_t weight, size_t bias, int64_t count, int64_t
   for (size_t index : {weight, bias})
     if (wants(index))
       sums_.push_back({partials + (index == bias ? n : 0), count, stride, 1, n, 1, results_[index]->mutable_data_ptr(),
-                       kernel_dtype(results_[index]->scalar_type())});
+                       kernel_dtype(results_[index]->scalar_type()), 0});
   return partials;
+}
+
+Temporary temporary(int64_t rows, int64_t columns, bool low_precision) {
+  const ScalarType dtype = low_precision ? ScalarType::BFloat16 : ScalarType::Float;
+  Temporary t = {empty({rows, columns}, dtype), {nullptr, kernel_dtype(dtype), rows * columns}};
+  t.array.data = t.tensor.mutable_data_ptr();
+  return t;
+}
+
+void run_linear_backward(fk_linear_backward* p, Gradients& found, const LinearWeights& weights) {
+  constexpr int64_t kMostRows = 224, kFewestRows = 56;
+  const int64_t cached = 2 * kCacheBytes / (8 * std::max(p->k, p->n));
+  p->rows_per_block = std::max<int64_t>(1, std::min({p->rows, kMostRows, std::max(kFewestRows, cached)}));
+  p->partials = partial_count(blocks(p->rows, p->rows_per_block), 4 * p->n * p->k);
+  if (weights.weight != kNowhere) p->weight = found.sums(weights.weight, p->partials, p->n, p->k);
+  if (weights.bias != kNowhere) p->bias = found.sums(weights.bias, p->partials, 1, p->n);
+  if (weights.norm_weight != kNowhere)
+    p->affine = found.affine_sums(weights.norm_weight, weights.norm_bias, p->partials, p->k);
+  if (!p->weight && !p->bias && !p->affine && !p->dx) return;
+  const fk_table& k = kernels();
+  run_tasks(p->partials, k.scratch_linear_backward(p),
+            [&](int64_t task, void* memory) { k.linear_backward(p, task, memory); });
 }
 
 std::vector<Tensor> Gradients::finish() {

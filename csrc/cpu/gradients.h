@@ -35,6 +35,9 @@ class Gradients {
   float* sums(size_t index, int64_t count, int64_t rows, int64_t columns, int64_t taps = 1);
   // Partial sums [count][2 n, padded] of the gradients of a norm's weight and bias; null when neither is wanted.
   float* affine_sums(size_t weight, size_t bias, int64_t count, int64_t n);
+  // `count` partial sums of the gradient of a table [heads, queries, keys], each in panels of queries with a row for
+  // each key; null when it is not wanted.
+  float* table_sums(size_t index, int64_t count, int64_t heads, int64_t queries, int64_t keys);
   // Temporary memory that lives as long as this.
   float* memory(int64_t floats);
 
@@ -45,5 +48,20 @@ class Gradients {
   std::vector<Tensor> memory_;
   std::vector<fk_partial_sums> sums_;
 };
+
+// A temporary matrix of the products' type between the steps of a backward.
+struct Temporary {
+  Tensor tensor;
+  fk_array array;
+};
+Temporary temporary(int64_t rows, int64_t columns, bool low_precision);
+
+// Positions of the weights of a norm and a linear among an operator's tensors.
+constexpr size_t kNowhere = SIZE_MAX;
+struct LinearWeights {
+  size_t weight = kNowhere, bias = kNowhere, norm_weight = kNowhere, norm_bias = kNowhere;
+};
+// What of `p` the shape alone decides, the partial sums of these weights, and the step itself.
+void run_linear_backward(fk_linear_backward* p, Gradients& found, const LinearWeights& weights);
 
 }  // namespace fk

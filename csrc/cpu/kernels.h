@@ -211,6 +211,7 @@ struct fk_partial_sums {
   int64_t taps;  // > 1: columns run over [taps, columns / taps] and are stored as [columns / taps, taps]
   void* out;     // [rows, columns]
   fk_dtype out_dtype;
+  int32_t transposed;  // out is [columns, rows]; no taps
 };
 
 // The gradients of pointwise_mlp. Null pointers: not wanted.
@@ -268,21 +269,26 @@ struct fk_linear_forward {
   void* out;  // [rows, n], of the products' type
 };
 
-// The gradients of attention between projected queries, keys and values. Null pointers: not wanted. Task: a head of an
-// image.
+// The gradients of attention between projected queries, keys and values, for sets of them: images or windows. Null
+// pointers: not wanted. Task [partial, head]: a range of sets.
 struct fk_attention_backward {
-  struct fk_array q, k, v;  // k and v in rows `k_stride` and `v_stride` apart
-  struct fk_array grad;     // of the heads side by side [batch, queries, value_channels]
+  struct fk_array q, k, v;  // in rows `*_stride` apart
+  struct fk_array grad;     // of the heads side by side [tokens, value_channels]
   int64_t q_stride, k_stride, v_stride;
+  // Windows: the tokens of each set of an image, which has `tokens`; queries and keys are the same ones. Null: sets
+  // follow each other.
+  const int64_t* window_tokens;
+  int64_t tokens, sets_per_image;
   const float* bias;  // as in fk_global_attention
   int64_t bias_stride;
-  int64_t queries, keys, channels, value_channels, heads;
+  int64_t sets, partials, queries, keys, channels, value_channels, heads;
   float scale;
   int32_t low_precision;
   void* result;  // the heads side by side, of the products' type
   void *dq, *dk, *dv;
-  fk_dtype dq_dtype;             // dk and dv have the dtypes of k and v
-  int64_t dk_stride, dv_stride;  // between rows; dq has `channels`
+  fk_dtype dq_dtype;  // dk and dv have the dtypes of k and v
+  int64_t dq_stride, dk_stride, dv_stride;
+  float* bias_sums;  // partial sums [partials][heads], each in panels [queries, padded][keys]
 };
 
 struct fk_table {

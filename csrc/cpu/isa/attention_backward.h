@@ -110,74 +110,100 @@ FK_INLINE void add_to_keys(const A* rows, int64_t keys, int64_t queries, const A
     }
 }
 
+// Sums down a column of lanes of `value(i)`, a few rows at a time so that no running sum is long.
+template <class Value>
+FK_INLINE vf column_sum(int64_t keys, Value value) {
+  vf total = splat(0.0f);
+  for (int64_t first = 0; first < keys; first += kNearRows) {
+    const int64_t last = min64(first + kNearRows, keys);
+    vf s0 = splat(0.0f), s1 = splat(0.0f);
+    int64_t i = first;
+    for (; i + 2 <= last; i += 2) {
+      s0 += value(i);
+      s1 += value(i + 1);
+    }
+    if (i < last) s0 += value(i);
+    total += s0 + s1;
+  }
+  return total;
+}
+
 // Scores of a panel to probabilities.
-template <class A>
 FK_INLINE void softmax_panel(float* scores, int64_t keys, float scale) {
   for (int64_t j = 0; j < kPanel; j += FK_VL) {
     float* column = scores + j;
     vf m = column_maximum(column, keys, splat(scale));
     m = m == splat(-__builtin_inff()) ? splat(0.0f) : m;
-    const vf total = exponentiate(column, keys, splat(scale), m, column);
-    const vf inverse = splat(1.0f) / total;
+    exponentiate(column, keys, splat(scale), m, column);
+    const vf inverse = splat(1.0f) / column_sum(keys, [&](int64_t i) { return load(column + i * kPanel); });
     for (int64_t i = 0; i < keys; ++i) store(column + i * kPanel, load(column + i * kPanel) * inverse);
   }
 }
 
-// Gradients of the probabilities to those of the scores, times the scale.
-FK_INLINE void softmax_backward_panel(const float* probabilities, float* slopes, int64_t keys, float scale) {
+// Gradients of the probabilities to those of the scores, which `bias` gets as they are, unless null, and the rest times
+// the scale.
+FK_INLINE void softmax_backward_panel(const float* probabilities, float* slopes, int64_t keys, float scale, float* bias,
+                                      bool accumulate) {
   for (int64_t j = 0; j < kPanel; j += FK_VL) {
-    vf s0 = splat(0.0f), s1 = splat(0.0f);
-    int64_t i = 0;
-    for (; i + 2 <= keys; i += 2) {
-      s0 += load(probabilities + i * kPanel + j) * load(slopes + i * kPanel + j);
-      s1 += load(probabilities + (i + 1) * kPanel + j) * load(slopes + (i + 1) * kPanel + j);
-    }
-    if (i < keys) s0 += load(probabilities + i * kPanel + j) * load(slopes + i * kPanel + j);
-    const vf along = s0 + s1;
-    for (i = 0; i < keys; ++i) {
+    const vf along = column_sum(
+        keys, [&](int64_t i) { return load(probabilities + i * kPanel + j) * load(slopes + i * kPanel + j); });
+    for (int64_t i = 0; i < keys; ++i) {
       float* at = slopes + i * kPanel + j;
-      store(at, load(probabilities + i * kPanel + j) * (load(at) - along) * splat(scale));
+      const vf slope = load(probabilities + i * kPanel + j) * (load(at) - along);
+      if (bias) {
+        float* to = bias + i * kPanel + j;
+        store(to, accumulate ? load(to) + slope : slope);
+      }
+      store(at, slope * splat(scale));
     }
   }
 }
 
-// A head's rows behind each other in `buffer`.
-template <class A>
-FK_INLINE void stage_rows(const struct fk_array& x, int64_t offset, int64_t stride, int64_t rows, int64_t d, A* buffer,
-                          int64_t ldo) {
-  stage(x, offset, stride, rows, d, round_up(d, 2), buffer, ldo);
+// The token that row i of a set stands for; `count` rows make a set that lies as it is.
+FK_INLINE int64_t token_of(const struct fk_attention_backward& p, int64_t set, int64_t i, int64_t count) {
+  if (!p.window_tokens) return set * count + i;
+  return set / p.sets_per_image * p.tokens + p.window_tokens[set % p.sets_per_image * count + i];
 }
 
-// Rows of fp32 to a head's slice of a result.
-FK_INLINE void write_rows(const float* from, int64_t ldf, int64_t rows, int64_t n, void* out, fk_dtype dtype,
-                          int64_t offset, int64_t stride) {
+// `rows` rows of a head from row `first` of a set on; zeros behind d.
+template <class A>
+FK_INLINE void stage_set(const struct fk_attention_backward& p, const struct fk_array& x, int64_t stride,
+                         int64_t column, int64_t set, int64_t first, int64_t rows, int64_t count, int64_t d, A* out,
+                         int64_t ldo) {
   for (int64_t i = 0; i < rows; ++i)
-    if (dtype == FK_F32)
-      copy_row(from + i * ldf, n, n, (float*)out + offset + i * stride);
-    else
-      copy_row(from + i * ldf, n, n, (bf16*)out + offset + i * stride);
+    stage(x, token_of(p, set, first + i, count) * stride + column, 0, 1, d, round_up(d, 2), out + i * ldo, ldo);
 }
 
-// One head of one image.
+// Rows of fp32 to where they belong in a result.
+FK_INLINE void write_set(const struct fk_attention_backward& p, const float* from, int64_t ldf, int64_t n, void* out,
+                         fk_dtype dtype, int64_t stride, int64_t column, int64_t set, int64_t first, int64_t rows,
+                         int64_t count) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = token_of(p, set, first + i, count) * stride + column;
+    if (dtype == FK_F32)
+      copy_row(from + i * ldf, n, n, (float*)out + at);
+    else
+      copy_row(from + i * ldf, n, n, (bf16*)out + at);
+  }
+}
+
+// One head of one set.
 template <class A>
-FK_INLINE void attention_backward_task(const struct fk_attention_backward& p, int64_t task, void* scratch) {
-  typedef AttentionBackwardScratch<A> Scratch;
-  const Scratch s = Scratch::layout(p, scratch);
-  const int64_t image = task / p.heads, h = task % p.heads, d = p.channels / p.heads, dv = p.value_channels / p.heads;
-  const int64_t key_row = image * p.keys, pair = kStep<A>;
-  stage_rows(p.k, key_row * p.k_stride + h * d, p.k_stride, p.keys, d, s.keys, s.ldk);
-  stage_rows(p.v, key_row * p.v_stride + h * dv, p.v_stride, p.keys, dv, s.values, s.ldr);
+FK_INLINE void attention_backward_set(const struct fk_attention_backward& p, int64_t set, int64_t h, float* bias_sums,
+                                      bool accumulate, const AttentionBackwardScratch<A>& s) {
+  const int64_t d = p.channels / p.heads, dv = p.value_channels / p.heads, pair = kStep<A>;
+  stage_set(p, p.k, p.k_stride, h * d, set, 0, p.keys, p.keys, d, s.keys, s.ldk);
+  stage_set(p, p.v, p.v_stride, h * dv, set, 0, p.keys, p.keys, dv, s.values, s.ldr);
   if (p.dq) panels_of_rows(s.keys, s.ldk, p.keys, d, s.depth, s.key_panels);
   if (p.result) panels_of_rows(s.values, s.ldr, p.keys, dv, s.depth, s.value_panels);
-  const bool wants_slopes = p.dq || p.dk;
   if (p.queries == 0) {
     clear(s.d_keys, p.keys * s.ldd);
     clear(s.d_values, p.keys * s.ldv);
   }
   for (int64_t r = 0; r < p.queries; r += kPanel) {
-    const int64_t queries = min64(kPanel, p.queries - r), row = image * p.queries + r;
-    stage_rows(p.q, row * p.q_stride + h * d, p.q_stride, queries, d, s.query_rows, s.ldk);
-    stage_rows(p.grad, row * p.value_channels + h * dv, p.value_channels, queries, dv, s.grad_rows, s.ldr);
+    const int64_t queries = min64(kPanel, p.queries - r);
+    stage_set(p, p.q, p.q_stride, h * d, set, r, queries, p.queries, d, s.query_rows, s.ldk);
+    stage_set(p, p.grad, p.value_channels, h * dv, set, r, queries, p.queries, dv, s.grad_rows, s.ldr);
     transpose((const uint32_t*)s.query_rows, s.ldk / pair, queries, ceil_div(d, pair), (uint32_t*)s.queries, kPanel,
               kPanel);
     across(s.keys, s.ldk, p.keys, s.queries, round_up(d, pair), s.scores);
@@ -187,38 +213,50 @@ FK_INLINE void attention_backward_task(const struct fk_attention_backward& p, in
                             nullptr);
       scale = 1.0f;
     }
-    softmax_panel<A>(s.scores, p.keys, scale);
+    softmax_panel(s.scores, p.keys, scale);
     const A* probabilities = as_rows(s.scores, p.keys * kPanel, s.probability_rows);
     if (p.result) {
       int64_t stride = kPanel;
       const A* columns = columns_of_rows(probabilities, p.keys, kPanel, &stride, s.columns);
       from_keys(columns, stride, queries, s.value_panels, p.keys, s.depth, dv, s.result, s.ldv);
-      write_rows(s.result, s.ldv, queries, dv, p.result, dtype_of(s.keys), row * p.value_channels + h * dv,
-                 p.value_channels);
+      write_set(p, s.result, s.ldv, dv, p.result, dtype_of(s.keys), p.value_channels, h * dv, set, r, queries,
+                p.queries);
     }
     if (p.dv) {
       panels_of_rows(s.grad_rows, s.ldr, queries, dv, kPanel, s.grad_panels);
       add_to_keys(probabilities, p.keys, queries, s.grad_panels, dv, s.d_values, s.ldv, r > 0);
     }
-    if (!wants_slopes) continue;
+    if (!p.dq && !p.dk && !bias_sums) continue;
     transpose((const uint32_t*)s.grad_rows, s.ldr / pair, queries, ceil_div(dv, pair), (uint32_t*)s.grads, kPanel,
               kPanel);
     across(s.values, s.ldr, p.keys, s.grads, round_up(dv, pair), s.slopes);
-    softmax_backward_panel(s.scores, s.slopes, p.keys, p.scale);
+    softmax_backward_panel(s.scores, s.slopes, p.keys, p.scale, bias_sums ? bias_sums + r * p.keys : nullptr,
+                           accumulate);
     const A* slopes = as_rows(s.slopes, p.keys * kPanel, s.slope_rows);
     if (p.dq) {
       int64_t stride = kPanel;
       const A* columns = columns_of_rows(slopes, p.keys, kPanel, &stride, s.columns);
       from_keys(columns, stride, queries, s.key_panels, p.keys, s.depth, d, s.result, s.ldd);
-      write_rows(s.result, s.ldd, queries, d, p.dq, p.dq_dtype, row * p.channels + h * d, p.channels);
+      write_set(p, s.result, s.ldd, d, p.dq, p.dq_dtype, p.dq_stride, h * d, set, r, queries, p.queries);
     }
     if (p.dk) {
       panels_of_rows(s.query_rows, s.ldk, queries, d, kPanel, s.query_panels);
       add_to_keys(slopes, p.keys, queries, s.query_panels, d, s.d_keys, s.ldd, r > 0);
     }
   }
-  if (p.dk) write_rows(s.d_keys, s.ldd, p.keys, d, p.dk, p.k.dtype, key_row * p.dk_stride + h * d, p.dk_stride);
-  if (p.dv) write_rows(s.d_values, s.ldv, p.keys, dv, p.dv, p.v.dtype, key_row * p.dv_stride + h * dv, p.dv_stride);
+  if (p.dk) write_set(p, s.d_keys, s.ldd, d, p.dk, p.k.dtype, p.dk_stride, h * d, set, 0, p.keys, p.keys);
+  if (p.dv) write_set(p, s.d_values, s.ldv, dv, p.dv, p.v.dtype, p.dv_stride, h * dv, set, 0, p.keys, p.keys);
+}
+
+template <class A>
+FK_INLINE void attention_backward_task(const struct fk_attention_backward& p, int64_t task, void* scratch) {
+  const AttentionBackwardScratch<A> s = AttentionBackwardScratch<A>::layout(p, scratch);
+  const int64_t partial = task / p.heads, h = task % p.heads;
+  const BlockRange range = blocks_of(p.sets, 1, p.partials, partial);
+  const int64_t table = round_up(p.queries, kPanel) * p.keys;
+  float* bias_sums = p.bias_sums ? p.bias_sums + task * table : nullptr;
+  for (int64_t set = range.first; set < range.last; ++set)
+    attention_backward_set(p, set, h, bias_sums, set > range.first, s);
 }
 
 int64_t scratch_attention_backward(const struct fk_attention_backward* p) {

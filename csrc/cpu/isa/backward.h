@@ -196,6 +196,10 @@ FK_INLINE void add_panel(const struct fk_partial_sums& p, int64_t panel, Out* ou
       for (int64_t i = 0; i < p.count; ++i) sums += load(from + i * p.stride);
       store(total + j, sums);
     }
+    if (p.transposed) {
+      for (int64_t j = 0; j < width; ++j) from_float(out + (column + j) * p.rows + row, total[j]);
+      continue;
+    }
     Out* to = out + row * p.columns;
     if (p.taps == 1)
       copy_row(total, width, width, to + column);

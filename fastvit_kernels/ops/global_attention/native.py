@@ -33,8 +33,6 @@ class Cpu:
             reasons.append("gradients with add_query_input")
         if static.return_statistics:
             reasons.append("gradients of statistics")
-        if needs[9] and tensors[9] is not None:
-            reasons.append("the gradient of attn_bias")
         return reasons
 
     def run_backward(

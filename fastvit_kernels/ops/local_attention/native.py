@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,23 @@ class Cpu:
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.local_attention.default(tensors, packed, *static))
+
+    def supports_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[str]:
+        reasons = []
+        if static.norm == "group":
+            reasons.append("gradients of a group norm")
+        if static.return_statistics:
+            reasons.append("gradients of statistics")
+        if static.height % static.window_size or static.width % static.window_size:
+            reasons.append("gradients of padded windows")
+        return reasons
+
+    def run_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[Tensor]:
+        return list(torch.ops.fastvit.local_attention_backward.native(grads, tensors, needs, *static))
 
 
 # Of the CUDA kernels: pixels of a window that stay on chip together, channels of a head, pixels of a window's side.

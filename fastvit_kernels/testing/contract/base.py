@@ -23,7 +23,7 @@ NAMESPACE = f"{library.NAMESPACE}."
 
 # How much larger than the reference's the noise in a gradient that is exactly zero may be. Both are random.
 _NOISE = 4.0
-_SINGLE_NUMBER_DRAWS = 8
+_DRAWS = 8
 
 
 class ContractBase:
@@ -60,7 +60,7 @@ class ContractBase:
     ) -> None:
         """Hold what `run` makes of a case (changed, with these output gradients) to the numerics rule."""
         found, exact, low = [], [], []
-        for seed in range(max(self.draws, _SINGLE_NUMBER_DRAWS if "single_numbers" in case.tags else 1)):
+        for seed in range(max(self.draws, _DRAWS if "drawn" in case.tags else 1)):
             call = case.call(precision, seed)
             if change is None and grads is cotangents:
                 references = expected(case, precision, seed)
