@@ -15,9 +15,11 @@ from fastvit_kernels.bench.suites import (
     dhvt,
     global_attention,
     hat_net,
+    head_tokens,
     local_attention,
     patch_embedding,
     pointwise_mlp,
+    pooled_projection,
     pvt_v2,
     query_attention,
     windows,
@@ -54,6 +56,14 @@ def _depthwise_conv(batch: int) -> list[Case]:
     return [depthwise_conv.case(shape, batch) for shape in cmt.convolutions()]
 
 
+def _pooled_projection(batch: int) -> list[Case]:
+    return [pooled_projection.case(shape, batch) for shape in hat_net.poolings()]
+
+
+def _head_tokens(batch: int) -> list[Case]:
+    return [head_tokens.case(shape, batch) for shape in dhvt.heads()]
+
+
 def _depthwise_mlp(batch: int) -> list[Case]:
     shapes = [*hat_net.mlps(), *cmt.mlps(), *dhvt.mlps(), *pvt_v2.mlps()]
     return [depthwise_mlp.case(shape, batch) for shape in shapes]
@@ -69,5 +79,7 @@ SUITES: dict[str, Suite] = {
     "query_attention": _query_attention,
     "depthwise_conv": _depthwise_conv,
     "depthwise_mlp": _depthwise_mlp,
+    "pooled_projection": _pooled_projection,
+    "head_tokens": _head_tokens,
 }
 """Suite name -> the cases for a batch size. Cases build their modules and inputs when first asked for them."""

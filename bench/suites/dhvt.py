@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastvit_kernels.bench import flops, plain_dhvt
 from fastvit_kernels.bench.cases import Case
-from fastvit_kernels.bench.suites import depthwise_mlp, query_attention
+from fastvit_kernels.bench.suites import depthwise_mlp, head_tokens, query_attention
 from fastvit_kernels.bench.suites.models import accelerated, images, ours
 
 MODELS = ("dhvt_small_imagenet_patch16",)
@@ -65,6 +65,11 @@ def _shapes() -> list[tuple[str, tuple[int, int], int, int]]:
         side = sizes["side"] // sizes["patch"]
         found.append((name, (side, side), sizes["dim"], sizes["heads"]))
     return found
+
+
+def heads() -> list[head_tokens.Shape]:
+    """What the same models put in front of their attentions."""
+    return [head_tokens.Shape(name, flops.tokens(grid, 1), dim, count) for name, grid, dim, count in _shapes()]
 
 
 def mlps() -> list[depthwise_mlp.Shape]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastvit_kernels.bench import flops, plain_hat_net
 from fastvit_kernels.bench.cases import Case
-from fastvit_kernels.bench.suites import depthwise_mlp, query_attention
+from fastvit_kernels.bench.suites import depthwise_mlp, pooled_projection, query_attention
 from fastvit_kernels.bench.suites.models import IMAGE, accelerated, images, ours
 from fastvit_kernels.models import create_model
 from fastvit_kernels.models.hat_net import STEM_CHANNELS, HATNet
@@ -116,6 +116,11 @@ def attentions() -> list[query_attention.Shape]:
         for s in stages()
         if s.window > 1
     ]
+
+
+def poolings() -> list[pooled_projection.Shape]:
+    """The keys and values of every second level."""
+    return [pooled_projection.Shape(s.name, s.channels, s.grid, s.pool) for s in stages() if s.window > 1]
 
 
 def cost(sizes: dict[str, Any], batch: int) -> flops.Cost:

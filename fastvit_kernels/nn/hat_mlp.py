@@ -94,6 +94,8 @@ class HatMLP(nn.Module):
         channels = self.conv1[1].in_channels
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"x: expected a map [B, {channels}, H, W], got shape {tuple(x.shape)}")
+        last: Any = self.conv3[0]
+        fused.check_residual_map(residual, (x.shape[0], last.out_channels, *x.shape[2:]))
         drops_nothing = fused.drops_nothing(self.drop)
         if parts is None or depthwise_mlp_obstacles(parts):
             out = self.conv3(self.conv2(self.conv1(x)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvit_kernels import ops
 from fastvit_kernels.nn import fused
-from fastvit_kernels.ops.arguments import compute_dtype
+from fastvit_kernels.ops.arguments import check_integer, compute_dtype
 from fastvit_kernels.ops.normalization import group_statistics, normalize_by
 from fastvit_kernels.ops.packing import PackedWeights
 from fastvit_kernels.ops.pooling import average_pool
@@ -56,7 +56,8 @@ class HierarchicalAttention(nn.Module):
             but not trainable: no gradient ever reaches it, and `DistributedDataParallel` need not look for it.
 
     Raises:
-        ValueError: `head_dim` does not divide `dim`, or an unknown `pad`.
+        TypeError, ValueError: `head_dim` does not divide `dim`, a `grid_size` or a `ds_ratio` that is no positive
+            integer, or an unknown `pad`.
 
     Source: Liu et al., "Vision Transformers with Hierarchical Attention", section 3.2. The first residual is the input
     itself, not its norm, and every norm is a GroupNorm of one group with epsilon 1e-6, as in the official code.
@@ -77,6 +78,8 @@ class HierarchicalAttention(nn.Module):
         super().__init__()
         if head_dim < 1 or dim % head_dim:
             raise ValueError(f"head_dim: {head_dim} does not divide dim = {dim}")
+        check_integer("grid_size", grid_size, 1)
+        check_integer("ds_ratio", ds_ratio, 1)
         if pad not in PADS:
             raise ValueError(f"pad: expected one of {', '.join(PADS)}, got {pad!r}")
         self.num_heads = dim // head_dim
@@ -123,6 +126,7 @@ class HierarchicalAttention(nn.Module):
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
         self._check(x)
+        fused.check_residual_map(residual, (x.shape[0], self.num_heads * self.head_dim, *x.shape[2:]))
         drops_nothing = fused.drops_nothing(self.drop)
         if self.fusion_obstacles():
             out = self._compose(x)

@@ -163,6 +163,19 @@ def test_depthwise_conv_by_hand() -> None:
     assert cases["cmt_s-stage2-keys"].cost == keys
 
 
+def test_pooled_projection_by_hand() -> None:
+    costs = {case.name: case.cost for case in SUITES["pooled_projection"](2)}
+    weights = 4 * 128 + 256 * 129
+    assert costs["hat_net_small-stage2"] == flops.Cost(2 * 49 * 128 * 256, weights, 2 * (28**2 * 128 + 2 + 49 * 256))
+
+
+def test_head_tokens_by_hand() -> None:
+    costs = {case.name: case.cost for case in SUITES["head_tokens"](2)}
+    weights = 2 * 384 + 384 * 65 + 2 * 64 + 6 * 384
+    activations = 2 * (197 + 203) * 384
+    assert costs["dhvt_small_imagenet_patch16"] == flops.Cost(2 * 6 * 64 * 384, weights, activations)
+
+
 # How many shapes each suite has: CvT's nine stages, the different ones of the HAT-Nets, those of the others' models.
 SHAPES = {
     "patch_embedding": 9 + 4 + 2 * (4 + 3),
@@ -173,6 +186,8 @@ SHAPES = {
     "query_attention": 6 + 4 + 3 + 2 * 4,
     "depthwise_conv": 4 + 3,
     "depthwise_mlp": 9 + 2 + 4 + 3 + 2 * 4,
+    "pooled_projection": 6,
+    "head_tokens": 3,
 }
 
 

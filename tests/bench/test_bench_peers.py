@@ -109,6 +109,8 @@ def test_operator_suites_run_on_the_kernels() -> None:
         ("query_attention", ("hat_net_tiny-stage3", "cmt_s-stage3", "dhvt_small_cifar_patch4", "mit_b0-stage3")),
         ("local_attention", ("hat_net_tiny-stage4", "twins_svt_small-stage4", "swin_tiny-stage4")),
         ("depthwise_conv", ("cmt_s-stage4", "cmt_s-stage3-keys")),
+        ("pooled_projection", ("hat_net_tiny-stage3",)),
+        ("head_tokens", ("dhvt_small_cifar_patch4",)),
         ("patch_embedding", ("cmt_s-stage4", "mit_b0-stage3-keys", "mit_b0-stage4")),
     ],
 )

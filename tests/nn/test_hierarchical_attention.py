@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastvit_kernels import accelerate, explain, restore
-from fastvit_kernels.nn import HierarchicalAttention
+from fastvit_kernels.nn import HatMLP, HierarchicalAttention
 from fastvit_kernels.ops import global_attention, local_attention
 from fastvit_kernels.testing import assert_within_rule, relative_l2
 
@@ -347,5 +347,16 @@ def test_maps_of_another_shape(shape):
 def test_constructor_errors():
     with pytest.raises(ValueError, match="head_dim: 7 does not divide dim = 24"):
         HierarchicalAttention(24, 7)
+    with pytest.raises(ValueError, match="grid_size: expected an integer of at least 1, got 0"):
+        HierarchicalAttention(24, 8, 0)
+    with pytest.raises(TypeError, match="ds_ratio: expected an integer, got tuple"):
+        HierarchicalAttention(24, 8, 7, (2, 2))
     with pytest.raises(ValueError, match="pad: expected one of none, mask, got 'zero'"):
         HierarchicalAttention(24, 8, pad="zero")
+
+
+@pytest.mark.parametrize("make_module", [lambda: HierarchicalAttention(24, 8, 7, 2), lambda: HatMLP(24, 48)])
+@pytest.mark.parametrize("shape", [(2, 24, 7, 28), (2, 24, 196), (1, 24, 14, 14)])
+def test_a_residual_of_another_shape_is_refused(make_module, shape):
+    with pytest.raises(ValueError, match=r"residual: expected shape \(2, 24, 14, 14\), got"):
+        make_module()(torch.zeros(2, 24, 14, 14), residual=torch.zeros(shape))
