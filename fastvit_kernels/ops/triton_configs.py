@@ -170,6 +170,28 @@ CONFIGS: dict[str, Table] = {
         ("default", "unaligned"): ((ANY, Config(1, 1024, 1, 4, 2)),),
         ("interpreter", "any"): _INTERPRETER,
     },
+    "attention_saved": {
+        ("default", "half"): ((64, Config(64, 32, 0, 8, 1)), (ANY, Config(32, 32, 0, 8, 1))),
+        ("default", "tf32"): ((ANY, Config(16, 16, 0, 4, 1)),),
+        ("default", "ieee"): ((ANY, Config(16, 16, 0, 4, 1)),),
+        ("default", "unaligned"): ((64, Config(16, 16, 0, 4, 1)), (ANY, Config(16, 16, 0, 8, 1))),
+        ("interpreter", "any"): _INTERPRETER,
+    },
+    "attention_gradient": {
+        ("default", "half"): ((64, Config(64, 32, 0, 8, 1)), (ANY, Config(32, 32, 0, 8, 1))),
+        ("default", "tf32"): ((ANY, Config(16, 16, 0, 8, 1)),),
+        ("default", "ieee"): ((ANY, Config(16, 16, 0, 8, 1)),),
+        ("default", "unaligned"): ((64, Config(16, 16, 0, 4, 1)), (ANY, Config(16, 16, 0, 8, 1))),
+        ("interpreter", "any"): _INTERPRETER,
+    },
+    "bias_gradient": {
+        ("default", "half"): ((64, Config(32, 32, 0, 4, 1)), (ANY, Config(16, 16, 0, 4, 1))),
+        ("sm_90", "half"): ((64, Config(64, 32, 0, 8, 1)), (ANY, Config(16, 16, 0, 4, 1))),
+        ("default", "tf32"): ((ANY, Config(16, 16, 0, 8, 1)),),
+        ("default", "ieee"): ((ANY, Config(16, 16, 0, 8, 1)),),
+        ("default", "unaligned"): ((ANY, Config(16, 16, 0, 8, 1)),),
+        ("interpreter", "any"): _INTERPRETER,
+    },
     "hidden_gradient": {
         ("default", "half"): ((ANY, Config(128, 64, 64, 8, 2)),),
         ("default", "tf32"): ((ANY, Config(64, 64, 32, 8, 2)),),

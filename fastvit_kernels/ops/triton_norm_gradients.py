@@ -321,3 +321,21 @@ def add_statistics_gradient(grad: Tensor, x: Tensor, statistics_grad: Tensor, nu
         PREFIX=num_prefix_tokens,
     )
     return out
+
+
+def norm_gradient(
+    kind: str,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor | None,
+    eps: float,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x, weight, bias and statistics of one of `normalization.NORMS`, as above."""
+    if kind == "group":
+        return group_norm_gradient(grad, x, weight, bias, statistics, eps, needs)
+    if kind == "layer":
+        return [*layer_norm_gradient(grad, x, weight, bias, eps, needs[:3]), None]
+    return [grad.to(x.dtype), None, None, None]

@@ -35,7 +35,7 @@ def sum_block(parts_ptr, out_ptr, block, num_parts, stride, size, BLOCK_M: tl.co
     tl.store(out_ptr + columns, total, mask=columns < size)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["num_parts", "stride", "first_size", "second_size"])
 def sum_parts_kernel(
     parts_ptr,
     first_ptr,

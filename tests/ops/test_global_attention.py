@@ -54,6 +54,8 @@ def plain_pytorch(
 
 
 class TestGlobalAttention(Contract, Rejection):
+    # In gradients of few numbers the errors of kernel and reference are independent.
+    draws = 3
     cases = inputs.GLOBAL_ATTENTION
     fused = ("global_attention",)
     resizable = frozenset({("q", 1), ("v", 2)})

@@ -74,6 +74,8 @@ def plain_pytorch(
 
 
 class TestLocalAttention(Contract, Rejection):
+    # In gradients of few numbers the errors of kernel and reference are independent.
+    draws = 3
     cases = inputs.LOCAL_ATTENTION
     fused = ("local_attention",)
     equivalent = staticmethod(plain_pytorch)

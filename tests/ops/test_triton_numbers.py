@@ -119,7 +119,7 @@ def test_rows_far_from_zero() -> None:
     check(call)
 
 
-@pytest.mark.parametrize("operator", [name for name in OPERATORS if not name.endswith("_mlp")])
+@pytest.mark.parametrize("operator", ["conv_projection", "patch_embedding"])
 def test_gradients_are_the_references(operator: str) -> None:
     """Without kernels for them the backward pass recomputes through the reference, from the same inputs: same bits."""
     call = SMALL[operator][0].call(FP32)

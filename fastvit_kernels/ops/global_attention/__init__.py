@@ -52,7 +52,7 @@ OPERATOR = Operator(
     residual=11,
     backends=[native.Cpu(), triton.Triton()],
 )
-library.register(OPERATOR, triton.launch)
+library.register(OPERATOR, triton.launch, triton.launch_backward)
 
 
 def global_attention(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.global_attention.reference import Static
 from fastvit_kernels.ops.operator import Outputs, Tensors
-from fastvit_kernels.ops.triton_support import reasons
+from fastvit_kernels.ops.triton_support import norm_gradient_reasons, reasons
 
 _WIDEST_HEAD = 256
 
@@ -29,6 +31,18 @@ class Triton:
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.global_attention.triton(tensors, *static))
 
+    def supports_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[str]:
+        q, query_norm = tensors[0], static.norm == "layer"
+        assert q is not None
+        return norm_gradient_reasons(q.shape[-1]) if query_norm else []
+
+    def run_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[Tensor]:
+        return list(torch.ops.fastvit.global_attention_backward.triton(grads, tensors, needs, *static))
+
 
 def launch(tensors: Tensors, static: Static) -> Outputs:
     """The operator's outputs, from dense or strided tensors on one device."""
@@ -36,3 +50,10 @@ def launch(tensors: Tensors, static: Static) -> Outputs:
     from fastvit_kernels.ops.global_attention import triton_kernels
 
     return triton_kernels.run(tensors, static)
+
+
+def launch_backward(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static) -> list[Tensor]:
+    """The gradients of the needed tensors, in order."""
+    from fastvit_kernels.ops.global_attention import triton_backward
+
+    return triton_backward.run(grads, tensors, needs, static)

@@ -168,7 +168,7 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         )
     # Added by the attention itself: the queries' rows, or without a projection behind it the residual.
     added = rows if static.add_query_input else residual if proj_weight is None else None
-    out = _attend(q, k, v, attn_bias, added, static)
+    out = attend(q, k, v, attn_bias, added, static)
     if proj_weight is not None:
         out = linear(out, proj_weight, proj_bias, static.dtype, residual=residual)
     elif static.add_query_input and residual is not None:
@@ -176,7 +176,8 @@ def run(tensors: Tensors, static: Static) -> Outputs:
     return out, group_statistics(out) if static.return_statistics else out.new_empty(0, dtype=wide(out.dtype))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, added: Tensor | None, static: Static) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, attn_bias: Tensor | None, added: Tensor | None, static: Static) -> Tensor:
+    """The attention of dense queries, keys and values, plus `added`."""
     (batch, queries, channels), (_, keys, value_channels) = q.shape, v.shape
     heads = static.num_heads
     width, value_width = channels // heads, value_channels // heads

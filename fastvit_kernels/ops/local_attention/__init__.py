@@ -60,7 +60,7 @@ OPERATOR = Operator(
     residual=11,
     backends=[native.Cpu(), triton.Triton(), native.Cuda()],
 )
-library.register(OPERATOR, triton.launch)
+library.register(OPERATOR, triton.launch, triton.launch_backward)
 
 
 def local_attention(

@@ -7,6 +7,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.local_attention.reference import Static
@@ -180,14 +181,32 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         )
     # What the projection makes of an added pixel; None where that is zero.
     zero = None if qkv_bias is None or static.pad != "zero" else qkv_bias.to(x.dtype)
+    # Without a projection the residual is added here.
+    out = attend(x, k, v, zero, attn_bias, residual if proj_weight is None else None, static)
+    if proj_weight is not None:
+        out = linear(out, proj_weight, proj_bias, static.dtype, residual=residual)
+    return out, group_statistics(out) if static.return_statistics else out.new_empty(0, dtype=wide(out.dtype))
+
+
+def attend(
+    x: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    zero: Tensor | None,
+    attn_bias: Tensor | None,
+    added: Tensor | None,
+    static: Static,
+) -> Tensor:
+    """The attention of dense queries, keys and values, side by side in x or on their own, plus `added`.
+
+    `zero` is the row that pixels off the map have, or None for zeros.
+    """
     batch, tokens, channels = x.shape
     if v is None:
         channels //= 3
     value_channels = channels if v is None else v.shape[2]
     heads, window = static.num_heads, static.window_size
     width, value_width = channels // heads, value_channels // heads
-    # Without a projection the residual is added here.
-    added = residual if proj_weight is None else None
     dtype = static.dtype if added is None else torch.promote_types(added.dtype, static.dtype)
     out = x.new_empty((batch, tokens, value_channels), dtype=dtype)
     if out.numel() > 0:
@@ -223,6 +242,4 @@ def run(tensors: Tensors, static: Static) -> Outputs:
             BLOCK_V=max(_SMALLEST_DOT, triton.next_power_of_2(value_width)),
             ARITHMETIC=arithmetic.constexpr(),
         )
-    if proj_weight is not None:
-        out = linear(out, proj_weight, proj_bias, static.dtype, residual=residual)
-    return out, group_statistics(out) if static.return_statistics else out.new_empty(0, dtype=wide(out.dtype))
+    return out
