@@ -23,7 +23,7 @@ NAMESPACE = f"{library.NAMESPACE}."
 
 # How much larger than the reference's the noise in a gradient that is exactly zero may be. Both are random.
 _NOISE = 4.0
-_DRAWS = 8
+_DRAWS = 4
 
 
 class ContractBase:
