@@ -1,61 +1,8 @@
+#include "depthwise_mlp.h"
+
 #include <tuple>
 
-#include "norms.h"
-#include "packed.h"
-
-namespace fk {
-namespace {
-
-enum Index {
-  kX = 0,
-  kNormWeight = 1,
-  kNormBias = 2,
-  kStatistics = 3,
-  kExpand = 4,
-  kExpandBias = 5,
-  kBn1 = 6,
-  kFilter = 10,
-  kFilterBias = 11,
-  kBn2 = 12,
-  kProject = 16,
-  kProjectBias = 17,
-  kBn3 = 18,
-  kOutNormWeight = 22,
-  kOutNormBias = 23,
-  kResidual = 24,
-  kCount = 25
-};
-
-struct Mlp {
-  fk_array norm_weight, norm_bias, expand, expand_bias, filter, filter_bias, project, project_bias;
-  fk_array out_norm_weight, out_norm_bias;
-  BatchNorm bn[3];
-  fk_norm_kind norm;
-  double norm_eps;
-  bool bn_after_activation, low_precision, adds_input;
-  std::optional<double> out_norm_eps;
-  int64_t batch, tokens, channels, hidden, out, kernel;
-  uint64_t mark;
-
-  BatchNorm before_hidden_activation() const { return bn_after_activation ? BatchNorm{} : bn[0]; }
-  BatchNorm after_hidden_activation() const { return bn_after_activation ? bn[0] : BatchNorm{}; }
-  BatchNorm before_activation() const { return bn_after_activation ? BatchNorm{} : bn[1]; }
-  BatchNorm after_activation() const { return bn_after_activation ? bn[1] : BatchNorm{}; }
-};
-
-// What the operator was called with besides tensors.
-struct Options {
-  std::string norm;
-  double norm_eps;
-  std::string hidden_activation, activation, inner_residual;
-  bool bn_after_activation;
-  std::vector<double> bn_eps;
-  std::optional<double> out_norm_eps;
-  int64_t height, width, prefix;
-  std::string summary;
-  ScalarType dtype;
-};
-
+namespace fk::mlp {
 Mlp check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) {
   check_count(t, kCount);
   const Tensor &x = required(t, kX, "x"), &expand = required(t, kExpand, "fc1_weight"),
@@ -111,6 +58,8 @@ Mlp check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) 
                   "inner_residual: the second batch norm stands between it and the activation");
   return m;
 }
+
+namespace {
 
 // What is laid out: the kernel's weights, and the norm of the branch.
 Tensor prepare(const Mlp& m, const std::optional<Tensor>& packed, fk_depthwise_mlp* to, fk_norm* out_norm) {
@@ -176,12 +125,15 @@ Tensor mean_of_branch(const Mlp& m, const fk_depthwise_mlp& p, int64_t pixels, c
   return out;
 }
 
-std::tuple<Tensor, Tensor> run_checked(TensorList& t, const std::optional<Tensor>& packed, const Options& o) {
+}  // namespace
+
+Outputs forward(TensorList& t, const std::optional<Tensor>& packed, const Options& o,
+                std::optional<ScalarType> wanted) {
   const Mlp m = check(t, packed, o);
   fk_depthwise_mlp p = {};
   fk_norm out_norm;
   const Tensor block = prepare(m, packed, &p, &out_norm);
-  const ScalarType out_dtype = promoted(o.dtype, t[kResidual]);
+  const ScalarType out_dtype = wanted.value_or(promoted(o.dtype, t[kResidual]));
   Tensor out = empty({m.batch, m.tokens, m.out}, out_dtype);
   p.x = view(*t[kX], "x");
   p.residual = view(t[kResidual], "residual", {m.batch, m.tokens, m.out});
@@ -219,7 +171,7 @@ std::tuple<Tensor, Tensor> run_checked(TensorList& t, const std::optional<Tensor
   Tensor summary = wants_statistics && !normed ? moments.tensor(pixels, m.out) : no_statistics();
   if (normed) set_group_statistics(&out_norm, moments.finish(pixels, m.out), &out_groups);
   if (wants_mean) summary = mean_of_branch(m, p, pixels, out_norm);
-  if (!normed) return {out, summary};
+  if (!normed) return {out, summary, raw};
 
   const int64_t tasks_per_image = blocks(pixels, kMomentRows);
   Moments result(wants_statistics ? m.batch : 0, tasks_per_image);
@@ -236,17 +188,21 @@ std::tuple<Tensor, Tensor> run_checked(TensorList& t, const std::optional<Tensor
                                 wants_statistics ? result.data() : nullptr};
   run_tasks(m.batch * tasks_per_image, 0, [&](int64_t task, void*) { k.group_norm_rows(&g, task); });
   if (wants_statistics) summary = result.tensor(pixels, m.out);
-  return {out, summary};
+  return {out, summary, raw};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::string norm, double norm_eps,
                                std::string hidden_activation, std::string activation, std::string inner_residual,
                                bool bn_after_activation, std::vector<double> bn_eps, bool,
                                std::optional<double> out_norm_eps, int64_t height, int64_t width, int64_t prefix,
                                std::string summary, ScalarType dtype) {
-  return run_checked(t, packed,
-                     {norm, norm_eps, hidden_activation, activation, inner_residual, bn_after_activation, bn_eps,
-                      out_norm_eps, height, width, prefix, summary, dtype});
+  const Outputs found = forward(t, packed,
+                                {norm, norm_eps, hidden_activation, activation, inner_residual, bn_after_activation,
+                                 bn_eps, out_norm_eps, height, width, prefix, summary, dtype},
+                                std::nullopt);
+  return {found.out, found.summary};
 }
 
 Tensor pack_only(TensorList t, std::string norm, double norm_eps, std::string hidden_activation, std::string activation,
@@ -262,9 +218,9 @@ Tensor pack_only(TensorList t, std::string norm, double norm_eps, std::string hi
 }
 
 }  // namespace
-}  // namespace fk
+}  // namespace fk::mlp
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
-  m.impl("depthwise_mlp", TORCH_BOX(&fk::run));
-  m.impl("depthwise_mlp_pack", TORCH_BOX(&fk::pack_only));
+  m.impl("depthwise_mlp", TORCH_BOX(&fk::mlp::run));
+  m.impl("depthwise_mlp_pack", TORCH_BOX(&fk::mlp::pack_only));
 }

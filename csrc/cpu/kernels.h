@@ -291,6 +291,64 @@ struct fk_attention_backward {
   float* bias_sums;  // partial sums [partials][heads], each in panels [queries, padded][keys]
 };
 
+// The gradient of a norm's input, and of its affine parameters, from that of its result.
+struct fk_norm_backward {
+  struct fk_array x;  // [images, skipped + rows, columns]
+  struct fk_norm norm;
+  const float* grad;  // [parts][images * rows][grad_stride]; the parts are summed
+  int64_t grad_stride, parts;
+  void* out;  // like x; null: not wanted
+  int64_t images, rows, skipped, columns, rows_per_task, tasks_per_image;
+  float* sums;          // per task [2][columns], of the gradients of weight and bias; null: not wanted
+  double* totals;       // per task [2]: sums of grad * weight, alone and times the normalised x (GroupNorm)
+  const double* means;  // per image [2]: the same over the whole image, divided by the number of values
+};
+
+// Batch normalisation per channel, for its backward. Vectors are padded with zeros.
+struct fk_channel_norm {
+  const float *mean, *rstd, *weight, *bias;  // mean null: there is no norm
+  // Of the gradient, alone and times the normalised input, where both flow into batch statistics; null: they do not.
+  const float *grad_mean, *grad_slope;
+};
+
+// Sums over pixels per hidden channel; the gradients of the filter's taps come behind them.
+enum fk_mlp_sum {
+  FK_SUM_FILTERED,
+  FK_SUM_NORM2,
+  FK_SUM_NORM2_X,
+  FK_SUM_NORM1,
+  FK_SUM_NORM1_X,
+  FK_SUM_EXPANDED,
+  FK_SUM_TAPS
+};
+
+struct fk_depthwise_mlp_backward {
+  struct fk_array x;     // [B, P + H * W, C]
+  struct fk_array grad;  // of the second linear's result, [B, grad_prefix + H * W, N]
+  int64_t grad_prefix;
+  struct fk_norm norm;
+  struct fk_linear expand;                      // [hidden, C]
+  struct fk_linear project_back;                // [hidden, N]: the second linear's transpose
+  struct fk_linear expand_back;                 // [C, hidden]: the first one's
+  const float *filter, *flipped, *filter_bias;  // [taps][hidden, padded]
+  struct fk_channel_norm norm1, norm2;
+  enum fk_activation hidden_activation, activation;
+  // The inner residual, in front of the activation and behind it. The former as a weight on the filter's centre would
+  // round alike at every pixel.
+  int32_t adds_input, adds_hidden, norms_after_activation;
+  // Gradients of the weights, of the normalised x, and of anything in front of the filter.
+  int32_t wants_project, wants_filter, wants_expand, wants_input, wants_hidden;
+  int64_t batch, height, width, channels, out, prefix, kernel;
+  int64_t chunk, rows_per_band, groups, slices;
+  int64_t first, rows;  // hidden channels that the partial sums are of
+  char* store;          // of each image what steps leave to each other; null: one step does it all
+  int64_t store_bytes;  // of an image
+  float* expand_sums;   // per group [rows][C, padded]: gradient of the first linear's weight
+  float* project_sums;  // per group [rows][N, padded]: of the second one's, transposed
+  double* sums;         // per group [FK_SUM_TAPS + taps][rows]
+  float* normed_grad;   // per slice [B * H * W][C, padded]: gradient of the normalised x
+};
+
 struct fk_table {
   const char* name;
   int32_t lanes;          // floats of a vector
@@ -336,6 +394,14 @@ struct fk_table {
   int64_t (*scratch_attention_backward)(const struct fk_attention_backward*);
   void (*attention_backward)(const struct fk_attention_backward*, int64_t task, void* scratch);
   void (*pack_panel)(const struct fk_pack_linear*, int64_t panel);
+  void (*norm_backward_totals)(const struct fk_norm_backward*, int64_t task);
+  void (*norm_backward)(const struct fk_norm_backward*, int64_t task);
+  int64_t (*store_depthwise_mlp_backward)(const struct fk_depthwise_mlp_backward*);
+  int64_t (*scratch_depthwise_mlp_backward)(const struct fk_depthwise_mlp_backward*);
+  void (*depthwise_mlp_backward)(const struct fk_depthwise_mlp_backward*, int64_t task, void* scratch);
+  void (*depthwise_mlp_statistics)(const struct fk_depthwise_mlp_backward*, int64_t step, int64_t image);
+  void (*depthwise_mlp_backward_step)(const struct fk_depthwise_mlp_backward*, int64_t step, int64_t task,
+                                      void* scratch);
   double (*peak)(int32_t low_precision, int64_t iterations);  // floating-point operations done
 };
 

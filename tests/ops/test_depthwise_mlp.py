@@ -89,6 +89,8 @@ class TestDepthwiseMlp(Contract, Rejection):
     cases = inputs.DEPTHWISE_MLP
     fused = ("depthwise_mlp",)
     equivalent = staticmethod(plain_pytorch)
+    # The gradient of given statistics is two numbers per image.
+    draws = 2
     resizable = frozenset()
     reshaped = (
         [
@@ -107,9 +109,6 @@ class TestTraining(Contract):
     equivalent = staticmethod(plain_pytorch)
     # Triton's gradients through batch statistics are the matter of test_triton_gradients.py.
     precisions = {"cpu": Contract.precisions["cpu"]}
-    # The batch's statistics come from PyTorch's operators, which make no such promise.
-    test_bits_do_not_depend_on_the_thread_count = None
-    test_gradient_bits_do_not_depend_on_the_thread_count = None
 
 
 @pytest.mark.parametrize(

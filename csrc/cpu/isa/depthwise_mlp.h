@@ -99,13 +99,11 @@ FK_INLINE void place_hidden(const struct fk_depthwise_mlp& p, const MlpBand& b, 
   }
 }
 
-// `Pixels` neighbouring outputs of one vector of channels: depthwise filter, inner residual, activation.
-template <int Pixels, int Kernel, fk_activation Activation, bool AddsHidden, class A>
-FK_INLINE void filter_pixels(const float* hidden, int64_t line, int64_t step, const float* filter, int64_t taps_step,
-                             vf bias, int64_t kernel, A* out, int64_t ldo) {
-  constexpr bool kLow = sizeof(A) == 2;
+// The depthwise filter at `Pixels` neighbouring pixels, for one vector of channels.
+template <int Pixels, int Kernel>
+FK_INLINE void filter_sums(const float* hidden, int64_t line, int64_t step, const float* filter, int64_t taps_step,
+                           vf bias, int64_t kernel, vf* sums) {
   const int64_t k = Kernel ? Kernel : kernel;
-  vf sums[Pixels];
   for (int i = 0; i < Pixels; ++i) sums[i] = bias;
   for (int64_t ky = 0; ky < k; ++ky) {
     const float* row = hidden + ky * line;
@@ -130,7 +128,16 @@ FK_INLINE void filter_pixels(const float* hidden, int64_t line, int64_t step, co
       }
     }
   }
-  const float* centre = hidden + k / 2 * (line + step);
+}
+
+// The same with inner residual and activation behind it.
+template <int Pixels, int Kernel, fk_activation Activation, bool AddsHidden, class A>
+FK_INLINE void filter_pixels(const float* hidden, int64_t line, int64_t step, const float* filter, int64_t taps_step,
+                             vf bias, int64_t kernel, A* out, int64_t ldo) {
+  constexpr bool kLow = sizeof(A) == 2;
+  vf sums[Pixels];
+  filter_sums<Pixels, Kernel>(hidden, line, step, filter, taps_step, bias, kernel, sums);
+  const float* centre = hidden + (Kernel ? Kernel : kernel) / 2 * (line + step);
 #pragma GCC unroll 8
   for (int i = 0; i < Pixels; ++i) {
     vf u = sums[i];

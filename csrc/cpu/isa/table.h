@@ -4,11 +4,12 @@
 #include "attention_backward.h"
 #include "conv_projection.h"
 #include "depthwise_conv.h"
-#include "depthwise_mlp.h"
+#include "depthwise_mlp_backward.h"
 #include "global_attention.h"
 #include "head_tokens.h"
 #include "linear_backward.h"
 #include "local_attention.h"
+#include "norm_backward.h"
 #include "pack.h"
 #include "patch_embedding.h"
 #include "patch_embedding_backward.h"
@@ -63,5 +64,12 @@
       scratch_attention_backward,                     \
       attention_backward,                             \
       pack_panel,                                     \
+      norm_backward_totals,                           \
+      norm_backward,                                  \
+      store_depthwise_mlp_backward,                   \
+      scratch_depthwise_mlp_backward,                 \
+      depthwise_mlp_backward,                         \
+      depthwise_mlp_statistics,                       \
+      depthwise_mlp_backward_step,                    \
       peak,                                           \
   };

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops import library
+from fastvit_kernels.ops import dispatch, library
 from fastvit_kernels.ops.activations import ALL_ACTIVATIONS
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
@@ -49,6 +49,12 @@ def _fake(tensors: Tensors, static: Static) -> Outputs:
     return x.new_empty((*x.shape[:2], width), dtype=dtype), x.new_empty(summary, dtype=wide(static.dtype))
 
 
+def _fake_statistics(tensors: Tensors, *static: object) -> Tensor:
+    x, fc1_weight, fc2_weight = tensors[0], tensors[4], tensors[16]
+    assert x is not None and fc1_weight is not None and fc2_weight is not None
+    return x.new_empty((2, 2 * fc1_weight.shape[0] + fc2_weight.shape[0]), dtype=torch.float32)
+
+
 OPERATOR = Operator(
     name="depthwise_mlp",
     static=Static,
@@ -58,9 +64,11 @@ OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     packing=lambda s: (s.norm, s.bn_after_activation, s.inner_residual, *s.bn_eps, s.out_norm_eps is None),
+    residual=24,
     backends=[native.Cpu(), triton.Triton(), native.Cuda()],
 )
 library.register(OPERATOR, triton.launch, triton.launch_backward)
+library.define_statistics("depthwise_mlp_statistics", STATIC_SCHEMA, _fake_statistics)
 
 
 def depthwise_mlp(
@@ -216,7 +224,7 @@ def depthwise_mlp(
         compute_dtype(x),
     )
     if training:
-        _use_batch_statistics(tensors, static, norms)
+        _use_batch_statistics(tensors, static, norms, backend)
     found, summary = library.call(OPERATOR, tensors, static, packed=None if training else packed, backend=backend)
     return found if static.summary == "none" else (found, summary)
 
@@ -236,7 +244,9 @@ def _check_batch_norms(
     return norms
 
 
-def _use_batch_statistics(tensors: list[Tensor | None], static: Static, norms: tuple[BatchNorm | None, ...]) -> None:
+def _use_batch_statistics(
+    tensors: list[Tensor | None], static: Static, norms: tuple[BatchNorm | None, ...], backend: str | None
+) -> None:
     """Put this batch's means and variances into `tensors`, update the running statistics as BatchNorm2d does."""
     x = tensors[0]
     assert x is not None
@@ -244,7 +254,18 @@ def _use_batch_statistics(tensors: list[Tensor | None], static: Static, norms: t
     if count < 2:
         raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
     with torch.no_grad():
-        for bn, first, found in zip(norms, BATCH_NORMS, batch_statistics(tensors, static), strict=True):
+        on_cpu = dispatch.select(OPERATOR, tensors, static, backend).name == "cpu"
+        statistics = _cpu_statistics(tensors, static) if on_cpu else batch_statistics(tensors, static)
+        for bn, first, found in zip(norms, BATCH_NORMS, statistics, strict=True):
             if bn is not None and found is not None:
                 tensors[first + 2], tensors[first + 3] = found
                 update_running_statistics(bn, *found, count)
+
+
+def _cpu_statistics(tensors: Tensors, static: Static) -> list[tuple[Tensor, Tensor]]:
+    fc1_weight, fc2_weight = tensors[4], tensors[16]
+    assert fc1_weight is not None and fc2_weight is not None
+    hidden, out = fc1_weight.shape[0], fc2_weight.shape[0]
+    moments = torch.ops.fastvit.depthwise_mlp_statistics.default(library.dense(tensors), *static)
+    means, variances = (row.split([hidden, hidden, out]) for row in moments.unbind())
+    return list(zip(means, variances, strict=True))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops.depthwise_mlp.reference import Static
+from fastvit_kernels.ops.depthwise_mlp.reference import BATCH_NORMS, Static
 from fastvit_kernels.ops.native import MOST_SHARED_MEMORY, cpu_reasons, cuda_reasons
 from fastvit_kernels.ops.operator import Outputs, Tensors
+
+_LARGEST_KERNEL = 7
 
 
 class Cpu:
@@ -24,6 +28,30 @@ class Cpu:
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.depthwise_mlp.default(tensors, packed, *static))
 
+    def supports_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[str]:
+        dw_weight = tensors[10]
+        assert dw_weight is not None
+        reasons = cpu_reasons([*tensors, *grads], static.dtype)
+        if dw_weight.shape[-1] > _LARGEST_KERNEL:
+            reasons.append(f"dw_weight: {dw_weight.shape[-1]} taps a side, more than {_LARGEST_KERNEL}")
+        if any(needs[first + 2] or needs[first + 3] for first in BATCH_NORMS):
+            reasons.append("a gradient of running statistics is wanted")
+        if static.training and static.bn_after_activation:
+            # Almost always more exact than the reference, but single sums cancel worse than the numerics rule allows.
+            reasons.append("bn1 and bn2 take batch statistics behind their activations")
+        if static.training and tensors[20] is not None:
+            if static.out_norm_eps is not None:
+                reasons.append("bn3 takes batch statistics in front of another norm")
+            if static.summary == "statistics":
+                reasons.append("bn3 takes batch statistics in front of the result's")
+        return reasons
+
+    def run_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[Tensor]:
+        return list(torch.ops.fastvit.depthwise_mlp_backward.native(list(grads), list(tensors), list(needs), *static))
 
 # Of the CUDA kernels: the result's channels, which stay in registers, and the filter's side.
 _MOST_CHANNELS = 384

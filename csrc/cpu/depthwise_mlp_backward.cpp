@@ -1,0 +1,508 @@
+#include <cmath>
+
+#include "depthwise_mlp_hidden.h"
+
+namespace fk::mlp {
+namespace {
+
+using Needs = std::vector<bool>;
+
+// Tasks that a call is cut into at least, where it can be, and groups of images at most.
+constexpr int64_t kTasks = 8, kMostGroups = 32;
+
+// Sums over all pixels, per hidden channel and per weight.
+struct Sums {
+  std::vector<double> channels;                 // [FK_SUM_TAPS + taps][padded hidden]
+  float *expand = nullptr, *project = nullptr;  // [padded hidden][padded C], [padded hidden][padded N]
+};
+
+struct Backward {
+  TensorList& t;
+  const Options& o;
+  const Needs& needs;
+  bool training;
+  Mlp m;
+  Memory memory;
+  std::vector<Tensor> found;  // by index; only those needed are set
+  int64_t pixels, panel, hidden, taps;
+
+  bool needs_any(std::initializer_list<size_t> indices) const {
+    for (size_t i : indices)
+      if (needs[i]) return true;
+    return false;
+  }
+  bool of_batch(int norm) const { return training && m.bn[norm].present(); }
+};
+
+void convert(const fk_array& from, int64_t at, int64_t n, float* to) {
+  if (from.dtype == FK_F32)
+    std::copy(static_cast<const float*>(from.data) + at, static_cast<const float*>(from.data) + at + n, to);
+  else
+    for (int64_t i = 0; i < n; ++i) to[i] = element(from, at + i);
+}
+
+bool any_nonzero(const fk_array& x) {
+  for (int64_t i = 0; i < x.size; ++i)
+    if (!(element(x, i) == 0.0f)) return true;
+  return false;
+}
+
+// The gradient of the result without prefix rows in fp32, with what comes by way of the summary: means over the pixels,
+// or mean and variance of the image.
+float* gather(Backward* b, const fk_array& grad, const fk_array& summary, const Outputs* forward) {
+  const Mlp& m = b->m;
+  const int64_t width = m.out, rows = b->pixels;
+  float* map = b->memory.take<float>(m.batch * rows * width);
+  const fk_array out = forward ? view(forward->out, "out") : absent();
+  const fk_array statistics = forward ? view(forward->summary, "summary") : absent();
+  const double n = static_cast<double>(rows * width);
+  run_tasks(m.batch * rows, 0, [&](int64_t row, void*) {
+    const int64_t image = row / rows, at = (image * m.tokens + b->o.prefix + row % rows) * width;
+    float* to = map + row * width;
+    convert(grad, at, width, to);
+    if (!summary.data) return;
+    if (!forward) {
+      for (int64_t c = 0; c < width; ++c) to[c] += element(summary, image * width + c) / static_cast<float>(rows);
+      return;
+    }
+    const float mean = element(statistics, 2 * image);
+    const float base = static_cast<float>(element(summary, 2 * image) / n);
+    const float slope = static_cast<float>(2.0 * element(summary, 2 * image + 1) / n);
+    for (int64_t c = 0; c < width; ++c) to[c] += base + slope * (element(out, at + c) - mean);
+  });
+  return map;
+}
+
+// The residual's gradient: that of the result, prefix rows included.
+void residual_gradient(Backward* b, const fk_array& grad, const float* map) {
+  const Mlp& m = b->m;
+  Tensor& out = b->found[kResidual] = gradient_of(*b->t[kResidual]);
+  const Writer writer(out);
+  const int64_t width = m.out, prefix = b->o.prefix;
+  run_tasks(m.batch * m.tokens, 0, [&](int64_t row, void*) {
+    const int64_t image = row / m.tokens, token = row % m.tokens, at = row * width;
+    const float* from = map && token >= prefix ? map + (image * b->pixels + token - prefix) * width : nullptr;
+    for (int64_t c = 0; c < width; ++c) writer.set(at + c, from ? from[c] : element(grad, at + c));
+  });
+}
+
+void write_vector(Backward* b, size_t index, const std::vector<double>& values) {
+  if (!b->needs[index]) return;
+  b->found[index] = gradient_of(*b->t[index]);
+  const Writer writer(b->found[index]);
+  const int64_t n = b->found[index].numel();
+  for (int64_t i = 0; i < n; ++i) writer.set(i, static_cast<float>(values[i]));
+}
+
+// Backward of a batch norm behind the second linear that takes its statistics from the batch: `grad` [rows][N] becomes
+// the gradient of its input `raw` [images, skipped + rows, N].
+void batch_norm_gradients(Backward* b, float* grad, const fk_array& raw, int64_t skipped) {
+  const Mlp& m = b->m;
+  const BatchNorm& bn = m.bn[2];
+  const int64_t width = m.out, rows = m.batch * b->pixels;
+  // Those of `raw` itself, not rounded as the given ones are: a constant gradient must leave nothing.
+  const ChannelStatistics statistics = channel_statistics(raw, m.batch, skipped, b->pixels, width);
+  const std::vector<double>& mean = statistics.mean;
+  std::vector<double> rstd(width), scale(width);
+  for (int64_t c = 0; c < width; ++c) {
+    rstd[c] = 1.0 / std::sqrt(statistics.variance[c] + bn.eps);
+    scale[c] = (bn.weight.data ? element(bn.weight, c) : 1.0) * rstd[c];
+  }
+  constexpr int64_t kRows = 128;
+  const int64_t tasks = blocks(rows, kRows);
+  auto row_of = [&](int64_t row) {
+    return static_cast<const float*>(raw.data) +
+           (row / b->pixels * (skipped + b->pixels) + skipped + row % b->pixels) * width;
+  };
+  std::vector<double> partial(static_cast<size_t>(tasks * 2 * width), 0.0);
+  run_tasks(tasks, 0, [&](int64_t task, void*) {
+    double *alone = partial.data() + task * 2 * width, *times = alone + width;
+    for (int64_t row = task * kRows; row < std::min(rows, (task + 1) * kRows); ++row) {
+      const float *g = grad + row * width, *x = row_of(row);
+      for (int64_t c = 0; c < width; ++c) {
+        alone[c] += g[c];
+        times[c] += g[c] * ((x[c] - mean[c]) * rstd[c]);
+      }
+    }
+  });
+  std::vector<double> alone(width, 0.0), times(width, 0.0);
+  for (int64_t task = 0; task < tasks; ++task)
+    for (int64_t c = 0; c < width; ++c) {
+      alone[c] += partial[task * 2 * width + c];
+      times[c] += partial[task * 2 * width + width + c];
+    }
+  write_vector(b, kBn3, times);
+  write_vector(b, kBn3 + 1, alone);
+  const double n = static_cast<double>(rows);
+  run_tasks(tasks, 0, [&](int64_t task, void*) {
+    for (int64_t row = task * kRows; row < std::min(rows, (task + 1) * kRows); ++row) {
+      float* g = grad + row * width;
+      const float* x = row_of(row);
+      for (int64_t c = 0; c < width; ++c) {
+        const double hat = (x[c] - mean[c]) * rstd[c];
+        g[c] = static_cast<float>(scale[c] * (g[c] - alone[c] / n - hat * times[c] / n));
+      }
+    }
+  });
+}
+
+// How a call is cut: hidden channels at a time, rows at a time, images and hidden channels that share partial sums.
+void choose_tiles(fk_depthwise_mlp_backward* p, int64_t hidden) {
+  const int64_t panel = kernels().panel, reach = p->kernel / 2;
+  const int64_t padded = (p->height + 2 * reach) * (p->width + 2 * reach);
+  const bool steps = p->store;
+  p->chunk = std::max<int64_t>(panel, 64);
+  while (!steps && p->chunk < 256 && padded * p->chunk * 2 * 4 <= 128 * 1024) p->chunk *= 2;
+  p->chunk = std::min(p->chunk, hidden);
+  // The arrays of a band and of what it reads, in an L2 cache.
+  const int64_t row_bytes = p->width * p->chunk * 4 * 7;
+  p->rows_per_band = std::max<int64_t>(2, 640 * 1024 / row_bytes / 2 * 2);
+  const int64_t bands = blocks(p->height, p->rows_per_band);
+  p->rows_per_band = (blocks(p->height, bands) + 1) / 2 * 2;
+  // Tasks are groups of images, each with its own partial sums of the weights' gradients, times slices of the hidden
+  // channels, each with its own partial gradient of the input: as many as threads need, with as little of both as
+  // possible. Slices prepare the images once more, so they count for more.
+  const int64_t channels = blocks(p->channels, panel) * panel, out = blocks(p->out, panel) * panel;
+  const int64_t weights = (steps ? p->chunk : hidden) * (channels + out);
+  const int64_t inputs = 3 * p->batch * p->height * p->width * channels;
+  const int64_t chunks = steps ? 1 : blocks(hidden, p->chunk);
+  p->groups = 0;
+  p->slices = 1;
+  int64_t most = 0, least = 0;
+  for (int64_t wanted = 1; wanted <= std::min(p->batch, kMostGroups); wanted *= 2) {
+    const int64_t groups = blocks(p->batch, blocks(p->batch, wanted));
+    const int64_t slices = blocks(chunks, blocks(chunks, std::min(chunks, blocks(kTasks, groups))));
+    const int64_t tasks = std::min(kTasks, groups * slices), values = groups * weights + slices * inputs;
+    if (tasks < most || (tasks == most && values >= least)) continue;
+    most = tasks;
+    least = values;
+    p->groups = groups;
+    p->slices = slices;
+  }
+}
+
+// The hidden part: sums for all weights around the hidden map, and the gradient of the normalised x.
+Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p) {
+  const Mlp& m = b->m;
+  const fk_table& k = kernels();
+  const int64_t panel = b->panel, hidden = b->hidden, kinds = FK_SUM_TAPS + b->taps;
+  const int64_t channels = blocks(m.channels, panel) * panel, out = blocks(m.out, panel) * panel;
+  const bool steps = b->of_batch(0) || b->of_batch(1);
+  const ChannelNorm norm1(m.bn[0], m.hidden, hidden, b->of_batch(0), &b->memory);
+  const ChannelNorm norm2(m.bn[1], m.hidden, hidden, b->of_batch(1), &b->memory);
+  p->norm1 = norm1.vectors;
+  p->norm2 = norm2.vectors;
+  char sizing;
+  p->store = steps ? &sizing : nullptr;
+  choose_tiles(p, hidden);
+  p->first = 0;
+  p->rows = steps ? p->chunk : hidden;
+  p->store_bytes = steps ? k.store_depthwise_mlp_backward(p) : 0;
+  p->store = steps ? b->memory.take<char>(m.batch * p->store_bytes) : nullptr;
+  p->expand_sums =
+      p->wants_expand ? b->memory.take<float>(std::max<int64_t>(1, p->groups) * p->rows * channels) : nullptr;
+  p->project_sums = p->wants_project ? b->memory.take<float>(std::max<int64_t>(1, p->groups) * p->rows * out) : nullptr;
+  p->sums = b->memory.take<double>(p->groups * kinds * p->rows);
+  p->normed_grad = p->wants_input ? b->memory.take<float>(p->slices * m.batch * b->pixels * channels) : nullptr;
+  Sums sums;
+  sums.channels.assign(static_cast<size_t>(kinds * hidden), 0.0);
+  if (m.batch == 0) {
+    if (p->expand_sums) std::fill(p->expand_sums, p->expand_sums + p->rows * channels, 0.0f);
+    if (p->project_sums) std::fill(p->project_sums, p->project_sums + p->rows * out, 0.0f);
+  }
+  // The first group's partial sums become the whole ones; steps collect those of their chunks.
+  sums.expand = steps && p->wants_expand ? b->memory.take<float>(hidden * channels) : p->expand_sums;
+  sums.project = steps && p->wants_project ? b->memory.take<float>(hidden * out) : p->project_sums;
+  // Adds the groups up, in order, for the hidden channels that there are sums of.
+  auto add_channels = [&](int64_t rows) {
+    for (int64_t kind = 0; kind < kinds; ++kind)
+      for (int64_t c = 0; c < rows; ++c) {
+        double total = 0.0;
+        for (int64_t g = 0; g < p->groups; ++g) total += p->sums[(g * kinds + kind) * p->rows + c];
+        sums.channels[kind * hidden + p->first + c] = total;
+      }
+  };
+  auto add_matrix = [&](const float* partial, int64_t columns, int64_t rows, float* whole) {
+    if (!partial) return;
+    run_tasks(rows, 0, [&](int64_t row, void*) {
+      float* to = whole + (p->first + row) * columns;
+      const float* from = partial + row * columns;
+      if (to != from) std::copy(from, from + columns, to);
+      for (int64_t g = 1; g < p->groups; ++g)
+        for (int64_t c = 0; c < columns; ++c) to[c] += from[g * p->rows * columns + c];
+    });
+  };
+  const int64_t scratch_bytes = k.scratch_depthwise_mlp_backward(p);
+  if (!steps) {
+    run_tasks(p->groups * p->slices, scratch_bytes,
+              [&](int64_t task, void* memory) { k.depthwise_mlp_backward(p, task, memory); });
+    add_channels(hidden);
+    add_matrix(p->expand_sums, channels, hidden, sums.expand);
+    add_matrix(p->project_sums, out, hidden, sums.project);
+    return sums;
+  }
+  auto step = [&](int64_t index) {
+    run_tasks(p->groups, scratch_bytes,
+              [&](int64_t group, void* memory) { k.depthwise_mlp_backward_step(p, index, group, memory); });
+  };
+  const double count = static_cast<double>(m.batch * b->pixels);
+  auto averages = [&](const ChannelNorm& norm, int kind) {
+    for (int64_t c = p->first; norm.grad_mean && c < std::min(hidden, p->first + p->rows); ++c) {
+      norm.grad_mean[c] = static_cast<float>(sums.channels[kind * hidden + c] / count);
+      norm.grad_slope[c] = static_cast<float>(sums.channels[(kind + 1) * hidden + c] / count);
+    }
+  };
+  step(0);
+  for (p->first = 0; p->first < hidden; p->first += p->chunk) {
+    const int64_t rows = std::min(p->rows, hidden - p->first);
+    step(1);
+    add_channels(rows);
+    averages(norm2, FK_SUM_NORM2);
+    step(2);
+    add_channels(rows);
+    averages(norm1, FK_SUM_NORM1);
+    step(3);
+    add_channels(rows);
+    add_matrix(p->expand_sums, channels, rows, sums.expand);
+    add_matrix(p->project_sums, out, rows, sums.project);
+  }
+  return sums;
+}
+
+std::vector<double> channel_sums(const Sums& sums, int kind, int64_t hidden) {
+  return {sums.channels.begin() + kind * hidden, sums.channels.begin() + (kind + 1) * hidden};
+}
+
+void hidden_gradients(Backward* b, const Sums& sums, bool wants_hidden) {
+  const Mlp& m = b->m;
+  const int64_t hidden = b->hidden;
+  const std::vector<double> zero(static_cast<size_t>(hidden), 0.0);
+  // A bias right in front of batch statistics has no effect.
+  const bool first = b->of_batch(0) && !m.bn_after_activation, second = b->of_batch(1) && !m.bn_after_activation;
+  if (wants_hidden) {
+    write_vector(b, kExpandBias, first ? zero : channel_sums(sums, FK_SUM_EXPANDED, hidden));
+    write_vector(b, kBn1, channel_sums(sums, FK_SUM_NORM1_X, hidden));
+    write_vector(b, kBn1 + 1, channel_sums(sums, FK_SUM_NORM1, hidden));
+  }
+  write_vector(b, kFilterBias, second ? zero : channel_sums(sums, FK_SUM_FILTERED, hidden));
+  write_vector(b, kBn2, channel_sums(sums, FK_SUM_NORM2_X, hidden));
+  write_vector(b, kBn2 + 1, channel_sums(sums, FK_SUM_NORM2, hidden));
+  if (b->needs[kFilter]) {
+    const Tensor& out = b->found[kFilter] = gradient_of(*b->t[kFilter]);
+    const Writer writer(out);
+    for (int64_t c = 0; c < m.hidden; ++c)
+      for (int64_t tap = 0; tap < b->taps; ++tap)
+        writer.set(c * b->taps + tap, static_cast<float>(sums.channels[(FK_SUM_TAPS + tap) * hidden + c]));
+  }
+  if (b->needs[kExpand]) {
+    const Tensor& out = b->found[kExpand] = gradient_of(*b->t[kExpand]);
+    const Writer writer(out);
+    const int64_t columns = blocks(m.channels, b->panel) * b->panel;
+    run_tasks(m.hidden, 0, [&](int64_t row, void*) {
+      for (int64_t c = 0; c < m.channels; ++c) writer.set(row * m.channels + c, sums.expand[row * columns + c]);
+    });
+  }
+}
+
+// The second linear's weight and, where a batch norm with running statistics follows, that norm's.
+void project_gradients(Backward* b, const Sums& sums, const std::vector<double>& scale,
+                       const std::vector<double>& grads) {
+  const Mlp& m = b->m;
+  const int64_t columns = blocks(m.out, b->panel) * b->panel;
+  if (b->needs[kProject]) {
+    const Tensor& out = b->found[kProject] = gradient_of(*b->t[kProject]);
+    const Writer writer(out);
+    // A few output channels at a time: columns of the sums, which are transposed.
+    constexpr int64_t kAtOnce = 32;
+    run_tasks(blocks(m.out, kAtOnce), 0, [&](int64_t task, void*) {
+      const int64_t last = std::min(m.out, (task + 1) * kAtOnce);
+      for (int64_t c = 0; c < m.hidden; ++c)
+        for (int64_t n = task * kAtOnce; n < last; ++n)
+          writer.set(n * m.hidden + c, static_cast<float>(sums.project[c * columns + n] * scale[n]));
+    });
+  }
+  if (!m.bn[2].present() || b->training) return;
+  std::vector<double> weight(static_cast<size_t>(m.out), 0.0);
+  if (b->needs[kBn3])
+    for (int64_t n = 0; n < m.out; ++n) {
+      double total = (m.project_bias.data ? element(m.project_bias, n) : 0.0) - element(m.bn[2].mean, n);
+      total *= grads[n];
+      for (int64_t c = 0; c < m.hidden; ++c)
+        total += static_cast<double>(element(m.project, n * m.hidden + c)) * sums.project[c * columns + n];
+      weight[n] = total / std::sqrt(element(m.bn[2].var, n) + m.bn[2].eps);
+    }
+  write_vector(b, kBn3, weight);
+  write_vector(b, kBn3 + 1, grads);
+}
+
+void input_gradients(Backward* b, const fk_depthwise_mlp_backward& p) {
+  const Mlp& m = b->m;
+  const int64_t stride = blocks(m.channels, b->panel) * b->panel;
+  NormGradients out;
+  std::vector<double> weight, bias;
+  if (b->needs[kX]) {
+    Tensor& grad = b->found[kX] = gradient_of(*b->t[kX]);
+    out.x = grad.mutable_data_ptr();
+    const Writer writer(grad);
+    for (int64_t image = 0; image < m.batch; ++image)
+      for (int64_t i = 0; i < b->o.prefix * m.channels; ++i) writer.set(image * m.tokens * m.channels + i, 0.0f);
+  }
+  if (b->needs[kNormWeight]) out.weight = &weight;
+  if (b->needs[kNormBias]) out.bias = &bias;
+  if (b->needs[kStatistics]) {
+    Tensor& grad = b->found[kStatistics] = gradient_of(*b->t[kStatistics]);
+    out.statistics = static_cast<float*>(grad.mutable_data_ptr());
+  }
+  norm_gradients(p.x, p.norm, b->t[kStatistics].has_value(), p.normed_grad, stride, p.slices, m.batch, b->o.prefix,
+                 b->pixels, m.channels, out);
+  write_vector(b, kNormWeight, weight);
+  write_vector(b, kNormBias, bias);
+}
+
+std::vector<Tensor> collect(Backward* b) {
+  std::vector<Tensor> gradients;
+  for (size_t i = 0; i < b->needs.size(); ++i)
+    if (b->needs[i]) gradients.push_back(b->found[i]);
+  return gradients;
+}
+
+std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, const Needs& needs, const Options& o,
+                                 bool training) {
+  STD_TORCH_CHECK(grads.size() == 2, "grads: expected 2 entries, got ", grads.size());
+  STD_TORCH_CHECK(needs.size() == kCount, "needs: expected ", static_cast<int64_t>(kCount), " entries");
+  Backward b = {t, o, needs, training, check(t, std::nullopt, o), {}, {}, 0, 0, 0, 0};
+  const Mlp& m = b.m;
+  for (size_t i = 0; i < kCount; ++i) STD_TORCH_CHECK(!needs[i] || t[i].has_value(), "needs: one of an absent tensor");
+  for (size_t first : {kBn1, kBn2, kBn3})
+    STD_TORCH_CHECK(!needs[first + 2] && !needs[first + 3], "needs: statistics of a batch norm have no gradient here");
+  STD_TORCH_CHECK(m.kernel <= 7, "dw_weight: expected a kernel of at most 7");
+  view(*t[kX], "x");
+  view(t[kResidual], "residual", {m.batch, m.tokens, m.out});
+  STD_TORCH_CHECK(!t[kStatistics].has_value() || m.norm == FK_GROUP_NORM, "norm_statistics: there is no GroupNorm");
+  STD_TORCH_CHECK(o.out_norm_eps.has_value() || (!t[kOutNormWeight].has_value() && !t[kOutNormBias].has_value()),
+                  "out_norm_weight, out_norm_bias: there is no such norm");
+  STD_TORCH_CHECK(!training || !m.bn[2].present() || (!o.out_norm_eps.has_value() && o.summary != "statistics"),
+                  "bn3: batch statistics in front of another norm");
+  b.found.assign(kCount, no_statistics());
+  b.pixels = o.height * o.width;
+  b.panel = kernels().panel;
+  b.hidden = blocks(m.hidden, b.panel) * b.panel;
+  b.taps = m.kernel * m.kernel;
+
+  const ScalarType out_dtype = promoted(o.dtype, t[kResidual]);
+  STD_TORCH_CHECK(grads[0].scalar_type() == out_dtype, "grads: unexpected dtype");
+  const fk_array grad = view(grads[0], "grads", {m.batch, m.tokens, m.out});
+  const bool statistics = o.summary == "statistics";
+  fk_array summary = absent();
+  if (o.summary != "none") {
+    summary = view(grads[1], "grads", {m.batch, statistics ? 2 : m.out});
+    if (!any_nonzero(summary)) summary = absent();
+  }
+  const bool normed = o.out_norm_eps.has_value(), normalises = b.of_batch(2);
+
+  fk_depthwise_mlp_backward p = {};
+  p.wants_project = needs[kProject] || (needs[kBn3] && !training);
+  p.wants_filter = needs[kFilter] || needs[kFilterBias];
+  p.wants_expand = needs[kExpand];
+  p.wants_input = b.needs_any({kX, kNormWeight, kNormBias, kStatistics});
+  p.wants_hidden = p.wants_expand || p.wants_input || b.needs_any({kExpandBias, kBn1, kBn1 + 1});
+  const bool runs = p.wants_project || p.wants_filter || p.wants_hidden || b.needs_any({kBn2, kBn2 + 1});
+  const bool branch = runs || b.needs_any({kProjectBias, kBn3, kBn3 + 1, kOutNormWeight, kOutNormBias});
+
+  // The forward again, as far as its results matter.
+  std::optional<Outputs> again;
+  if ((summary.data && statistics) || (branch && normed)) again = forward(t, std::nullopt, o, std::nullopt);
+  float* map = nullptr;
+  if (summary.data || normed || normalises)
+    map = gather(&b, grad, summary, summary.data && statistics ? &*again : nullptr);
+  if (needs[kResidual]) residual_gradient(&b, grad, summary.data && statistics ? map : nullptr);
+  if (!branch) return collect(&b);
+
+  p.grad = map ? fk_array{map, FK_F32, m.batch * b.pixels * m.out} : grad;
+  p.grad_prefix = map ? 0 : o.prefix;
+  if (normed) {
+    const fk_array raw = view(again->raw, "raw");
+    const fk_norm norm = [&] {
+      fk_norm n = {nullptr, nullptr, static_cast<float>(*o.out_norm_eps), FK_GROUP_NORM, nullptr};
+      float* values = b.memory.take<float>(2 * m.out);
+      for (int64_t c = 0; c < m.out; ++c) {
+        values[c] = m.out_norm_weight.data ? element(m.out_norm_weight, c) : 1.0f;
+        values[m.out + c] = m.out_norm_bias.data ? element(m.out_norm_bias, c) : 0.0f;
+      }
+      n.weight = values;
+      n.bias = values + m.out;
+      return n;
+    }();
+    fk_norm with_groups = norm;
+    std::vector<float> groups;
+    set_group_statistics(&with_groups, std::nullopt, raw, m.batch, 0, b.pixels, m.out, &groups);
+    std::vector<double> weight, bias;
+    NormGradients out;
+    out.x = again->raw.mutable_data_ptr();
+    out.weight = &weight;
+    out.bias = &bias;
+    norm_gradients(raw, with_groups, false, map, m.out, 1, m.batch, 0, b.pixels, m.out, out);
+    write_vector(&b, kOutNormWeight, weight);
+    write_vector(&b, kOutNormBias, bias);
+    p.grad = raw;
+  } else if (normalises) {
+    TensorList inner = t;
+    for (size_t i = kBn3; i < kBn3 + 4; ++i) inner[i].reset();
+    inner[kResidual].reset();
+    Options plain = o;
+    plain.summary = "none";
+    const Outputs found = forward(inner, std::nullopt, plain, ScalarType::Float);
+    batch_norm_gradients(&b, map, view(found.out, "out"), o.prefix);
+  }
+  std::vector<double> scale(static_cast<size_t>(m.out), 1.0);
+  for (int64_t n = 0; m.bn[2].present() && !training && n < m.out; ++n) scale[n] = m.bn[2].scale(n);
+  std::vector<double> sums;
+  if (b.needs_any({kProjectBias, kBn3, kBn3 + 1})) {
+    sums = column_sums(p.grad, m.batch, p.grad_prefix, b.pixels, m.out);
+    std::vector<double> bias(sums);
+    for (int64_t n = 0; n < m.out; ++n) bias[n] = normalises ? 0.0 : bias[n] * scale[n];
+    write_vector(&b, kProjectBias, bias);
+  }
+  if (!runs) {
+    if (m.bn[2].present() && !training) write_vector(&b, kBn3 + 1, sums);
+    return collect(&b);
+  }
+
+  std::vector<float> groups;
+  const Tensor block = describe_hidden(m, o, t, &b.memory, &groups, &p);
+  // Running statistics behind the second linear scale the gradient that passes through it.
+  std::vector<float> scaled;
+  fk_array project = m.project;
+  if (m.bn[2].present() && !training) {
+    scaled.resize(static_cast<size_t>(m.out * m.hidden));
+    for (int64_t n = 0; n < m.out; ++n)
+      for (int64_t c = 0; c < m.hidden; ++c)
+        scaled[n * m.hidden + c] = static_cast<float>(element(m.project, n * m.hidden + c) * scale[n]);
+    project = {scaled.data(), FK_F32, m.out * m.hidden};
+  }
+  const Tensor back = pack_once([&](Packer& packer) {
+    p.project_back = packer.transposed(project, m.hidden, m.out, m.low_precision);
+    if (p.wants_input) p.expand_back = packer.transposed(m.expand, m.channels, m.hidden, m.low_precision);
+  });
+  const Sums found = run_hidden(&b, &p);
+  hidden_gradients(&b, found, p.wants_hidden);
+  project_gradients(&b, found, scale, sums);
+  if (p.wants_input) input_gradients(&b, p);
+  return collect(&b);
+}
+
+std::vector<Tensor> run(std::vector<Tensor> grads, TensorList t, std::vector<bool> needs, std::string norm,
+                        double norm_eps, std::string hidden_activation, std::string activation,
+                        std::string inner_residual, bool bn_after_activation, std::vector<double> bn_eps, bool training,
+                        std::optional<double> out_norm_eps, int64_t height, int64_t width, int64_t prefix,
+                        std::string summary, ScalarType dtype) {
+  return run_backward(grads, t, needs,
+                      {norm, norm_eps, hidden_activation, activation, inner_residual, bn_after_activation, bn_eps,
+                       out_norm_eps, height, width, prefix, summary, dtype},
+                      training);
+}
+
+}  // namespace
+}  // namespace fk::mlp
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) { m.impl("depthwise_mlp_backward.native", TORCH_BOX(&fk::mlp::run)); }

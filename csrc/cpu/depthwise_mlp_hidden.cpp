@@ -1,0 +1,79 @@
+#include "depthwise_mlp_hidden.h"
+
+#include <cmath>
+
+namespace fk::mlp {
+
+ChannelNorm::ChannelNorm(const BatchNorm& bn, int64_t n, int64_t padded, bool of_batch, Memory* memory) : eps(bn.eps) {
+  if (!bn.present()) return;
+  float* values = memory->take<float>(6 * padded);
+  std::fill(values, values + 6 * padded, 0.0f);
+  mean = values;
+  rstd = values + padded;
+  for (int64_t c = 0; c < n; ++c) {
+    set_statistics(c, element(bn.mean, c), element(bn.var, c));
+    values[2 * padded + c] = bn.weight.data ? element(bn.weight, c) : 1.0f;
+    values[3 * padded + c] = bn.bias.data ? element(bn.bias, c) : 0.0f;
+  }
+  vectors = {mean, rstd, values + 2 * padded, values + 3 * padded, nullptr, nullptr};
+  if (!of_batch) return;
+  grad_mean = values + 4 * padded;
+  grad_slope = values + 5 * padded;
+  vectors.grad_mean = grad_mean;
+  vectors.grad_slope = grad_slope;
+}
+
+void ChannelNorm::set_statistics(int64_t channel, double of, double variance) {
+  mean[channel] = static_cast<float>(of);
+  rstd[channel] = static_cast<float>(1.0 / std::sqrt(variance + eps));
+}
+
+namespace {
+
+// [taps][padded] twice, the second time turned by half a circle, and the bias.
+void pack_filter(const Mlp& m, int64_t padded, Memory* memory, fk_depthwise_mlp_backward* p) {
+  const int64_t taps = m.kernel * m.kernel;
+  float* filter = memory->take<float>((2 * taps + 1) * padded);
+  std::fill(filter, filter + (2 * taps + 1) * padded, 0.0f);
+  float *flipped = filter + taps * padded, *bias = flipped + taps * padded;
+  for (int64_t c = 0; c < m.hidden; ++c) {
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const float weight = element(m.filter, c * taps + tap);
+      filter[tap * padded + c] = weight;
+      flipped[(taps - 1 - tap) * padded + c] = weight;
+    }
+    bias[c] = m.filter_bias.data ? element(m.filter_bias, c) : 0.0f;
+  }
+  p->filter = filter;
+  p->flipped = flipped;
+  p->filter_bias = bias;
+}
+
+}  // namespace
+
+Tensor describe_hidden(const Mlp& m, const Options& o, const TensorList& t, Memory* memory, std::vector<float>* groups,
+                       fk_depthwise_mlp_backward* p) {
+  p->x = view(*t[kX], "x");
+  p->hidden_activation = activation_of(o.hidden_activation);
+  p->activation = activation_of(o.activation);
+  p->adds_input = m.adds_input;
+  p->adds_hidden = o.inner_residual == "after_activation";
+  p->norms_after_activation = m.bn_after_activation;
+  p->batch = m.batch;
+  p->height = o.height;
+  p->width = o.width;
+  p->channels = m.channels;
+  p->out = m.out;
+  p->prefix = o.prefix;
+  p->kernel = m.kernel;
+  const Tensor block = pack_once([&](Packer& packer) {
+    p->norm = norm_of(packer, m.norm, m.norm_weight, m.norm_bias, m.norm_eps, m.channels);
+    p->expand = packer.linear(m.expand, m.expand_bias, m.hidden, m.channels, m.low_precision);
+  });
+  set_group_statistics(&p->norm, t[kStatistics], p->x, m.batch, o.prefix, o.height * o.width, m.channels, groups);
+  const int64_t panel = kernels().panel;
+  pack_filter(m, blocks(m.hidden, panel) * panel, memory, p);
+  return block;
+}
+
+}  // namespace fk::mlp
