@@ -100,7 +100,9 @@ def register(
         launch_backward = triton_backward
 
         def run_triton(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
-            return launch_backward(grads, tensors, needs, operator.static(*static))
+            # What runs between the kernels must not be recorded for a gradient of the gradient.
+            with torch.no_grad():
+                return launch_backward(grads, tensors, needs, operator.static(*static))
 
         _register_backward(operator, ".triton", run_triton)
     if triton_launcher is not None:
@@ -142,7 +144,9 @@ def _register_triton(operator: Operator, launcher: Launcher, arguments: str, ret
         return _unwrap(operator.fake(tensors, operator.static(*static)))
 
     def run(tensors: Tensors, *static: Any) -> Tensor | Outputs:
-        return _unwrap(launcher(tensors, operator.static(*static)))
+        # What runs between the kernels must not be recorded: the operator's gradient is registered beside it.
+        with torch.no_grad():
+            return _unwrap(launcher(tensors, operator.static(*static)))
 
     torch.library.register_fake(f"{NAMESPACE}::{overload}", fake, lib=library)
     for key in ("CPU", "CUDA"):

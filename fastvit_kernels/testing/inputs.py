@@ -78,8 +78,8 @@ class Case:
         name: its test id.
         make: builds the call.
         tags: `smallest` for the few cases that slow checks (compilation, interpreted Triton) take, `inductor` for the
-            one that is compiled to C++, `drawn` where the largest error hangs on few numbers, too random for one
-            draw of the inputs, `empty` where there is nothing to compute, `map` for NCHW input, `published`
+            one that is compiled to C++, `drawn` where the largest error hangs on few numbers, too random for few
+            draws of the inputs, `empty` where there is nothing to compute, `map` for NCHW input, `published`
             for a shape at a model's real size.
         vanishing: leaves whose exact gradient is zero, where only rounding noise can be compared.
     """
@@ -269,11 +269,11 @@ GLOBAL_ATTENTION = [
     global_attention_case("no_residual", residual=False),
     global_attention_case("fp32_residual", residual_dtype=torch.float32),
     global_attention_case("fp32_residual_only", proj=False, residual_dtype=torch.float32),
-    global_attention_case("large_scores", queries=20, keys=33, score_scale=60.0),
+    global_attention_case("large_scores", "drawn", queries=20, keys=33, score_scale=60.0),
     global_attention_case("packed_keys", packed_keys=True),
     global_attention_case("layer_norm", norm="layer", query_in=19),
     global_attention_case("group_norm", norm="group", query_in=16, add_query_input=True, return_statistics=True),
-    global_attention_case("given_statistics", "smallest", norm="group", statistics=True, query_in=16),
+    global_attention_case("given_statistics", "smallest", "drawn", norm="group", statistics=True, query_in=16),
     global_attention_case("odd_query_input", norm="group", query_in=15, heads=1, width=15, add_query_input=True),
     global_attention_case("statistics_without_projection", proj=False, return_statistics=True),
     global_attention_case("table", queries=40, keys=9, attn_bias=True),
@@ -600,7 +600,7 @@ DEPTHWISE_MLP = [
     depthwise_mlp_case("mbconv", norm=None, hidden_activation="gelu", bn="123"),
     depthwise_mlp_case("empty_batch", "empty", batch=0),
     depthwise_mlp_case("one_image", batch=1),
-    depthwise_mlp_case("one_pixel", batch=1, grid=(1, 1)),
+    depthwise_mlp_case("one_pixel", "drawn", batch=1, grid=(1, 1)),
     depthwise_mlp_case("one_row", grid=(1, 9)),
     depthwise_mlp_case("one_column", grid=(9, 1)),
     depthwise_mlp_case("odd_hidden", hidden=165, channels=23, **_IRFFN),

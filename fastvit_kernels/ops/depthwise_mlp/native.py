@@ -53,6 +53,7 @@ class Cpu:
     ) -> list[Tensor]:
         return list(torch.ops.fastvit.depthwise_mlp_backward.native(list(grads), list(tensors), list(needs), *static))
 
+
 # Of the CUDA kernels: the result's channels, which stay in registers, and the filter's side.
 _MOST_CHANNELS = 384
 _LARGEST_FILTER = 7

@@ -23,7 +23,7 @@ NAMESPACE = f"{library.NAMESPACE}."
 
 # How much larger than the reference's the noise in a gradient that is exactly zero may be. Both are random.
 _NOISE = 4.0
-_DRAWS = 4
+_MOST_DRAWS = 16
 
 
 class ContractBase:
@@ -58,19 +58,31 @@ class ContractBase:
         change: Callable[[Call], Call] | None = None,
         grads: Grads = cotangents,
     ) -> None:
-        """Hold what `run` makes of a case (changed, with these output gradients) to the numerics rule."""
-        found, exact, low = [], [], []
-        for seed in range(max(self.draws, _DRAWS if "drawn" in case.tags else 1)):
-            call = case.call(precision, seed)
-            if change is None and grads is cotangents:
-                references = expected(case, precision, seed)
-            else:
-                call = call if change is None else change(call)
-                references = reference_results(call, grads)
-            found.append(run(call))
-            exact.append(references[0])
-            low.append(references[1])
-        check(pooled(found), pooled(exact), pooled(low), case.vanishing)
+        """Hold what `run` makes of a case (changed, with these output gradients) to the numerics rule.
+
+        Where a case is tagged `drawn`, a rule that is broken by chance gets more draws: an error that is no accident
+        does not come within it, however many they are.
+        """
+        found: list[Results] = []
+        exact: list[Results] = []
+        low: list[Results] = []
+        most = _MOST_DRAWS if "drawn" in case.tags else self.draws
+        while True:
+            for seed in range(len(found), max(self.draws, min(2 * len(found), most))):
+                call = case.call(precision, seed)
+                if change is None and grads is cotangents:
+                    references = expected(case, precision, seed)
+                else:
+                    call = call if change is None else change(call)
+                    references = reference_results(call, grads)
+                found.append(run(call))
+                exact.append(references[0])
+                low.append(references[1])
+            try:
+                return check(pooled(found), pooled(exact), pooled(low), case.vanishing)
+            except NumericsError:
+                if len(found) >= most:
+                    raise
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         names = set(metafunc.fixturenames)
@@ -179,7 +191,8 @@ def check(found: Results, exact: Results, low: Results, vanishing: Iterable[str]
     """Hold outputs, gradients and buffers to the numerics rule.
 
     `vanishing` names the gradients that are exactly zero: they may hold noise of the size of the reference's own, and
-    rounding of the other gradients.
+    rounding of the other gradients. So may those that these output gradients make zero, as a constant one does in front
+    of a batch norm.
     """
     assert_within_rule(found.outputs, (exact.outputs, low.outputs))
     for name, tensor in found.buffers.items():
@@ -190,7 +203,7 @@ def check(found: Results, exact: Results, low: Results, vanishing: Iterable[str]
         if gradient is None or wanted is None:
             if gradient is not wanted:
                 raise NumericsError(f"gradient of {name}: got {_presence(gradient)}, expected {_presence(wanted)}")
-        elif name in vanishing:
+        elif name in vanishing or _is_noise(low.gradients[name], wanted):
             lower = low.gradients[name]
             assert lower is not None
             noise = float(gradient.abs().max())
@@ -201,6 +214,13 @@ def check(found: Results, exact: Results, low: Results, vanishing: Iterable[str]
             lower = low.gradients[name]
             assert lower is not None
             assert_within_rule(gradient, (wanted, lower), name=f"gradient of {name}")
+
+
+def _is_noise(lower: Tensor | None, exact: Tensor) -> bool:
+    """Whether the reference in low precision holds nothing but rounding errors."""
+    if lower is None or not exact.numel():
+        return False
+    return float(exact.abs().max()) <= 1e-6 * float(lower.abs().max())
 
 
 def _presence(gradient: Tensor | None) -> str:
