@@ -24,8 +24,12 @@ def moments_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of some blocks of one sample, merged one by one as in `row_statistics`."""
+    """Mean and sum of squared deviations of some blocks of one sample, merged one by one as in `row_statistics`.
+
+    Of differences from the sample's first value: far from zero sums of the values themselves would lose digits.
+    """
     sample = (tl.program_id(0) // parts).to(tl.int64)
+    pivot = tl.load(x_ptr + sample * sample_stride).to(tl.float32)
     part = tl.program_id(0) % parts
     first = part * blocks * BLOCK_N
     end = tl.minimum(first + blocks * BLOCK_N, size)
@@ -36,6 +40,7 @@ def moments_kernel(
         index = start + tl.arange(0, BLOCK_N)
         inside = index < end
         x = tl.load(x_ptr + sample * sample_stride + index, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(inside, x - pivot, 0.0)
         count = tl.minimum(end - start, BLOCK_N).to(tl.float32)
         block_mean = tl.sum(x, 0) / count
         deviation = tl.where(inside, x - block_mean, 0.0)
@@ -50,8 +55,10 @@ def moments_kernel(
 
 @triton.jit(do_not_specialize=["size", "part_size", "parts"])
 def merge_kernel(
+    x_ptr,
     moments_ptr,
     statistics_ptr,
+    sample_stride,
     size,
     part_size,
     parts,
@@ -71,7 +78,8 @@ def merge_kernel(
     mean = tl.sum(means * (counts / size), 0)
     shift = means - mean
     variance = tl.sum(squares + counts * shift * shift, 0) / size
-    tl.store(statistics_ptr + 2 * sample, mean)
+    pivot = tl.load(x_ptr + sample.to(tl.int64) * sample_stride).to(tl.float32)
+    tl.store(statistics_ptr + 2 * sample, pivot + mean)
     tl.store(statistics_ptr + 2 * sample + 1, variance)
 
 
@@ -96,8 +104,10 @@ def group_statistics(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
         batch,
         x.device,
         config,
+        tokens,
         moments,
         statistics,
+        x.stride(0),
         size,
         part_size,
         parts,
