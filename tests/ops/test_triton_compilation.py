@@ -12,7 +12,11 @@ from triton_calls import CVT, OPERATORS, PRECISIONS, STAGES, Stage
 from fastvit_kernels.testing.triton_aot import REGISTERS, SHARED_MEMORY, Compiled, compile_launches, compiling_process
 
 # Those with kernels for their gradients.
-TRAINED = [operator for operator in OPERATORS if not operator.startswith(("conv_projection", "patch_embedding"))]
+TRAINED = [
+    operator
+    for operator, make in OPERATORS.items()
+    if hasattr(make(CVT[0], PRECISIONS["float32"]).bridge, "launch_backward")
+]
 WITHOUT_PRODUCTS = (
     *("prepare_kernel", "pack_kernel", "normalize_kernel", "moments_kernel", "merge_kernel", "sum_parts_kernel"),
     *("pool_kernel", "layer_norm_gradient_kernel", "group_norm_gradient_kernel", "group_norm_sums_kernel"),
