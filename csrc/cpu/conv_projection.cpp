@@ -1,43 +1,18 @@
+#include "conv_projection.h"
+
 #include <tuple>
 
-#include "packed.h"
-
-namespace fk {
+namespace fk::projection {
 namespace {
 
-constexpr int kBranches = 3, kPerBranch = 7, kFirstBranch = 3;
 constexpr int64_t kMostPadding = 64;
 const char* const kFields[kPerBranch] = {"conv_weight", "bn_weight", "bn_bias", "bn_mean", "bn_var", "weight", "bias"};
 
-struct Branch {
-  fk_array filter, weight, bias;
-  BatchNorm bn;
-  int64_t kernel, out;
-};
+}  // namespace
 
-struct Projection {
-  fk_array norm_weight, norm_bias;
-  std::optional<double> norm_eps;
-  Branch branch[kBranches];
-  int64_t batch, tokens, channels;
-  bool low_precision;
-  uint64_t mark;
-};
-
-// Output pixels of a branch in one band of input rows; the kernels draw the same borders.
-int64_t band_pixels(const fk_conv_projection& c, int branch, int64_t tile) {
-  const fk_conv_branch& b = c.branch[branch];
-  auto border = [&](int64_t rows) { return std::min(b.out_h, (rows + b.stride - 1) / b.stride); };
-  const int64_t first = border(tile * c.rows_per_task);
-  const int64_t last = tile + 1 == c.tasks_per_image ? b.out_h : border((tile + 1) * c.rows_per_task);
-  return (last - first) * b.out_w;
-}
-
-Projection check(TensorList& t, const std::optional<Tensor>& packed, std::optional<double> norm_eps,
-                 const std::vector<double>& bn_eps, int64_t height, int64_t width, int64_t prefix,
-                 const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, ScalarType dtype) {
+Projection check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) {
   check_count(t, kFirstBranch + kBranches * kPerBranch);
-  STD_TORCH_CHECK(bn_eps.size() == kBranches && stride.size() == kBranches && padding.size() == kBranches,
+  STD_TORCH_CHECK(o.bn_eps.size() == kBranches && o.stride.size() == kBranches && o.padding.size() == kBranches,
                   "bn_eps, stride, padding: expected one entry per branch");
   const Tensor& x = required(t, 0, "x");
   STD_TORCH_CHECK(x.dim() == 3, "x: expected 3 dimensions");
@@ -45,11 +20,11 @@ Projection check(TensorList& t, const std::optional<Tensor>& packed, std::option
   p.batch = x.size(0);
   p.tokens = x.size(1);
   p.channels = x.size(2);
-  check_grid(p.tokens, prefix, height, width);
-  p.norm_eps = norm_eps;
-  p.low_precision = kernel_dtype(dtype) == FK_BF16 && kernels().low_precision;
+  check_grid(p.tokens, o.prefix, o.height, o.width);
+  p.norm_eps = o.norm_eps;
+  p.low_precision = kernel_dtype(o.dtype) == FK_BF16 && kernels().low_precision;
   int64_t eps_bits[4] = {};
-  for (int i = 0; i < kBranches; ++i) __builtin_memcpy(&eps_bits[i], &bn_eps[i], 8);
+  for (int i = 0; i < kBranches; ++i) __builtin_memcpy(&eps_bits[i], &o.bn_eps[i], 8);
   auto look = [&] {
     p.norm_weight = weight_view(t[1], "norm_weight", {p.channels});
     p.norm_bias = weight_view(t[2], "norm_bias", {p.channels});
@@ -65,48 +40,65 @@ Projection check(TensorList& t, const std::optional<Tensor>& packed, std::option
       fk_array bn[4];
       for (int f = 0; f < 4; ++f) bn[f] = weight_view(t[first + 1 + f], kFields[1 + f], {p.channels});
       STD_TORCH_CHECK(!bn[2].data == !bn[3].data, "bn_mean, bn_var: expected both or none");
-      b.bn = {bn[0], bn[1], bn[2], bn[3], bn_eps[i]};
+      b.bn = {bn[0], bn[1], bn[2], bn[3], o.bn_eps[i]};
       b.weight = weight_view(t[first + 5], kFields[5], {b.out, p.channels});
       b.bias = weight_view(t[first + 6], kFields[6], {b.out});
       // The patch in scratch grows with the padding.
-      check_window(b.kernel, stride[i], padding[i], height, width, kMostPadding);
+      check_window(b.kernel, o.stride[i], o.padding[i], o.height, o.width, kMostPadding);
     }
   };
-  p.mark = identify({p.channels, p.low_precision, norm_eps.has_value(), eps_bits[0], eps_bits[1], eps_bits[2]}, t, 1,
+  p.mark = identify({p.channels, p.low_precision, o.norm_eps.has_value(), eps_bits[0], eps_bits[1], eps_bits[2]}, t, 1,
                     t.size(), packed, look);
   return p;
 }
 
-// `reduces`: results are summed over bands, which must then not depend on the number of threads.
-void geometry(const Projection& p, int64_t height, int64_t width, int64_t prefix, const std::vector<int64_t>& stride,
-              const std::vector<int64_t>& padding, const Tensor& x, bool reduces, fk_conv_projection* to) {
+void set_geometry(const Projection& p, const Options& o, const Tensor& x, fk_conv_projection* to) {
   to->x = view(x, "x");
   to->batch = p.batch;
-  to->height = height;
-  to->width = width;
+  to->height = o.height;
+  to->width = o.width;
   to->channels = p.channels;
-  to->prefix = prefix;
+  to->prefix = o.prefix;
   for (int i = 0; i < kBranches; ++i) {
     fk_conv_branch& b = to->branch[i];
     b.kernel = p.branch[i].kernel;
-    b.stride = stride[i];
-    b.padding = padding[i];
-    b.out_h = (height + 2 * b.padding - b.kernel) / b.stride + 1;
-    b.out_w = (width + 2 * b.padding - b.kernel) / b.stride + 1;
+    b.stride = o.stride[i];
+    b.padding = o.padding[i];
+    b.out_h = (o.height + 2 * b.padding - b.kernel) / b.stride + 1;
+    b.out_w = (o.width + 2 * b.padding - b.kernel) / b.stride + 1;
   }
-  // A band reads its halo again: as high as the cache allows, yet enough bands for all threads.
-  const int64_t cached = std::max<int64_t>(1, kCacheBytes / (8 * std::max<int64_t>(1, p.channels * width)));
-  to->rows_per_task = reduces ? std::min(cached, blocks(height, 4)) : rows_per_image_task(p.batch, height, cached);
-  to->tasks_per_image = blocks(height, to->rows_per_task);
 }
 
-// The filter of a branch, with its batch normalisation or bare.
+// A band reads its halo again: as high as the cache allows.
+int64_t cached_rows(const Projection& p, int64_t width) {
+  return std::max<int64_t>(1, kCacheBytes / (8 * std::max<int64_t>(1, p.channels * width)));
+}
+
 void describe_filter(Packer& packer, const Projection& p, int branch, bool normalized, fk_conv_branch* to) {
   const Branch& b = p.branch[branch];
   const Filter filter = packer.depthwise(b.filter, absent(), normalized ? b.bn : BatchNorm{}, p.channels,
                                          b.kernel * b.kernel, padded_channels(p.channels));
   to->filter = filter.taps;
   to->shift = filter.shift;
+}
+
+namespace {
+
+// Output pixels of a branch in one band of input rows; the kernels draw the same borders.
+int64_t band_pixels(const fk_conv_projection& c, int branch, int64_t tile) {
+  const fk_conv_branch& b = c.branch[branch];
+  auto border = [&](int64_t rows) { return std::min(b.out_h, (rows + b.stride - 1) / b.stride); };
+  const int64_t first = border(tile * c.rows_per_task);
+  const int64_t last = tile + 1 == c.tasks_per_image ? b.out_h : border((tile + 1) * c.rows_per_task);
+  return (last - first) * b.out_w;
+}
+
+// `reduces`: results are summed over bands, which must then not depend on the number of threads.
+void set_bands(const Projection& p, bool reduces, fk_conv_projection* to) {
+  const int64_t cached = cached_rows(p, to->width);
+  to->rows_per_task =
+      reduces ? std::min(cached, blocks(to->height, 4)) : rows_per_image_task(p.batch, to->height, cached);
+  to->tasks_per_image = blocks(to->height, to->rows_per_task);
 }
 
 Tensor prepare(const Projection& p, const std::optional<Tensor>& packed, fk_conv_projection* to) {
@@ -123,10 +115,12 @@ Tensor prepare(const Projection& p, const std::optional<Tensor>& packed, fk_conv
 std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps,
                                        std::vector<double> bn_eps, bool, int64_t height, int64_t width, int64_t prefix,
                                        std::vector<int64_t> stride, std::vector<int64_t> padding, ScalarType dtype) {
-  const Projection p = check(t, packed, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype);
+  const Options o = {norm_eps, bn_eps, height, width, prefix, stride, padding, dtype};
+  const Projection p = check(t, packed, o);
   fk_conv_projection c = {};
   const Tensor block = prepare(p, packed, &c);
-  geometry(p, height, width, prefix, stride, padding, *t[0], false, &c);
+  set_geometry(p, o, *t[0], &c);
+  set_bands(p, false, &c);
   c.out_dtype = kernel_dtype(dtype);
   Tensor out[kBranches];
   for (int i = 0; i < kBranches; ++i) {
@@ -145,14 +139,16 @@ std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packe
 Tensor statistics(TensorList t, std::optional<double> norm_eps, std::vector<double> bn_eps, bool, int64_t height,
                   int64_t width, int64_t prefix, std::vector<int64_t> stride, std::vector<int64_t> padding,
                   ScalarType dtype) {
-  const Projection p = check(t, std::nullopt, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype);
+  const Options o = {norm_eps, bn_eps, height, width, prefix, stride, padding, dtype};
+  const Projection p = check(t, std::nullopt, o);
   fk_conv_projection c = {};
   auto describe = [&](Packer& packer) {
     c.norm = norm_of(packer, p.norm_weight, p.norm_bias, p.norm_eps, p.channels);
     for (int i = 0; i < kBranches; ++i) describe_filter(packer, p, i, false, &c.branch[i]);
   };
   const Tensor block = pack(std::nullopt, p.mark, describe);
-  geometry(p, height, width, prefix, stride, padding, *t[0], true, &c);
+  set_geometry(p, o, *t[0], &c);
+  set_bands(p, true, &c);
   const int64_t tasks = p.batch * c.tasks_per_image, per_task = kBranches * 2 * p.channels;
   std::vector<double> partial(static_cast<size_t>(std::max<int64_t>(1, tasks * per_task)));
   c.statistics = partial.data();
@@ -185,15 +181,15 @@ Tensor pack_only(TensorList t, std::optional<double> norm_eps, std::vector<doubl
                  int64_t width, int64_t prefix, std::vector<int64_t> stride, std::vector<int64_t> padding,
                  ScalarType dtype) {
   fk_conv_projection c = {};
-  return prepare(check(t, std::nullopt, norm_eps, bn_eps, height, width, prefix, stride, padding, dtype), std::nullopt,
-                 &c);
+  return prepare(check(t, std::nullopt, {norm_eps, bn_eps, height, width, prefix, stride, padding, dtype}),
+                 std::nullopt, &c);
 }
 
 }  // namespace
-}  // namespace fk
+}  // namespace fk::projection
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
-  m.impl("conv_projection", TORCH_BOX(&fk::run));
-  m.impl("conv_projection_pack", TORCH_BOX(&fk::pack_only));
-  m.impl("conv_projection_statistics", TORCH_BOX(&fk::statistics));
+  m.impl("conv_projection", TORCH_BOX(&fk::projection::run));
+  m.impl("conv_projection_pack", TORCH_BOX(&fk::projection::pack_only));
+  m.impl("conv_projection_statistics", TORCH_BOX(&fk::projection::statistics));
 }

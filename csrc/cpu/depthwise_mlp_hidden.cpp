@@ -1,32 +1,6 @@
 #include "depthwise_mlp_hidden.h"
 
-#include <cmath>
-
 namespace fk::mlp {
-
-ChannelNorm::ChannelNorm(const BatchNorm& bn, int64_t n, int64_t padded, bool of_batch, Memory* memory) : eps(bn.eps) {
-  if (!bn.present()) return;
-  float* values = memory->take<float>(6 * padded);
-  std::fill(values, values + 6 * padded, 0.0f);
-  mean = values;
-  rstd = values + padded;
-  for (int64_t c = 0; c < n; ++c) {
-    set_statistics(c, element(bn.mean, c), element(bn.var, c));
-    values[2 * padded + c] = bn.weight.data ? element(bn.weight, c) : 1.0f;
-    values[3 * padded + c] = bn.bias.data ? element(bn.bias, c) : 0.0f;
-  }
-  vectors = {mean, rstd, values + 2 * padded, values + 3 * padded, nullptr, nullptr};
-  if (!of_batch) return;
-  grad_mean = values + 4 * padded;
-  grad_slope = values + 5 * padded;
-  vectors.grad_mean = grad_mean;
-  vectors.grad_slope = grad_slope;
-}
-
-void ChannelNorm::set_statistics(int64_t channel, double of, double variance) {
-  mean[channel] = static_cast<float>(of);
-  rstd[channel] = static_cast<float>(1.0 / std::sqrt(variance + eps));
-}
 
 namespace {
 

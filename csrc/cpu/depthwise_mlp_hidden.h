@@ -1,21 +1,10 @@
 // What the kernels around the hidden map of depthwise_mlp need to know: for its backward and for batch statistics.
 #pragma once
 
+#include "channel_norm.h"
 #include "depthwise_mlp.h"
-#include "norm_gradients.h"
 
 namespace fk::mlp {
-
-// A batch norm's vectors, padded with zeros. Those of the batch are filled in as they become known.
-struct ChannelNorm {
-  ChannelNorm(const BatchNorm& bn, int64_t n, int64_t padded, bool of_batch, Memory* memory);
-  void set_statistics(int64_t channel, double mean, double variance);
-
-  fk_channel_norm vectors = {};
-  float *mean = nullptr, *rstd = nullptr;
-  float *grad_mean = nullptr, *grad_slope = nullptr;
-  double eps;
-};
 
 // Fills in sizes, activations, the norm of x, the first linear and the filter. The result holds packed weights;
 // `groups` and `memory` hold the rest.

@@ -1,5 +1,7 @@
 #include "gradients.h"
 
+#include "norm_gradients.h"
+
 namespace fk {
 namespace {
 
@@ -37,6 +39,12 @@ Gradients::Gradients(const TensorList& tensors, const Needs& needs) {
 }
 
 void* Gradients::data(size_t index) { return wants(index) ? results_[index]->mutable_data_ptr() : nullptr; }
+
+void Gradients::set(size_t index, const std::vector<double>& values) {
+  if (!wants(index)) return;
+  const Writer writer(*results_[index]);
+  for (size_t i = 0; i < values.size(); ++i) writer.set(static_cast<int64_t>(i), static_cast<float>(values[i]));
+}
 
 void Gradients::copy(size_t index, const Tensor& from) {
   if (wants(index)) torch::stable::copy_(*results_[index], from);

@@ -28,6 +28,8 @@ class Gradients {
   bool wants(size_t index) const { return results_[index].has_value(); }
   // Of a gradient that the kernels write as it is; null when it is not wanted.
   void* data(size_t index);
+  // The gradient of a vector or of a small weight, at hand; nothing happens unless it is wanted.
+  void set(size_t index, const std::vector<double>& values);
   // The gradient is this tensor, as that of a residual is.
   void copy(size_t index, const Tensor& from);
   // `count` partial sums of the gradient of a [rows, columns] weight (vectors have one row), which `finish` adds up;

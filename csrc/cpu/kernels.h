@@ -43,11 +43,11 @@ struct fk_moments {
 };
 
 struct fk_conv_branch {
-  const float* filter;  // [taps, C], batch normalisation folded in
-  const float* shift;   // [C]
-  struct fk_linear linear;
+  const float* filter;      // [taps, C], batch normalisation folded in
+  const float* shift;       // [C]
+  struct fk_linear linear;  // panels null: its rows are the result, of the products' type
   int64_t kernel, stride, padding, out_h, out_w;
-  void* out;  // [B, P + out_h * out_w, N]
+  void* out;  // [B, P + out_h * out_w, N]; null: not wanted
 };
 
 struct fk_conv_projection {
@@ -311,6 +311,32 @@ struct fk_channel_norm {
   const float *grad_mean, *grad_slope;
 };
 
+// Sums over pixels per channel; the gradients of the filter's taps come behind them.
+enum fk_conv_sum { FK_CONV_GRADS, FK_CONV_GRADS_X, FK_CONV_X, FK_CONV_TAPS };
+
+struct fk_conv_branch_backward {
+  struct fk_channel_norm norm;
+  const void* grad;  // of what the linear reads, [B, P + out_h * out_w, C] of the products' type; null: nothing wanted
+  // Gradients of the convolution's results, of the products' type, in a border of zeros [B, slope_h, slope_w, C
+  // padded]; null: not wanted.
+  void* slopes;
+  int64_t border, slope_h, slope_w;
+  int32_t wants_filter;
+};
+
+// The gradients of conv_projection in front of its linears.
+struct fk_conv_projection_backward {
+  struct fk_conv_projection forward;  // filters without batch normalisation; linears and results are not used
+  struct fk_conv_branch_backward branch[3];
+  int32_t low_precision, training;
+  int64_t partials, kinds;
+  double* sums;  // partial sums [partials][3][kinds][C padded], in the order of fk_conv_sum
+  // The last step, a band of rows of the map.
+  int64_t rows_per_band, bands;
+  void* dx;       // of x's dtype; null: not wanted
+  float* affine;  // partial sums [batch * bands], of the norm's weight and bias; null: not wanted
+};
+
 // Sums over pixels per hidden channel; the gradients of the filter's taps come behind them.
 enum fk_mlp_sum {
   FK_SUM_FILTERED,
@@ -357,6 +383,10 @@ struct fk_table {
   int32_t low_precision;  // bf16 products run in hardware
   int64_t (*scratch_conv_projection)(const struct fk_conv_projection*);
   void (*conv_projection)(const struct fk_conv_projection*, int64_t task, void* scratch);
+  void (*conv_projection_backward)(const struct fk_conv_projection_backward*, int64_t partial, int32_t finish,
+                                   void* scratch);
+  int64_t (*scratch_conv_projection_input)(const struct fk_conv_projection_backward*);
+  void (*conv_projection_input)(const struct fk_conv_projection_backward*, int64_t task, void* scratch);
   int64_t (*scratch_global_attention)(const struct fk_global_attention*);
   void (*global_attention)(const struct fk_global_attention*, int64_t task, void* scratch);
   int64_t (*scratch_pointwise_mlp)(const struct fk_pointwise_mlp*);

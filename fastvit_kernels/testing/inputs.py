@@ -160,9 +160,9 @@ CONV_PROJECTION = [
     conv_projection_case("no_prefix", batch=1),
     conv_projection_case("two_prefix_tokens", prefix=2, grid=(6, 4)),
     conv_projection_case("empty_batch", "empty", batch=0, grid=(4, 4), channels=8, prefix=1),
-    conv_projection_case("odd_channels", grid=(3, 5), channels=13, prefix=1),
-    conv_projection_case("one_channel", grid=(3, 4), channels=1, norm=False),
-    conv_projection_case("one_pixel", batch=1, grid=(1, 1), channels=8, prefix=1),
+    conv_projection_case("odd_channels", "drawn", grid=(3, 5), channels=13, prefix=1),
+    conv_projection_case("one_channel", "drawn", grid=(3, 4), channels=1, norm=False),
+    conv_projection_case("one_pixel", "drawn", batch=1, grid=(1, 1), channels=8, prefix=1),
     conv_projection_case("one_row", grid=(1, 9), channels=8),
     conv_projection_case("one_column", grid=(9, 1), channels=8, prefix=1),
     conv_projection_case("strided_query", grid=(7, 6), prefix=1, stride=(2, 2, 2)),
@@ -181,11 +181,11 @@ CONV_PROJECTION = [
     conv_projection_case("bare", norm=False, bn=False, bias=False),
     conv_projection_case("bn_training", "smallest", prefix=1, channels=12, bn_training=True),
     conv_projection_case("bn_training_untracked", bn_training=True, bn_track=False, stride=(2, 1, 2)),
-    conv_projection_case("bn_training_many_rows", batch=1, grid=(28, 17), channels=32, bn_training=True),
+    conv_projection_case("bn_training_many_rows", "drawn", batch=1, grid=(28, 17), channels=32, bn_training=True),
     conv_projection_case("many_rows", batch=3, grid=(14, 13), channels=32, prefix=1),
     conv_projection_case("many_channels", batch=1, grid=(6, 6), channels=136, out=(136, 72, 200)),
     conv_projection_case("cvt_13_stage_1", "published", batch=1, grid=(56, 56), channels=64),
-    conv_projection_case("cvt_13_stage_3", "published", batch=1, grid=(14, 14), channels=384, prefix=1),
+    conv_projection_case("cvt_13_stage_3", "published", "drawn", batch=1, grid=(14, 14), channels=384, prefix=1),
 ]
 
 

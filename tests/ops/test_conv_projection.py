@@ -40,6 +40,8 @@ def _sized(name, batch, grid):
 
 
 class TestConvProjection(Contract, Rejection):
+    # In gradients of few numbers the errors of kernel and reference are independent.
+    draws = 3
     cases = inputs.CONV_PROJECTION
     fused = ("conv_projection",)
     resizable = frozenset({("x", 0)} | {(f"{name}.weight", 0) for name in ("query", "key", "value")})

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastvit_kernels.testing import inputs
+from fastvit_kernels.testing.calls import as_list
 from fastvit_kernels.testing.raw import raw_call
 
 HUGE = (2**31, 2**61, 2**62, 2**63 - 1, -1, -(2**63))
@@ -30,15 +31,26 @@ def _operator(name):
     return getattr(torch.ops.fastvit, name).default
 
 
+def _native_backward(name):
+    packet = getattr(torch.ops.fastvit, f"{name}_backward")
+    return [packet.native] if "native" in packet.overloads() else []
+
+
 @pytest.mark.parametrize(("name", "argument"), [(name, key) for name, keys in INTEGERS.items() for key in keys])
 @pytest.mark.parametrize("value", HUGE)
 def test_integers_that_overflow(name, argument, value):
     tensors, static = raw_call(inputs.tagged(inputs.CASES[name], "smallest")[0].call())
     arguments = list(static)
     at = INTEGERS[name][argument]
+    grads = [torch.ones_like(output) for output in as_list(_operator(name)(tensors, None, *static))]
+    needs = [t is not None for t in tensors]
     for wrong in [[value, *arguments[at][1:]]] if isinstance(arguments[at], list) else [value]:
+        changed = [*arguments[:at], wrong, *arguments[at + 1 :]]
         with pytest.raises((RuntimeError, ValueError)):
-            _operator(name)(tensors, None, *arguments[:at], wrong, *arguments[at + 1 :])
+            _operator(name)(tensors, None, *changed)
+        for backward in _native_backward(name):
+            with pytest.raises((RuntimeError, ValueError)):
+                backward(grads, tensors, needs, *changed)
 
 
 def test_a_grid_whose_product_wraps():

@@ -168,12 +168,18 @@ FK_INLINE void projection_task(const struct fk_conv_projection& p, int64_t task,
   const struct fk_array no_residual = {nullptr, FK_F32, 0};
   for (int i = 0; i < kBranches; ++i) {
     const struct fk_conv_branch& b = p.branch[i];
+    if (!b.out) continue;
     const Band band = band_of(p, b, tile);
     convolve_band(b, patch, s.patch, band, s.rows + prefix * s.lda, s.lda);
     const int64_t rows = prefix + (band.last - band.first) * b.out_w;
     // Prefix rows stand right before the first band's pixels, in scratch and in the output alike.
     const int64_t out_tokens = p.prefix + b.out_h * b.out_w;
     const int64_t start = image * out_tokens + (tile == 0 ? 0 : p.prefix + band.first * b.out_w);
+    if (!b.linear.panels) {
+      for (int64_t row = 0; row < rows; ++row)
+        copy_row(s.rows + row * s.lda, p.channels, p.channels, (A*)b.out + (start + row) * p.channels);
+      continue;
+    }
     const A* after = (const A*)p.branch[(i + 1) % kBranches].linear.panels;
     product(s.rows, s.lda, rows, (const A*)b.linear.panels, b.linear.k, 0, ceil_div(b.linear.n, kPanel), after,
             [&](int64_t row, int64_t height, int64_t column, const float* tile_sums) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "backward.h"
+#include "channel_norm.h"
 #include "depthwise_mlp.h"
 
 namespace {
@@ -142,31 +143,6 @@ FK_INLINE void prepare_image(const struct fk_depthwise_mlp_backward& p, const Ml
   if (p.wants_project) panels_of_rows(m.grad, m.ldg, pixels, out, depth, m.grad_panels);
   clear_border(m.hidden, mlp_line(p), p.height, reach, reach * p.chunk);
   clear_border(m.filtered_grad, mlp_line(p), p.height, reach, reach * p.chunk);
-}
-
-struct NormVectors {
-  bool present;
-  vf mean, rstd, weight, bias, grad_mean, grad_slope;
-};
-FK_INLINE NormVectors norm_vectors(const struct fk_channel_norm& n, int64_t at) {
-  NormVectors v;
-  v.present = n.mean;
-  v.mean = v.rstd = v.weight = v.bias = v.grad_mean = v.grad_slope = splat(0.0f);
-  if (!v.present) return v;
-  v.mean = load(n.mean + at);
-  v.rstd = load(n.rstd + at);
-  v.weight = load(n.weight + at);
-  v.bias = load(n.bias + at);
-  if (n.grad_mean) {
-    v.grad_mean = load(n.grad_mean + at);
-    v.grad_slope = load(n.grad_slope + at);
-  }
-  return v;
-}
-FK_INLINE vf normalized(const NormVectors& n, vf x) { return (x - n.mean) * n.rstd; }
-// The gradient of a norm's input.
-FK_INLINE vf norm_input_grad(const NormVectors& n, vf grad, vf hat) {
-  return n.weight * n.rstd * (grad - n.grad_mean - hat * n.grad_slope);
 }
 
 // Rows [from, to) of the hidden map.

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention_backward.h"
-#include "conv_projection.h"
+#include "conv_projection_backward.h"
 #include "depthwise_conv.h"
 #include "depthwise_mlp_backward.h"
 #include "global_attention.h"
@@ -27,6 +27,9 @@
       FK_NATIVE_BF16,                                 \
       scratch_conv_projection,                        \
       conv_projection,                                \
+      conv_projection_backward,                       \
+      scratch_conv_projection_input,                  \
+      conv_projection_input,                          \
       scratch_global_attention,                       \
       global_attention,                               \
       scratch_pointwise_mlp,                          \
