@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_kernels.bench.flops import Cost
+from fastvit_kernels.nn import DropPath
 from fastvit_kernels.testing.numerics import to_fp64
 
 # How a peer can reach a dtype. `autocast`: fp32 weights under torch.autocast; `cast`: the model in bf16 throughout;
@@ -29,13 +30,15 @@ def as_outputs(result: Tensor | Outputs) -> Outputs:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
+def precision(variant: str, device: str = "cpu") -> AbstractContextManager[Any]:
+    """bf16 autocast where the variant says so."""
+    return torch.autocast(device, torch.bfloat16) if variant == "autocast" else nullcontext()
+
+
 @contextmanager
-def inference(variant: str) -> Iterator[None]:
-    """No gradients; bf16 autocast where the variant says so."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        if variant == "autocast":
-            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+def inference(variant: str, device: str = "cpu") -> Iterator[None]:
+    """No gradients, and the variant's precision."""
+    with torch.inference_mode(), precision(variant, device):
         yield
 
 
@@ -56,6 +59,7 @@ class Case:
         attention: there is an attention in it that `F.scaled_dot_product_attention` can stand in for.
         end_to_end: a whole model, held to the end-to-end rule in fp32.
         twin: takes the stock module, returns transformers' module with the same weights; None where it has none.
+        device: where the module and its inputs are.
     """
 
     suite: str
@@ -70,6 +74,7 @@ class Case:
     attention: bool = False
     end_to_end: bool = False
     twin: Callable[[nn.Module], nn.Module] | None = None
+    device: str = "cpu"
     _remembered: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -82,10 +87,17 @@ class Case:
         """Arithmetic and least traffic."""
         return self.count()
 
+    @contextmanager
+    def _draws(self, seed: int) -> Iterator[None]:
+        """What is made inside is on the case's device, its random values those of the seed."""
+        devices = [torch.cuda.current_device()] if self.device == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.device(self.device):
+            torch.manual_seed(seed)
+            yield
+
     @cached_property
     def _stock(self) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with self._draws(0):
             module = self.build().eval().requires_grad_(False)
             _enliven(module)
             if self.settle is not None:
@@ -94,8 +106,7 @@ class Case:
 
     @cached_property
     def _fp32_inputs(self) -> tuple[Tensor, ...]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
+        with self._draws(1):
             return tuple(_channels_last(x) for x in self.make_inputs())
 
     def stock(self, variant: str = "fp32") -> nn.Module:
@@ -123,7 +134,7 @@ class Case:
         variant = "autocast" if variant == "hint" else variant
 
         def run() -> Outputs:
-            with inference(variant):
+            with inference(variant, self.device):
                 return as_outputs(self.stock(variant)(*self.inputs(variant)))
 
         return self.remember(("low", variant), run)
@@ -142,6 +153,14 @@ def as_user_has_it(module: nn.Module, variant: str) -> nn.Module:
     # nn.Module.to takes a memory format; its type stubs do not say so.
     converted: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return converted
+
+
+def deterministic(module: nn.Module) -> nn.Module:
+    """The module with dropout and stochastic depth off, whatever else in it trains."""
+    for part in module.modules():
+        if isinstance(part, (nn.Dropout, DropPath)):
+            part.eval()
+    return module
 
 
 def _channels_last(x: Tensor) -> Tensor:

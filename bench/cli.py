@@ -32,6 +32,11 @@ def main(argv: Sequence[str]) -> int:
         ModuleNotFoundError: an optional package that tables or pictures need is not installed.
     """
     arguments = list(argv)
+    if any(argument == "--device" or argument.startswith("--device=") for argument in arguments):
+        # Other options, other files; and the CUDA part of the benchmark stays unread on a CPU.
+        from fastvit_kernels.bench.gpu.cli import main as on_device
+
+        return on_device(arguments)
     if arguments[:1] == ["report"]:
         return _report(_report_parser().parse_args(arguments[1:]))
     return _run(_run_parser().parse_args(arguments))
@@ -80,6 +85,7 @@ def _run_parser() -> argparse.ArgumentParser:
     add("--threads", type=_positive, default=torch.get_num_threads(), metavar="N", help="default: %(default)s")
     add("--cpu-time", action="store_true", help="measure the CPU time of one thread instead of wall time")
     add("--output", type=Path, default=Path("bench_output"), metavar="DIR", help="for CSV; default: %(default)s")
+    add("--device", choices=("cuda",), help="measure on a GPU; see `fastvit-kernels bench --device cuda --help`")
     add("--list", action="store_true", help="list suites, cases and peers and measure nothing")
     return parser
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
+import fastvit_kernels.bench
+import fastvit_kernels.models
+
+_HASHED = (".py", ".json", ".so")
 PACKAGES = ("torch", "onnxruntime", "openvino", "transformers")
 
 
@@ -15,6 +20,18 @@ def version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def sources() -> str:
+    """Stands for the exact files of this package, compiled ones included, whether or not there is a checkout."""
+    digest = hashlib.sha256()
+    for package in (fastvit_kernels, fastvit_kernels.models, fastvit_kernels.bench):
+        for folder in map(Path, package.__path__):
+            # The names in order: what a folder lists first depends on the file system.
+            for path in sorted(path for path in folder.rglob("*") if path.suffix in _HASHED and path.is_file()):
+                digest.update(f"{path.relative_to(folder)}\0".encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def commit() -> str:

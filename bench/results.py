@@ -67,7 +67,7 @@ class Row:
         return self.peer if self.variant == self.dtype else f"{self.peer} ({self.variant})"
 
 
-Record = TypeVar("Record", Row, Conditions)
+Record = TypeVar("Record")
 _KINDS = {"int": int, "float": float, "str": str}
 
 
@@ -92,10 +92,11 @@ def write(path: Path, rows: Iterable[Row], conditions: Conditions) -> None:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({**_cells(row), **_cells(conditions)})
+            writer.writerow({**cells_of(row), **cells_of(conditions)})
 
 
-def _cells(record: Row | Conditions) -> dict[str, str]:
+def cells_of(record: Any) -> dict[str, str]:
+    """The fields of a dataclass as a file has them."""
     cells = {}
     for field in fields(record):
         value = getattr(record, field.name)
@@ -111,10 +112,11 @@ def read(path: Path) -> list[tuple[Row, Conditions]]:
     """
     try:
         with path.open(newline="") as file:
-            return [(_record(Row, cells), _record(Conditions, cells)) for cells in csv.DictReader(file)]
+            return [(record_of(Row, cells), record_of(Conditions, cells)) for cells in csv.DictReader(file)]
     except (KeyError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a file of benchmark rows ({error!r})") from error
 
 
-def _record(kind: type[Record], cells: Mapping[str, str]) -> Record:
-    return kind(**{field.name: _parse(str(field.type), cells[field.name]) for field in fields(kind)})
+def record_of(kind: type[Record], cells: Mapping[str, str]) -> Record:
+    """A dataclass from the cells of a line; those that are not its fields are left out."""
+    return kind(**{field.name: _parse(str(field.type), cells[field.name]) for field in fields(kind)})  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import torch
 
 from fastvit_kernels import BackendError
 from fastvit_kernels.demo.errors import Disagreement, UserError
+from fastvit_kernels.ops import tuning
 from fastvit_kernels.ops.dispatch import requested_backend
 
 OK, DISAGREES, USAGE = 0, 1, 2
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(options: argparse.Namespace) -> int:
     try:
         requested_backend()
+        tuning.current()
     except ValueError as error:
         return _fail(str(error), USAGE)
     try:

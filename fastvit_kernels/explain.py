@@ -31,8 +31,8 @@ class Explanation:
     """What happened in one forward. `str()` is a readable account.
 
     Attributes:
-        decisions: operator calls with module path, input, chosen backend and each other backend's reasons, in order;
-            equal calls of one module appear once.
+        decisions: operator calls with module path, input, chosen backend, each other backend's reasons and, where times
+            of this device decided, those, in order; equal calls of one module appear once.
         unfused: modules that could run fused operators and called their submodules, in whole or in part.
         not_accelerated: modules that `accelerate` knows and that are not accelerated; what would keep it from doing so.
     """
@@ -157,7 +157,8 @@ def _decision_table(decisions: list[Decision]) -> str:
     notes: dict[str, int] = {}
     rows = []
     for decision in decisions:
-        why = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in decision.rejected.items())
+        parts = [f"{name}: {', '.join(reasons)}" for name, reasons in decision.rejected.items()]
+        why = "; ".join([*parts, f"measured: {decision.measured}"] if decision.measured else parts)
         number = notes.setdefault(why, len(notes) + 1)
         rows.append((decision.module or "(model)", decision.operator, decision.shape, decision.chosen, f"[{number}]"))
     table = text_table(("module", "operator", "input", "backend", "why not the others"), rows)

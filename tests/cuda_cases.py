@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fastvit_kernels import _extension
 from fastvit_kernels.ops import library
+from fastvit_kernels.testing.device import refusals
 from fastvit_kernels.testing.inputs import CASES
 from fastvit_kernels.testing.raw import raw_call
 
@@ -18,8 +18,7 @@ def backend(name):
 
 def reasons(name, tensors, static):
     """Those of the call itself, not of this machine."""
-    device = {f"tensors are on {tensors[0].device.type}", _extension.parts["cuda"].problem}
-    return [reason for reason in backend(name).supports(tensors, static) if reason not in device]
+    return refusals("cuda", name, tensors, static)
 
 
 def taken(precisions, wanted=lambda case: True):

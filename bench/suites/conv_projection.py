@@ -27,7 +27,7 @@ class ConvProjection(OperatorModule):
     def _branch(self, index: int) -> ops.Projection:
         conv, bn, linear = self.convs[index], self.bns[index], self.linears[index]
         assert isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d) and isinstance(linear, nn.Linear)
-        norm = ops.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+        norm = ops.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, bn.training)
         return ops.Projection(conv.weight, linear.weight, linear.bias, norm, conv.stride[0], 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

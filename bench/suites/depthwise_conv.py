@@ -46,7 +46,9 @@ class DepthwiseConv(OperatorModule):
             norm_weight=None if norm is None else norm.weight,
             norm_bias=None if norm is None else norm.bias,
             norm_eps=None if norm is None else norm.eps,
-            bn=None if bn is None else ops.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps),
+            bn=None
+            if bn is None
+            else ops.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, bn.training),
             residual=None if self.shape.ratio else x,
             packed=self.packed,
             backend=self.backend,

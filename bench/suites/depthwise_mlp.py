@@ -103,7 +103,10 @@ class DepthwiseMLP(OperatorModule):
 
     def _fused(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         family, out_norm = self.shape.family, self.out_norm
-        bns = [ops.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps) for bn in self._norms()]
+        bns = [
+            ops.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, bn.training)
+            for bn in self._norms()
+        ]
         bn1, bn2, bn3 = bns or (None, None, None)
         return ops.depthwise_mlp(
             x,

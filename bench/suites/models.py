@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit_kernels import accelerate
+from fastvit_kernels.bench.cases import deterministic
 from fastvit_kernels.models import create_model
 
 IMAGE = 224
@@ -21,17 +22,22 @@ def images(batch: int, size: int) -> Tensor:
 
 
 def accelerated(model: nn.Module) -> nn.Module:
-    """The model, all of it prepared for inference."""
-    report = accelerate(model, inference=True)
+    """The model, all of it; prepared for inference unless it trains."""
+    report = accelerate(model, inference=not model.training)
     # A model that is only half accelerated must not be measured as ours.
-    if not report or report.left_alone:
+    left = [entry for entry in report.left_alone if not (model.training and entry.reasons[0] == "already accelerated")]
+    if left or not (report.replaced or model.training):
         raise RuntimeError(str(report))
     return model
 
 
 def ours(name: str, plain: nn.Module, **overrides: Any) -> nn.Module:
-    """Our model with a plain one's weights, in its dtype and memory format; `overrides` are for `create_model`."""
+    """Our model with a plain one's weights, in its dtype and memory format; `overrides` are for `create_model`.
+
+    Nothing in it is random: a plain model has neither dropout nor stochastic depth that is on.
+    """
     with torch.device("meta"):
         model = create_model(name, **overrides)
     model.load_state_dict(plain.state_dict(), strict=True, assign=True)
-    return model.requires_grad_(False).train(plain.training)
+    model.requires_grad_(any(parameter.requires_grad for parameter in plain.parameters())).train(plain.training)
+    return deterministic(model)

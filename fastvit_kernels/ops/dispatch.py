@@ -42,13 +42,15 @@ class BackendError(RuntimeError):
 
 @dataclass
 class Decision:
-    """One operator call as `explain` reports it."""
+    """One operator call as `explain` reports it; `measured` are the times that decided, empty where none did."""
 
     operator: str
     module: str
     shape: str
     chosen: str
     rejected: dict[str, list[str]]
+    channels: int = 0
+    measured: str = ""
 
 
 class _State(threading.local):
@@ -157,8 +159,7 @@ def select(operator: Operator, tensors: Tensors, static: Any, backend: str | Non
         BackendError: a backend was asked for by name and cannot run the call.
     """
     wanted = requested_backend(backend)
-    device = tensors[0].device  # type: ignore[union-attr]
-    candidates: list[Backend] = [*in_order(operator, device), _Reference(operator)]
+    candidates, times = in_order(operator, _Reference(operator), tensors, static)
     recorder = None if torch.compiler.is_compiling() else _state.recorder
     if recorder is None:
         for candidate in candidates:
@@ -173,11 +174,14 @@ def select(operator: Operator, tensors: Tensors, static: Any, backend: str | Non
     rejected = {}
     for candidate in candidates:
         if candidate is not chosen:
-            unwanted = f"{wanted!r} was asked for" if wanted != "auto" else f"{chosen.name} comes first"
+            first = "was measured faster" if times else "comes first"
+            unwanted = f"{wanted!r} was asked for" if wanted != "auto" else f"{chosen.name} {first}"
             own = reasons[candidate.name]
             rejected[candidate.name] = [*own, unwanted] if wanted != "auto" or not own else own
+    channels = int(tensors[0].shape[-1])  # type: ignore[union-attr]
+    measured = times if wanted == "auto" else ""
     recorder.decisions.append(
-        Decision(operator.name, ".".join(recorder.path), describe(tensors), chosen.name, rejected)
+        Decision(operator.name, ".".join(recorder.path), describe(tensors), chosen.name, rejected, channels, measured)
     )
     return chosen
 

@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastvit_kernels.ops.operator import Backend, Operator
+from fastvit_kernels.ops import tuning
+from fastvit_kernels.ops.arguments import short
+from fastvit_kernels.ops.operator import Backend, Operator, Tensors
+from fastvit_kernels.ops.tuning import FORWARD, TRAINING
+
+# Only these devices have entries.
+_DEVICE_TYPE = "cuda"
 
 
-class Row(NamedTuple):
-    """What a measurement on one architecture says about one operator.
+def in_order(operator: Operator, reference: Backend, tensors: Tensors, static: Any) -> tuple[list[Backend], str]:
+    """The backends of `operator` and its reference, most preferred first, and the times that say so.
 
-    Attributes:
-        operator: its name.
-        architecture: the compute capability it was measured on.
-        order: the backends that were measured, fastest first.
-        results: the file in `bench/results` that says so.
+    Without times, which are "" then, the operator's own order holds. What took part in no measurement comes behind all
+    that did.
     """
+    backends = [*operator.backends, reference]
+    first = tensors[0]
+    assert first is not None
+    if first.device.type != _DEVICE_TYPE:
+        return backends, ""
+    order, times = _measured(operator.name, first.device, static.dtype, _needs_gradient(tensors), int(first.shape[-1]))
+    if not order:
+        return backends, ""
+    places = {name: place for place, name in enumerate(order)}
+    return sorted(backends, key=lambda backend: places.get(backend.name, len(places))), times
 
-    operator: str
-    architecture: tuple[int, int]
-    order: tuple[str, ...]
-    results: str
+
+def _needs_gradient(tensors: Tensors) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
-# Empty: the CUDA C++ kernels have never run on a GPU. Without a row an operator's own order holds, in which they come
-# behind Triton's: they run when asked for by name, or where Triton cannot.
-ROWS: tuple[Row, ...] = ()
+def _measured(
+    operator: str, device: torch.device, dtype: torch.dtype, training: bool, channels: int
+) -> tuple[tuple[str, ...], str]:
+    """The names of the measured backends, fastest first, and their times as a text; nothing where there are none."""
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    mode = TRAINING if training else FORWARD
+    found = tuning.current().preference(operator, capability, short(dtype), mode, channels)
+    return ((), "") if found is None else (tuple(found.order), str(found))
 
 
-def in_order(operator: Operator, device: torch.device) -> list[Backend]:
-    """The backends of `operator`, most preferred first."""
-    rows = [row for row in ROWS if row.operator == operator.name] if device.type == "cuda" else []
-    if rows:
-        found = torch.cuda.get_device_capability(device)
-        for row in rows:
-            if row.architecture == found:
-                places = {name: place for place, name in enumerate(row.order)}
-                return sorted(operator.backends, key=lambda backend: places.get(backend.name, len(places)))
-    return operator.backends
+# torch.compile calls this function instead of tracing into it; see `triton_support`.
+_measured._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastvit_kernels.ops import tuning
 from fastvit_kernels.ops.arguments import short
 from fastvit_kernels.ops.operator import Tensors
 from fastvit_kernels.ops.triton_configs import ALIGNMENT, CONFIGS, Config
@@ -126,15 +127,23 @@ def arithmetic(dtype: torch.dtype, device: torch.device) -> Arithmetic:
 def config(kernel: str, arithmetic: Arithmetic, width: int, *channels: int) -> Config:
     """The launch configuration of `kernel` for `width` columns made from rows of `channels`.
 
-    Architectures without rows of their own in the table share the default ones.
+    A measured one goes before those of `triton_configs`, of which architectures without rows of their own share the
+    default ones.
     """
-    if arithmetic.architecture == INTERPRETER:
-        key = INTERPRETER, "any"
+    architecture = arithmetic.architecture
+    if architecture == INTERPRETER:
+        kind = "any"
     else:
         aligned = all(n % ALIGNMENT == 0 for n in (width, *channels))
-        key = arithmetic.architecture, arithmetic.kind if aligned else "unaligned"
+        kind = arithmetic.kind if aligned else "unaligned"
+    depth = max(channels, default=0)
+    return tuning.current().config(kernel, architecture, kind, width, depth) or usual(kernel, architecture, kind, width)
+
+
+def usual(kernel: str, architecture: str, kind: str, width: int) -> Config:
+    """What `triton_configs` has."""
     table = CONFIGS[kernel]
-    rows = table.get(key) or table["default", key[1]]
+    rows = table.get((architecture, kind)) or table["default", kind]
     return next(row for widest, row in rows if width <= widest)
 
 

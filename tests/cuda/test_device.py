@@ -1,46 +1,40 @@
-"""The CUDA C++ kernels on a GPU: the numerics rule, and capture in a CUDA graph. Needs a GPU and the CUDA part."""
+"""The kernels for GPUs on one: the numerics rule, CUDA graphs, whole models. Needs a GPU, Triton and the CUDA part."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cuda_cases import OPERATORS, taken
 
-from fastvit_kernels import use_backend
-from fastvit_kernels.testing import assert_within_rule
-from fastvit_kernels.testing.calls import as_list
-from fastvit_kernels.testing.inputs import BF16, CASES, FP16, FP32
+from fastvit_kernels.bench.gpu.device import Gpu
+from fastvit_kernels.bench.gpu.jobs import FORWARD, GRAPH, MODELS, STREAM, TRAINING, Job, find
+from fastvit_kernels.bench.gpu.measure import Plan, measure
+from fastvit_kernels.bench.results import OK
+from fastvit_kernels.testing.device import checks, run_check
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 
-@pytest.mark.parametrize(("name", "case", "precision"), taken([FP32, BF16, FP16]))
-def test_forward(name, case, precision):
-    call = case.call(precision)
-    with use_backend("cuda"), torch.no_grad():
-        found = as_list(call.map(torch.Tensor.cuda)())
-    with use_backend("reference"), torch.no_grad():
-        exact, low = as_list(call.fp64()()), as_list(call.fresh()())
-    assert_within_rule([t.cpu() for t in found], (exact, low))
+@pytest.mark.parametrize("check", checks(), ids=str)
+def test_check(check):
+    run_check(check, "cuda", Gpu().capture)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_captured_in_a_graph(name):
-    """Nothing waits for the device, and a replay gives what the call gave."""
-    case = next(case for case in CASES[name] if "smallest" in case.tags)
-    call = case.call(BF16).map(torch.Tensor.cuda)
-    with use_backend("cuda"), torch.no_grad():
-        wanted = as_list(call())
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = as_list(call())
-        for output in found:
-            output.fill_(float("nan"))
-        graph.replay()
-    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+@pytest.mark.parametrize("launch", [STREAM, GRAPH])
+@pytest.mark.parametrize("mode", [FORWARD, TRAINING])
+@pytest.mark.parametrize("model", MODELS)
+def test_models_keep_the_rule_and_can_be_captured(model, mode, launch):
+    row = measure(Gpu(), Job(model, model, 1, mode, "fastvit", launch), find, Plan(seconds=0.0, fewest=2))
+    assert row.status == OK, row.reason
+    assert {entry.split(":")[1] for entry in row.backends.split()} <= {"triton", "cuda", "reference"}
+
+
+def test_the_clock_and_the_limits():
+    device = Gpu()
+    limits = device.limits()
+    # No GPU that this is for is slower or twice as fast as the fastest so far.
+    assert 500 < limits.copy_gbs < 20_000 and 10_000 < limits.bf16_gflops < 5_000_000
+    x = torch.empty(2**28, device="cuda")
+    seconds = device.times(lambda: x.add_(1), 5, cold=True)
+    assert len(seconds) == 5 and all(2 * x.nbytes / s / 1e9 < 1.1 * limits.copy_gbs for s in seconds)
+    assert device.peak_bytes(lambda: torch.empty(2**20, device="cuda")) == 2**22

@@ -6,13 +6,17 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fastvit_kernels import BackendError, _extension, ops, use_backend
-from fastvit_kernels.ops import dispatch, library, preference
+from fastvit_kernels import BackendError, _extension, explain, ops, use_backend
+from fastvit_kernels.ops import dispatch, library, preference, tuning
+from fastvit_kernels.ops.tuning import Preference, Tuning
 from fastvit_kernels.testing import inputs
+from fastvit_kernels.testing.raw import raw_call
 
 
 def _call(dtype=torch.float32, device="cpu"):
@@ -128,27 +132,107 @@ def test_a_backend_without_kernels_is_no_silent_fallback():
         _call()(backend="cuda")
 
 
-def _on_a_gpu(monkeypatch):
-    """Which backends of local_attention a GPU would be offered, most preferred first."""
+@pytest.fixture
+def measured(monkeypatch):
+    """Entries of a device, which this CPU then stands for; a function that puts them in force."""
+    monkeypatch.setattr(preference, "_DEVICE_TYPE", "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    operator = library.operators["local_attention"]
-    return [backend.name for backend in preference.in_order(operator, torch.device("cuda", 0))]
+    with ExitStack() as stack:
+        yield lambda *entries: stack.enter_context(tuning.using(Tuning((), entries)))
 
 
-def test_what_was_never_measured_comes_behind_triton(monkeypatch):
-    assert preference.ROWS == ()
-    assert _on_a_gpu(monkeypatch) == ["cpu", "triton", "cuda"]
+def _entry(**changes):
+    times = {"cpu": 2.0, "triton": 3.0, "cuda": 1.0, "reference": 4.0}
+    entry = Preference("pointwise_mlp", "NVIDIA H200", "9.0", "float32", "forward", 64, times, "nvidia-h200.csv")
+    return replace(entry, **changes)
+
+
+def _order(operator="local_attention"):
+    """Which backends a call of the operator would be offered, most preferred first."""
+    tensors, static = raw_call(inputs.tagged(inputs.CASES[operator], "smallest")[0].call())
+    return [backend.name for backend in preference.in_order(library.operators[operator], _FALLBACK, tensors, static)[0]]
+
+
+_FALLBACK = dispatch._Reference(library.operators["local_attention"])
+
+
+def test_what_was_never_measured_comes_behind_triton(measured):
+    assert tuning.read(tuning.PACKAGE_FILE) == Tuning()
+    measured()
+    assert _order() == ["cpu", "triton", "cuda", "reference"]
 
 
 @pytest.mark.parametrize(
-    ("operator", "architecture", "first"),
-    [("local_attention", (9, 0), "cuda"), ("local_attention", (8, 0), "cpu"), ("pointwise_mlp", (9, 0), "cpu")],
+    ("changes", "first"),
+    [
+        ({"operator": "local_attention"}, "cuda"),
+        ({"operator": "local_attention", "capability": "8.0"}, "cpu"),
+        ({"operator": "local_attention", "dtype": "bfloat16"}, "cpu"),
+        ({"operator": "local_attention", "mode": "training"}, "cpu"),
+        ({}, "cpu"),
+    ],
 )
-def test_a_measurement_decides_for_its_operator_and_gpu(monkeypatch, operator, architecture, first):
-    row = preference.Row(operator, architecture, ("cuda", "triton"), "gpu.csv")
-    monkeypatch.setattr(preference, "ROWS", (row,))
-    order = _on_a_gpu(monkeypatch)
-    assert order[0] == first and sorted(order) == ["cpu", "cuda", "triton"]
+def test_a_measurement_decides_for_its_operator_dtype_mode_and_gpu(measured, changes, first):
+    measured(_entry(**changes))
+    order = _order()
+    assert order[0] == first and sorted(order) == ["cpu", "cuda", "reference", "triton"]
+    if first == "cuda":
+        assert order == ["cuda", "cpu", "triton", "reference"]
+
+
+def test_the_nearest_width_decides(measured):
+    wide = _entry(channels=512, milliseconds={"reference": 1.0, "cpu": 2.0})
+    measured(_entry(channels=2), wide)
+    found = {n: tuning.current().preference("pointwise_mlp", "9.0", "float32", "forward", n) for n in (1, 30, 40, 9999)}
+    assert [entry.channels for entry in found.values()] == [2, 2, 512, 512]
+
+
+def test_a_measured_reference_goes_before_kernels(measured):
+    measured(_entry(milliseconds={"cpu": 2.0, "reference": 1.0}), _entry(mode="training"))
+    decision = _decision(_call())
+    assert decision.chosen == "reference" and decision.rejected["cpu"] == ["reference was measured faster"]
+    # By name a backend runs as before, and with a gradient other times count.
+    assert _decision(_call(), backend="cpu").chosen == "cpu"
+    x = torch.ones(2, 4, requires_grad=True)
+    call = inputs.tagged(inputs.POINTWISE_MLP, "smallest")[0].call()
+    trained = call.with_leaves({"x": call.arguments["x"].requires_grad_()})
+    assert x.requires_grad and _decision(lambda: trained()).chosen == "cpu"
+    with torch.no_grad():
+        assert _decision(lambda: trained()).chosen == "reference"
+
+
+def test_explain_shows_the_times_that_decided(measured):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return ops.pointwise_mlp(x, torch.ones(4, 4), None, torch.ones(4, 4), None, activation="gelu")
+
+    measured(_entry())
+    explanation = explain(Model(), torch.ones(2, 4))
+    (decision,) = explanation.decisions
+    assert decision.chosen == "cpu" and decision.channels == 4
+    times = "cuda 1 ms, cpu 2 ms, triton 3 ms, reference 4 ms"
+    assert decision.measured == f"{times} (NVIDIA H200, float32, 64 channels, forward; nvidia-h200.csv)"
+    assert f"measured: {times}" in str(explanation)
+    assert decision.rejected["reference"] == ["cpu was measured faster"]
+
+
+def test_a_measurement_decides_in_a_compiled_graph(measured):
+    measured(_entry(milliseconds={"cpu": 2.0, "reference": 1.0}))
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    weight = torch.ones(4, 4)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda x: ops.pointwise_mlp(x, weight, None, weight, None, activation="gelu"), fullgraph=True, backend=backend
+    )
+    compiled(torch.ones(2, 4))
+    (graph,) = graphs
+    assert not any("fastvit" in str(node.target) for node in graph.graph.nodes)
+    torch.compiler.reset()
 
 
 def test_the_cuda_kernels_are_no_choice_on_a_cpu():

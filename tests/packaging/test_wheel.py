@@ -30,7 +30,7 @@ def test_everything_is_inside_the_package(names):
 
 def test_contents(names):
     needed = ("__init__.py", "py.typed", "_fk_cpu.so", "_build.json", "models/__init__.py", "bench/__init__.py")
-    needed += ("demo/digits.safetensors",)
+    needed += ("demo/digits.safetensors", "ops/tuning.json")
     assert {f"fastvit_kernels/{name}" for name in needed} <= names
     assert not [name for name in names if "bench/results/" in name or name.endswith((".cpp", ".cu", ".h", ".pyc"))]
 
@@ -62,7 +62,14 @@ def test_build_metadata(build):
 def test_source_distribution(build):
     with tarfile.open(build.sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"CMakeLists.txt", "LICENSE", "README.md", "csrc/cpu/isa_generic.cpp", "models/__init__.py"} <= names
+    assert {
+        "CMakeLists.txt",
+        "LICENSE",
+        "README.md",
+        "csrc/cpu/isa_generic.cpp",
+        "models/__init__.py",
+        "fastvit_kernels/ops/tuning.json",
+    } <= names
     assert not [name for name in names if name.startswith((".venv/", "build/", "dist/"))]
 
 

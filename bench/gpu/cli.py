@@ -1,0 +1,123 @@
+"""`fastvit-kernels bench --device cuda`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+
+from fastvit_kernels.bench.gpu import preferences, report
+from fastvit_kernels.bench.gpu import rows as files
+from fastvit_kernels.bench.gpu.device import Gpu
+from fastvit_kernels.bench.gpu.jobs import BATCHES, MODELS, MODES, OPERATORS, Job, all_jobs
+from fastvit_kernels.bench.gpu.peers import PEERS
+from fastvit_kernels.bench.gpu.run import Request, run
+from fastvit_kernels.bench.gpu.worker import Worker
+from fastvit_kernels.demo.errors import UserError
+from fastvit_kernels.testing import device as checking
+from fastvit_kernels.testing.inputs import BF16, BF16_FP32
+
+_MOST_PROCESSES = 14
+# Those of the rows: bf16 throughout, and beside weights in fp32.
+_PRECISIONS = (str(BF16), str(BF16_FP32))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `fastvit-kernels bench --device cuda` with all arguments behind `bench`.
+
+    Returns:
+        0; or 1 when a check, or a row of ours, has failed.
+
+    Raises:
+        UserError: there is no GPU, or what was asked for makes no sense.
+    """
+    options = _parser().parse_args(argv)
+    jobs = _chosen(options)
+    if options.list:
+        for job in jobs:
+            print(job)
+        return 0
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU")
+    problems = checking.problems(torch.device("cuda"))
+    for name, problem in problems.items():
+        print(f"without {name}: {problem}")
+    backends = [name for name in checking.BACKENDS if name not in problems]
+    request = Request(
+        jobs=[job for job in jobs if job.peer not in problems],
+        checks=checking.checks(backends, _PRECISIONS),
+        output=options.output,
+        minutes=options.minutes,
+        processes=options.processes,
+        retry=options.retry,
+    )
+    try:
+        outcome = run(request, lambda: Worker(Gpu), print)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    print(outcome)
+    if outcome.file.exists():
+        records = files.read(outcome.file)
+        for path in report.write(records, outcome.file):
+            print(path)
+        if options.preferences is not None:
+            print(preferences.write(records, outcome.file.name, options.preferences))
+    return 1 if outcome.checks_failed or outcome.ours_failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastvit-kernels bench --device cuda",
+        description="First the correctness of all kernels in bf16 on the GPU; then times of operators and models, "
+        "forward and training, against eager, SDPA and torch.compile; at batch 1 in CUDA graphs, too. Rows go to a file named "
+        "after the GPU as they are finished: what is there from the same sources and versions is not measured again.",
+    )
+    add = parser.add_argument
+    add("--device", choices=("cuda",), default="cuda")
+    add("--minutes", type=_minutes, default=10.0, help="nothing is started that would end later; default: %(default)g")
+    add("--suite", nargs="+", choices=(*MODELS, *OPERATORS), metavar="NAME", help="default: all")
+    add("--case", default="*", metavar="PATTERN", help="only these of a suite's shapes")
+    add("--batch", nargs="+", type=int, choices=BATCHES, metavar="N", help=f"default: {' '.join(map(str, BATCHES))}")
+    add("--mode", nargs="+", choices=MODES, default=MODES, help="default: both")
+    add("--peers", nargs="+", choices=PEERS, default=PEERS, metavar="NAME", help=f"default: {' '.join(PEERS)}")
+    add("--retry", action="store_true", help="measure rows and repeat checks that failed once more")
+    processes = min(_MOST_PROCESSES, os.cpu_count() or 1)
+    add("--processes", type=int, default=processes, metavar="N", help="of the checks; default: %(default)s")
+    add("--output", type=Path, default=Path("bench_output"), metavar="DIR", help="default: %(default)s")
+    add(
+        "--preferences",
+        type=Path,
+        metavar="FILE",
+        help="also write which backend was measured fastest into this tuning file; see FASTVIT_TUNING",
+    )
+    add("--list", action="store_true", help="list the rows in their order and measure nothing")
+    return parser
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected minutes, got {text!r}")
+    return value
+
+
+def _chosen(options: argparse.Namespace) -> list[Job]:
+    found = [
+        job
+        for job in all_jobs()
+        if (options.suite is None or job.suite in options.suite)
+        and (options.batch is None or job.batch in options.batch)
+        and job.mode in options.mode
+        and job.peer in options.peers
+        and fnmatchcase(job.case, options.case)
+    ]
+    if not found:
+        raise UserError(f"--case {options.case}: no such row")
+    return found

@@ -1,0 +1,176 @@
+"""One row: the numbers first, then the time."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import numpy
+import torch
+from torch import Tensor
+
+from fastvit_kernels.bench import gate
+from fastvit_kernels.bench.cases import Case, Outputs
+from fastvit_kernels.bench.flops import Cost
+from fastvit_kernels.bench.gpu.device import Device, Run
+from fastvit_kernels.bench.gpu.jobs import FORWARD, GRAPH, TRAINING, Find, Job
+from fastvit_kernels.bench.gpu.peers import OURS, VARIANTS, Training, prepare, stock
+from fastvit_kernels.bench.gpu.rows import Row
+from fastvit_kernels.bench.peers import Unavailable
+from fastvit_kernels.bench.results import FAILED, OK, UNAVAILABLE
+from fastvit_kernels.bench.roofline import Roofline
+from fastvit_kernels.ops import dispatch
+from fastvit_kernels.testing.numerics import FACTOR, NumericsError, relative_l2
+
+# Gradients are judged on so many images: those in fp64 take a multiple of the memory.
+JUDGED = 8
+_REASON_LENGTH = 300
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a row is timed: `seconds` in all, but not fewer or more calls than these."""
+
+    seconds: float = 0.3
+    fewest: int = 10
+    most: int = 200
+
+
+def measure(device: Device, job: Job, find: Find, plan: Plan, distrusted: Collection[str] = ()) -> Row:
+    """The row of a job, whatever happens but a device that has to be given up.
+
+    Args:
+        device: where.
+        job: what to measure.
+        find: makes the case.
+        plan: how long.
+        distrusted: operators and backends, as `global_attention:triton`, whose checks have failed: a row that one of
+            them takes part in gets no time.
+    """
+    row = Row(*job, dtype="bf16", variant=VARIANTS[job.mode], status=OK)
+    torch._dynamo.reset()
+    device.release()
+    try:
+        return _measure(row, device, find, plan, distrusted)
+    except Unavailable as error:
+        return replace(row, status=UNAVAILABLE, reason=_short(str(error)))
+    except torch.OutOfMemoryError:
+        return replace(row, status=UNAVAILABLE, reason="out of memory")
+    except NumericsError as error:
+        return replace(row, status=FAILED, reason=_short(str(error)))
+    except Exception as error:
+        status = FAILED if job.peer in OURS else UNAVAILABLE
+        return replace(row, status=status, reason=_short(f"{type(error).__name__}: {error}"))
+
+
+def _measure(row: Row, device: Device, find: Find, plan: Plan, distrusted: Collection[str]) -> Row:
+    job = row.job
+    case = _case(find, job.suite, job.case, job.batch, device.type)
+    verdict, ran = _judge(job, case, device, find)
+    row = replace(row, error=verdict.error, error_allowed=verdict.allowed, backends=" ".join(sorted(ran)))
+    wrong = sorted({name for name in distrusted if any(entry.startswith(f"{name}:") for entry in ran)})
+    if wrong:
+        raise NumericsError(f"{', '.join(wrong)}: failed the checks of correctness on this device")
+    step: Run = prepare(job, case)
+    step()
+    peak = None
+    if job.launch == GRAPH:
+        step = device.capture(step)
+        if job.mode == FORWARD:
+            # What is timed is the replay: its results must be right as well.
+            _check_forward(job, case, _as_outputs(step()))
+    else:
+        peak = device.peak_bytes(step) / 1e6
+    row = replace(row, peak_mb=peak)
+    # An operator in a model finds its inputs in memory, a model its own.
+    times = _times(device, step, plan, cold=not case.end_to_end)
+    p20, p50, p80 = (1e3 * float(value) for value in numpy.percentile(times, [20, 50, 80]))
+    return replace(row, p20_ms=p20, p50_ms=p50, p80_ms=p80, min_ms=1e3 * min(times), calls=len(times))
+
+
+def _as_outputs(results: object) -> Outputs:
+    assert isinstance(results, tuple)
+    return results
+
+
+def _judge(job: Job, case: Case, device: Device, find: Find) -> tuple[gate.Verdict, set[str]]:
+    """The error of the job's results, and which backends made them."""
+    recorder = dispatch.Recorder()
+    if job.mode == FORWARD:
+        step = prepare(job, case)
+        with dispatch.record(recorder):
+            outputs = step()
+        verdict = _check_forward(job, case, outputs)
+    else:
+        judged = _case(find, job.suite, job.case, min(job.batch, JUDGED), device.type)
+        step = prepare(job, judged)
+        with dispatch.record(recorder):
+            grads = step()
+        verdict = _check_gradients(judged, grads)
+    ran = {f"{d.operator}:{d.chosen}:{d.channels}" for d in recorder.decisions} if job.peer in OURS else set()
+    return verdict, ran
+
+
+def _check_forward(job: Job, case: Case, outputs: Outputs) -> gate.Verdict:
+    return gate.check(case, VARIANTS[FORWARD], outputs, ours=job.peer in OURS)
+
+
+def _check_gradients(case: Case, found: Outputs) -> gate.Verdict:
+    """All gradients as one vector: single ones of a whole model hang on too few numbers, or are zero but for noise."""
+    variant = VARIANTS[TRAINING]
+    low = case.remember(("gradients", variant), lambda: Training(stock(case, TRAINING), case, variant)())
+    exact = case.remember(("gradients", "exact"), lambda: _exact_gradients(case))
+    shapes = [[tuple(g.shape) for g in grads] for grads in (found, exact)]
+    if shapes[0] != shapes[1]:
+        raise NumericsError(f"gradients: got {shapes[0]}, expected {shapes[1]}")
+    vectors = [torch.cat([g.double().flatten() for g in grads]) for grads in (found, exact, low)]
+    rule = FACTOR * relative_l2(vectors[2], vectors[1]) + torch.finfo(torch.bfloat16).eps
+    verdict = gate.Verdict(relative_l2(vectors[0], vectors[1]), rule)
+    if not verdict.error <= verdict.allowed:
+        raise NumericsError(f"gradients: relative L2 error {verdict.error:.2e}, allowed {verdict.allowed:.2e}")
+    return verdict
+
+
+def _exact_gradients(case: Case) -> tuple[Tensor, ...]:
+    module = copy.deepcopy(stock(case, TRAINING)).double()
+    return Training(module, case, "fp32", torch.float64)()
+
+
+@functools.lru_cache(maxsize=2)
+def _case(find: Find, suite: str, name: str, batch: int, device: str) -> Case:
+    """The jobs of one case follow each other: what it remembers serves all of them."""
+    return replace(find(suite, name, batch), device=device, _remembered={})
+
+
+def _times(device: Device, step: Run, plan: Plan, cold: bool) -> list[float]:
+    once = max(device.times(step, 3, cold)[-1], 1e-9)
+    return device.times(step, min(plan.most, max(plan.fewest, math.ceil(plan.seconds / once))), cold)
+
+
+def with_limits(row: Row, cost: Cost, limits: Roofline) -> Row:
+    """The row with its arithmetic and least traffic, and how near it comes to the device's limits."""
+    if row.mode == TRAINING:
+        cost = of_training(cost)
+    floor = 1e3 * limits.floor(cost, row.dtype)
+    nbytes = cost.nbytes(torch.bfloat16.itemsize)
+    row = replace(row, gflop=cost.flops / 1e9, least_mb=nbytes / 1e6, floor_ms=floor)
+    if row.p50_ms is None:
+        return row
+    return replace(
+        row,
+        floor_multiple=row.p50_ms / floor,
+        tflops=cost.flops / row.p50_ms / 1e9,
+        tbs=nbytes / row.p50_ms / 1e9,
+    )
+
+
+def of_training(cost: Cost) -> Cost:
+    """Forward and backward: three products for one; inputs and outputs, and their gradients, are moved once."""
+    return Cost(3 * cost.macs, 2 * cost.weights, 2 * cost.activations)
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:_REASON_LENGTH]

@@ -1,0 +1,187 @@
+"""Rows of a GPU as Markdown and as pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastvit_kernels.bench.gpu.jobs import GRAPH, MODELS
+from fastvit_kernels.bench.gpu.peers import OURS
+from fastvit_kernels.bench.gpu.rows import Conditions, Row
+from fastvit_kernels.bench.results import OK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Record = tuple[Row, Conditions]
+HEADER = ("peer", "median ms", "p20 - p80", "x floor", "TFLOP/s", "TB/s", "peak MB", "vs eager", "error")
+_OURS_COLOUR, _OTHERS_COLOUR, _INK = "#d9480f", "#9aa5b1", "#1f2933"
+_COLUMNS = 3
+_SHOWN = 64
+_MARKERS = {
+    "fastvit": ("o", 6),
+    "triton": ("^", 4),
+    "cuda": ("s", 4),
+    "eager": ("o", 4),
+    "sdpa": ("^", 4),
+    "compile": ("s", 4),
+}
+
+
+class Group(NamedTuple):
+    """The rows of one call, whoever made it."""
+
+    rows: list[Row]
+    conditions: Conditions
+
+    @property
+    def title(self) -> str:
+        first = self.rows[0]
+        case = first.case if first.suite == first.case else f"{first.suite} {first.case}"
+        return f"{case}, batch {first.batch}, {first.mode}" + (", in a graph" if first.launch == GRAPH else "")
+
+    @property
+    def ranked(self) -> list[Row]:
+        """The timed rows, the fastest first."""
+        return sorted((row for row in self.rows if row.status == OK), key=lambda row: row.p50_ms or 0.0)
+
+    def speedup(self, row: Row) -> float | None:
+        eager = next((other.p50_ms for other in self.rows if other.peer == "eager"), None)
+        return None if eager is None or row.p50_ms is None else eager / row.p50_ms
+
+    def cells(self, row: Row) -> tuple[str, ...]:
+        speedup = self.speedup(row)
+        return (
+            row.peer,
+            f"{row.p50_ms:.4g}",
+            f"{row.p20_ms:.4g} - {row.p80_ms:.4g}",
+            f"{row.floor_multiple:.2f}",
+            f"{row.tflops:.3g}",
+            f"{row.tbs:.3g}",
+            "" if row.peak_mb is None else f"{row.peak_mb:.4g}",
+            "" if speedup is None else f"{speedup:.2f}",
+            f"{row.error:.1e}",
+        )
+
+
+def groups(records: Iterable[Record]) -> list[Group]:
+    """Rows by call and conditions, models first, in the order they come."""
+    found: dict[tuple[object, ...], Group] = {}
+    for row, conditions in records:
+        key = (row.suite, row.case, row.batch, row.mode, row.launch, conditions)
+        found.setdefault(key, Group([], conditions)).rows.append(row)
+    return sorted(found.values(), key=lambda group: group.rows[0].suite not in MODELS)
+
+
+def describe(conditions: Conditions) -> str:
+    """Device, its measured limits, software and date in one line."""
+    parts = [
+        f"{conditions.device} ({conditions.peak_tflops:.4g} TFLOP/s bf16, {conditions.copy_tbs:.3g} TB/s, measured)",
+        *(f"{name} {value}" for name in ("torch", "triton", "fastvit_kernels") if (value := getattr(conditions, name))),
+        *([f"commit {conditions.commit}"] if conditions.commit else []),
+        conditions.date,
+    ]
+    return ", ".join(parts)
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """One table per call, what has no time and why, and a line on where it was measured."""
+    blocks = []
+    for group in groups(records):
+        lines = [f"**{group.title}**", "", _pipes(HEADER), _pipes(["---", *["---:"] * (len(HEADER) - 1)])]
+        for row in group.ranked:
+            cells = group.cells(row)
+            lines.append(_pipes([f"**{cell}**" if cell else "" for cell in cells] if row.peer in OURS else cells))
+        untimed = [row for row in group.rows if row.status != OK]
+        lines += ["", *(f"- {row.peer} {row.status}: {row.reason}" for row in untimed)] if untimed else []
+        blocks.append("\n".join(lines))
+    described = dict.fromkeys(describe(conditions) for _, conditions in records)
+    return "\n\n".join([*blocks, *described]) + "\n"
+
+
+def _pipes(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def write(records: Sequence[Record], rows: Path) -> list[Path]:
+    """Tables and, where matplotlib is installed, pictures of models and of operators beside the file of the rows."""
+    written = [rows.with_suffix(".md")]
+    written[0].write_text(markdown(records))
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        return written
+    timed = [group for group in groups(records) if group.ranked]
+    for kind, wanted, draw in (("models", True, plot_times), ("operators", False, plot_floors)):
+        chosen = [group for group in timed if (group.rows[0].suite in MODELS) is wanted]
+        if chosen:
+            written.append(rows.with_name(f"{rows.stem}-{kind}.png"))
+            draw(chosen, written[-1])
+    return written
+
+
+def plot_floors(found: Sequence[Group], path: Path) -> None:
+    """How far each peer is from the floor: one line per call at the larger batch sizes, which launches do not rule."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [group for group in found if group.rows[0].batch == _SHOWN] or list(found)
+    figure = Figure(figsize=(11, 0.19 * len(shown) + 1.2), dpi=80, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for place, group in enumerate(shown):
+        for row in group.ranked:
+            marker, size = _MARKERS[row.peer]
+            colour = _OURS_COLOUR if row.peer in OURS else _OTHERS_COLOUR
+            axes.plot(row.floor_multiple, place, marker, color=colour, markersize=size)
+    for peer, (marker, size) in _MARKERS.items():
+        colour = _OURS_COLOUR if peer in OURS else _OTHERS_COLOUR
+        axes.plot([], [], marker, color=colour, markersize=size, label=peer)
+    axes.set_yticks(range(len(shown)), [group.title for group in shown], fontsize=7)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xscale("log")
+    axes.axvline(1.0, color=_INK, linewidth=1, linestyle="--")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(ncols=len(_MARKERS), loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8)
+    axes.set_xlabel("multiple of the floor\n" + _described(shown), fontsize=7, color=_INK)
+    figure.savefig(path)
+
+
+def _described(found: Sequence[Group]) -> str:
+    return "\n".join(dict.fromkeys(describe(group.conditions) for group in found))
+
+
+def plot_times(found: Sequence[Group], path: Path) -> None:
+    """Medians as bars, the floor as a line, one panel per call."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(_COLUMNS, len(found))
+    lines = math.ceil(len(found) / columns)
+    height = max(len(group.ranked) for group in found) * 0.3 + 0.9
+    figure = Figure(figsize=(5.5 * columns, height * lines + 0.4), dpi=80, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes, group in zip(panels, found, strict=False):
+        _panel(axes, group)
+    for axes in panels[len(found) :]:
+        axes.set_axis_off()
+    figure.supxlabel(_described(found), fontsize=7, color=_INK)
+    figure.savefig(path)
+
+
+def _panel(axes: Axes, group: Group) -> None:
+    rows = group.ranked
+    for place, row in enumerate(rows):
+        assert row.p50_ms is not None
+        axes.barh(place, row.p50_ms, 0.7, color=_OURS_COLOUR if row.peer in OURS else _OTHERS_COLOUR)
+        axes.annotate(f"{row.p50_ms:.4g}", (row.p50_ms, place), (4, 0), textcoords="offset points", va="center", size=8)
+    assert rows[0].floor_ms is not None
+    axes.axvline(rows[0].floor_ms, color=_INK, linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(rows)), [row.peer for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_title(f"{group.title} (ms)", fontsize=8, loc="left", color=_INK)
+    axes.spines[["top", "right"]].set_visible(False)
