@@ -73,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvit-kernels bench --device cuda",
         description="First the correctness of all kernels in bf16 on the GPU; then times of operators and models, "
-        "forward and training, against eager, SDPA and torch.compile; at batch 1 in CUDA graphs, too. Rows go to a file named "
-        "after the GPU as they are finished: what is there from the same sources and versions is not measured again.",
+        "forward and training, against eager, SDPA and torch.compile; at batch 1 in CUDA graphs, too. Rows go to a "
+        "file named after the GPU as they are finished; those of the same sources and versions are not repeated.",
     )
     add = parser.add_argument
     add("--device", choices=("cuda",), default="cuda")
