@@ -69,6 +69,10 @@ class Prepared(NamedTuple):
         ]
         return self.bridge.launch_backward(grads, self.tensors, needs, self.static)
 
+    def statistics(self) -> object:
+        """Those of a batch, which its batch norms take in training."""
+        return self.bridge.launch_statistics(self.tensors, self.static)
+
 
 # Stages 1 to 3 of CvT-13 and CvT-21, then those of W24 that differ.
 CVT = [
@@ -88,7 +92,12 @@ HAT_NET = [
     Stage(320, 5),
 ]
 # Where running statistics stand in the tensor lists.
-RUNNING_STATISTICS = {"conv_projection": (6, 7, 13, 14, 20, 21), "depthwise_mlp": (8, 9, 14, 15, 20, 21)}
+RUNNING_STATISTICS = {
+    "conv_projection": (6, 7, 13, 14, 20, 21),
+    "depthwise_conv": (7, 8),
+    "depthwise_mlp": (8, 9, 14, 15, 20, 21),
+    "patch_embedding": (9, 10),
+}
 PRECISIONS = {
     "float32": Precision(torch.float32, torch.float32, torch.float32),
     "bfloat16": Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16),

@@ -7,6 +7,8 @@ For every operator `name` this defines
 * `fastvit::name_pack(Tensor?[] tensors, ...)`: weights in the layout the CPU kernels read;
 * `fastvit::name_backward(Tensor[] grads, Tensor?[] tensors, bool[] needs, ...)`: gradients, recomputed through the
   reference;
+* `fastvit::name_statistics`, where batch norms take those of the batch: their means and variances, from C++, and with
+  the overload `.triton` from Triton;
 * `fastvit::name_backward.native` and `fastvit::name_backward.triton`, where there are such kernels: the same gradients
   from C++ (CPU and CUDA dispatch keys) and from Triton.
 
@@ -59,6 +61,22 @@ def define_statistics(name: str, static_schema: str, fake: Callable[..., Tensor]
     """Define a helper operator `fastvit::name(Tensor?[] tensors, ...) -> Tensor` that only has C++ kernels."""
     _define(f"{name}(Tensor?[] tensors, {static_schema}) -> Tensor")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+
+
+def define_triton_statistics(
+    operator: Operator, launcher: Callable[[Tensors, Any], Tensor], fake: Callable[..., Tensor]
+) -> None:
+    """Define the helper operator `fastvit::name_statistics.triton(Tensor?[] tensors, ...) -> Tensor`."""
+    overload, static = f"{operator.name}_statistics.triton", operator.static
+    _define(f"{overload}(Tensor?[] tensors, {operator.static_schema}) -> Tensor")
+
+    def run(tensors: Tensors, *arguments: Any) -> Tensor:
+        with torch.no_grad():
+            return launcher(tensors, static(*arguments))
+
+    torch.library.register_fake(f"{NAMESPACE}::{overload}", fake, lib=library)
+    for key in ("CPU", "CUDA"):
+        library.impl(overload, run, key)
 
 
 def register(

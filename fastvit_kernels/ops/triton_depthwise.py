@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
 from fastvit_kernels.ops.primitives import vector
+from fastvit_kernels.ops.triton_channel_moments import row_moments
 from fastvit_kernels.ops.triton_steps import Step, apply_step, step_gradient
 from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 
@@ -112,11 +113,12 @@ def depthwise_kernel(
         values += here
     if before_ptr is not None:
         tl.store(before_ptr + rows.to(tl.int64)[:, None] * channels + columns[None, :], values, mask=mask)
-    values = apply_step(values, bn, columns, column_mask, ACTIVATION, BN_AFTER_ACTIVATION, BLOCK_N)
-    if ADDS_BEHIND:
-        values += here
-    target = rows + (sample + 1) * PREFIX
-    tl.store(out_ptr + target[:, None] * channels + columns[None, :], values, mask=mask)
+    if out_ptr is not None:
+        values = apply_step(values, bn, columns, column_mask, ACTIVATION, BN_AFTER_ACTIVATION, BLOCK_N)
+        if ADDS_BEHIND:
+            values += here
+        target = rows + (sample + 1) * PREFIX
+        tl.store(out_ptr + target[:, None] * channels + columns[None, :], values, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "height", "width", "out_height", "out_width"])
@@ -283,10 +285,10 @@ def depthwise(
     geometry: Geometry,
     step: Step,
     before: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     inner_residual: str = "none",
 ) -> None:
-    """Write the convolution into `before` (without prefix rows) and what `step` makes of it into `out`."""
+    """Write the convolution into `before` (without prefix rows) and what `step` makes of it into `out`, if given."""
     channels = x.shape[-1]
     num_rows = x.shape[0] * geometry.out_height * geometry.out_width
     if num_rows == 0:
@@ -313,6 +315,14 @@ def depthwise(
         ACTIVATION=step.activation,
         BN_AFTER_ACTIVATION=step.bn_after_activation,
     )
+
+
+def depthwise_moments(x: Tensor, filter: Tensor, bias: Tensor | None, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    """Mean and biased variance `[2, C]` in fp32 of the convolution's result, which goes through memory in `dtype`."""
+    shape = (x.shape[0], geometry.out_height * geometry.out_width, x.shape[2])
+    convolved = x.new_empty(shape, dtype=dtype)
+    depthwise(x, filter, bias, geometry, Step("none"), convolved, None)
+    return row_moments(convolved, "none")
 
 
 def depthwise_input_gradient(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -237,3 +238,15 @@ def batch_norm_gradients(step: Step, sums: Tensor) -> list[Tensor | None]:
         found[2] = (-factor * sums[1]).to(mean.dtype)
         found[3] = (-0.5 * factor * scale * sums[0]).to(variance.dtype)
     return found
+
+
+def through_step(grad: Tensor, x: Tensor, step: Step, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradient of the step's input x, and those of its batch norm's four tensors where one of them is needed."""
+    found: list[Tensor | None] = [None] * 4
+    if step.is_nothing:
+        return grad, found
+    sums = None
+    if step.bn[2] is not None and (step.training or any(needs)):
+        sums = batch_norm_sums(grad, x, step)
+        found = batch_norm_gradients(step, sums)
+    return gradient_behind(grad, x, step, sums), found

@@ -17,6 +17,11 @@ TRAINED = [
     for operator, make in OPERATORS.items()
     if hasattr(make(CVT[0], PRECISIONS["float32"]).bridge, "launch_backward")
 ]
+WITH_STATISTICS = [
+    operator
+    for operator, make in OPERATORS.items()
+    if hasattr(make(CVT[0], PRECISIONS["float32"]).bridge, "launch_statistics")
+]
 WITHOUT_PRODUCTS = (
     *("prepare_kernel", "pack_kernel", "normalize_kernel", "moments_kernel", "merge_kernel", "sum_parts_kernel"),
     *("pool_kernel", "layer_norm_gradient_kernel", "group_norm_gradient_kernel", "group_norm_sums_kernel"),
@@ -31,6 +36,10 @@ def compile_for(operator: str, stage: Stage, precision: str, architecture: str) 
 
 def compile_backward(operator: str, stage: Stage, precision: str, architecture: str) -> list[Compiled]:
     return compile_launches(OPERATORS[operator](stage, PRECISIONS[precision]).backward, architecture)
+
+
+def compile_statistics(operator: str, stage: Stage, precision: str, architecture: str) -> list[Compiled]:
+    return compile_launches(OPERATORS[operator](stage, PRECISIONS[precision]).statistics, architecture)
 
 
 def compile_with_tf32(*what: Any) -> list[Compiled]:
@@ -107,6 +116,14 @@ def test_awkward_gradients_fit_the_gpu(process: Executor, operator: str) -> None
             check_fits(kernel, "sm_80")
 
 
+@pytest.mark.parametrize("operator", WITH_STATISTICS)
+def test_statistics_fit_the_gpu(process: Executor, operator: str) -> None:
+    for channels, architecture in ((192, "sm_80"), (46, "sm_80"), (64, "sm_90")):
+        stage = Stage(channels, 1)
+        for kernel in process.submit(compile_statistics, operator, stage, "bfloat16", architecture).result():
+            check_fits(kernel, architecture)
+
+
 @pytest.mark.parametrize("kernel", [5, 7])
 def test_large_filters_fit_the_gpu(process: Executor, kernel: int) -> None:
     for precision in ("float32", "bfloat16"):
@@ -170,11 +187,12 @@ def test_tf32_is_used_where_pytorch_may_use_it(process: Executor, operator: str)
 def test_gradients_compile_once_for_all_sizes(process: Executor, operator: str) -> None:
     stage = Stage(192, 3)
     sizes = stage._replace(batch=1, height=28, width=28), stage._replace(batch=3, height=31, width=24)
-    keys = {
-        tuple(kernel.key for kernel in process.submit(compile_backward, operator, size, "bfloat16", "sm_90").result())
-        for size in sizes
-    }
-    assert len(keys) == 1
+    for compile_part in (compile_backward, *((compile_statistics,) if operator in WITH_STATISTICS else ())):
+        keys = {
+            tuple(kernel.key for kernel in process.submit(compile_part, operator, size, "bfloat16", "sm_90").result())
+            for size in sizes
+        }
+        assert len(keys) == 1
 
 
 def test_an_interpreting_process_refuses() -> None:

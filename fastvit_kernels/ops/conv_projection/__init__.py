@@ -85,8 +85,9 @@ OPERATOR = Operator(
     packing=lambda s: (s.norm_eps is None, *s.bn_eps),
     backends=[native.Cpu(), triton.Triton(), native.Cuda()],
 )
-library.register(OPERATOR, triton.launch)
+library.register(OPERATOR, triton.launch, triton.launch_backward)
 library.define_statistics("conv_projection_statistics", STATIC_SCHEMA, _fake_statistics)
+library.define_triton_statistics(OPERATOR, triton.launch_statistics, _fake_statistics)
 
 
 def conv_projection(
@@ -226,6 +227,8 @@ def _use_batch_statistics(
         chosen = dispatch.select(OPERATOR, tensors, static, backend)
         if chosen.name == "cpu":
             statistics = torch.ops.fastvit.conv_projection_statistics.default(library.dense(tensors), *static)
+        elif chosen.name == "triton":
+            statistics = torch.ops.fastvit.conv_projection_statistics.triton(library.dense(tensors), *static)
         else:
             statistics = batch_statistics(tensors, static)
         for index, (bn, count) in enumerate(zip(norms, counts, strict=True)):

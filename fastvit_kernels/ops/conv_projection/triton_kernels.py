@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.conv_projection.reference import BRANCHES, Static, branch, output_grid
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.primitives import dot, fold_filter, vector
-from fastvit_kernels.ops.triton_normalization import normalize_tile
+from fastvit_kernels.ops.triton_depthwise import Geometry, depthwise_moments, filter_rows
+from fastvit_kernels.ops.triton_normalization import normalize_rows, normalize_tile
 
 
 @triton.jit
@@ -244,3 +246,27 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         ARITHMETIC=arithmetic.constexpr(),
     )
     return outputs
+
+
+def geometry(tensors: Tensors, static: Static, index: int) -> Geometry:
+    """The sizes of a branch's convolution."""
+    kernel = branch(tensors, index).conv_weight.shape[-1]
+    window = kernel, static.stride[index], static.padding[index]
+    grid = output_grid(static, index, kernel)
+    return Geometry(static.height, static.width, *grid, *window, static.num_prefix_tokens)
+
+
+def statistics(tensors: Tensors, static: Static) -> Tensor:
+    """`reference.batch_statistics`; normalised tokens and filtered maps go through memory."""
+    tensors = library.dense(tensors)
+    x, norm_weight, norm_bias = tensors[:3]
+    assert x is not None
+    normed = x
+    if static.norm_eps is not None:
+        normed = torch.empty_like(x, dtype=static.dtype)
+        normalize_rows(x, normed, norm_weight, norm_bias, static.norm_eps)
+    found = []
+    for index in range(len(BRANCHES)):
+        filter = filter_rows(branch(tensors, index).conv_weight)
+        found.append(depthwise_moments(normed, filter, None, geometry(tensors, static, index), static.dtype))
+    return torch.stack(found)

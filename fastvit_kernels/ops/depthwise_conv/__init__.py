@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops import library
+from fastvit_kernels.ops import dispatch, library
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
     check_grid,
@@ -45,6 +45,12 @@ def _fake(tensors: Tensors, static: Static) -> Outputs:
     return (x.new_empty((x.shape[0], height * width, x.shape[2]), dtype=dtype),)
 
 
+def _fake_statistics(tensors: Tensors, *static: object) -> Tensor:
+    x = tensors[0]
+    assert x is not None
+    return x.new_empty((2, x.shape[2]), dtype=torch.float32)
+
+
 OPERATOR = Operator(
     name="depthwise_conv",
     static=Static,
@@ -56,7 +62,8 @@ OPERATOR = Operator(
     packing=lambda s: (s.norm_eps is None, s.bn_eps),
     backends=[native.Cpu(), triton.Triton()],
 )
-library.register(OPERATOR, triton.launch)
+library.register(OPERATOR, triton.launch, triton.launch_backward)
+library.define_triton_statistics(OPERATOR, triton.launch_statistics, _fake_statistics)
 
 
 def depthwise_conv(
@@ -131,7 +138,10 @@ def depthwise_conv(
         if count < 2:
             raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
         with torch.no_grad():
-            mean, var = batch_statistics(tensors, static)
+            if dispatch.select(OPERATOR, tensors, static, backend).name == "triton":
+                mean, var = torch.ops.fastvit.depthwise_conv_statistics.triton(library.dense(tensors), *static)
+            else:
+                mean, var = batch_statistics(tensors, static)
             tensors[7:9] = mean, var
             update_running_statistics(bn, mean, var, count)
     return library.call(OPERATOR, tensors, static, packed=None if training else packed, backend=backend)[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.depthwise_conv.reference import Static
 from fastvit_kernels.ops.operator import Outputs, Tensors
-from fastvit_kernels.ops.triton_support import reasons
+from fastvit_kernels.ops.triton_support import norm_gradient_reasons, reasons
 
 
 class Triton:
@@ -21,6 +23,18 @@ class Triton:
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return (torch.ops.fastvit.depthwise_conv.triton(tensors, *static),)
 
+    def supports_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[str]:
+        x = tensors[0]
+        assert x is not None
+        return norm_gradient_reasons(x.shape[-1]) if static.norm_eps is not None else []
+
+    def run_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[Tensor]:
+        return list(torch.ops.fastvit.depthwise_conv_backward.triton(grads, tensors, needs, *static))
+
 
 def launch(tensors: Tensors, static: Static) -> Outputs:
     """The operator's outputs, from dense or strided tensors on one device."""
@@ -28,3 +42,17 @@ def launch(tensors: Tensors, static: Static) -> Outputs:
     from fastvit_kernels.ops.depthwise_conv import triton_kernels
 
     return triton_kernels.run(tensors, static)
+
+
+def launch_backward(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static) -> list[Tensor]:
+    """The gradients of the needed tensors, in order."""
+    from fastvit_kernels.ops.depthwise_conv import triton_backward
+
+    return triton_backward.run(grads, tensors, needs, static)
+
+
+def launch_statistics(tensors: Tensors, static: Static) -> Tensor:
+    """Mean and biased variance `[2, C]` of the convolution's result."""
+    from fastvit_kernels.ops.depthwise_conv import triton_kernels
+
+    return triton_kernels.statistics(tensors, static)
