@@ -28,9 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         told in one line on stderr. argparse's own usage errors leave through `SystemExit(2)`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["bench"]:
-        # The benchmarks parse their own options, --help included.
-        return _guarded(argparse.Namespace(run=_bench, arguments=arguments[1:], extra="bench"))
+    if arguments[:1] in (["bench"], ["tune"]):
+        # They parse their own options, --help included.
+        run = _bench if arguments[0] == "bench" else _tune
+        return _guarded(argparse.Namespace(run=run, arguments=arguments[1:], extra="bench"))
     return _guarded(_parser().parse_args(arguments))
 
 
@@ -72,8 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     command("info", _info, "what is built and available here, and why the rest is not")
     command("models", _models, "the reference models and their parameter counts")
     _add_demo_options(command("demo", _demo, "a stock model against its accelerated copy, on photographs"))
-    # Listed for --help; `main` hands everything behind it to the benchmarks.
+    # Listed for --help; `main` hands everything behind them on.
     command("bench", _bench, "the benchmarks")
+    command("tune", _tune, "launch configurations of the Triton kernels, measured on this GPU")
     explain = command("explain", _explain, "which backend runs each operator of a model, and why not another")
     explain.add_argument("--model", default="cvt_13", help="default: %(default)s")
     explain.add_argument("--size", type=_positive, default=224, help="side of the input, pixels; default: %(default)s")
@@ -179,6 +181,12 @@ def _bench(options: argparse.Namespace) -> int:
     from fastvit_kernels.bench.cli import main as bench_main
 
     return int(bench_main(options.arguments) or OK)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from fastvit_kernels.bench.tune.cli import main as tune_main
+
+    return tune_main(options.arguments)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--device", choices=("cuda",), default="cuda")
-    add("--minutes", type=_minutes, default=10.0, help="nothing is started that would end later; default: %(default)g")
+    add("--minutes", type=minutes, default=10.0, help="nothing is started that would end later; default: %(default)g")
     add("--suite", nargs="+", choices=(*MODELS, *OPERATORS), metavar="NAME", help="default: all")
     add("--case", default="*", metavar="PATTERN", help="only these of a suite's shapes")
     add("--batch", nargs="+", type=int, choices=BATCHES, metavar="N", help=f"default: {' '.join(map(str, BATCHES))}")
@@ -98,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _minutes(text: str) -> float:
+def minutes(text: str) -> float:
+    """A positive number, as argparse takes it."""
     try:
         value = float(text)
     except ValueError:

@@ -54,6 +54,11 @@ def find(suite: str, case: str, batch: int) -> Case:
     return replace(_cases(suite, batch)[case], _remembered={})
 
 
+def cases_of(suite: str) -> list[str]:
+    """The names of a suite's cases."""
+    return list(_cases(suite, 1))
+
+
 @functools.cache
 def _cases(suite: str, batch: int) -> dict[str, Case]:
     # Naming the shapes of some suites takes whole models.

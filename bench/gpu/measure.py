@@ -68,8 +68,8 @@ def measure(device: Device, job: Job, find: Find, plan: Plan, distrusted: Collec
 
 def _measure(row: Row, device: Device, find: Find, plan: Plan, distrusted: Collection[str]) -> Row:
     job = row.job
-    case = _case(find, job.suite, job.case, job.batch, device.type)
-    verdict, ran = _judge(job, case, device, find)
+    case = made(find, job, device)
+    verdict, ran = judge(job, case, device, find)
     row = replace(row, error=verdict.error, error_allowed=verdict.allowed, backends=" ".join(sorted(ran)))
     wrong = sorted({name for name in distrusted if any(entry.startswith(f"{name}:") for entry in ran)})
     if wrong:
@@ -86,7 +86,7 @@ def _measure(row: Row, device: Device, find: Find, plan: Plan, distrusted: Colle
         peak = device.peak_bytes(step) / 1e6
     row = replace(row, peak_mb=peak)
     # An operator in a model finds its inputs in memory, a model its own.
-    times = _times(device, step, plan, cold=not case.end_to_end)
+    times = repeated(device, step, plan, cold=not case.end_to_end)
     p20, p50, p80 = (1e3 * float(value) for value in numpy.percentile(times, [20, 50, 80]))
     return replace(row, p20_ms=p20, p50_ms=p50, p80_ms=p80, min_ms=1e3 * min(times), calls=len(times))
 
@@ -96,7 +96,7 @@ def _as_outputs(results: object) -> Outputs:
     return results
 
 
-def _judge(job: Job, case: Case, device: Device, find: Find) -> tuple[gate.Verdict, set[str]]:
+def judge(job: Job, case: Case, device: Device, find: Find) -> tuple[gate.Verdict, set[str]]:
     """The error of the job's results, and which backends made them."""
     recorder = dispatch.Recorder()
     if job.mode == FORWARD:
@@ -105,7 +105,7 @@ def _judge(job: Job, case: Case, device: Device, find: Find) -> tuple[gate.Verdi
             outputs = step()
         verdict = _check_forward(job, case, outputs)
     else:
-        judged = _case(find, job.suite, job.case, min(job.batch, JUDGED), device.type)
+        judged = made(find, job._replace(batch=min(job.batch, JUDGED)), device)
         step = prepare(job, judged)
         with dispatch.record(recorder):
             grads = step()
@@ -139,13 +139,19 @@ def _exact_gradients(case: Case) -> tuple[Tensor, ...]:
     return Training(module, case, "fp32", torch.float64)()
 
 
+def made(find: Find, job: Job, device: Device) -> Case:
+    """The job's case on the device."""
+    return _case(find, job.suite, job.case, job.batch, device.type)
+
+
 @functools.lru_cache(maxsize=2)
 def _case(find: Find, suite: str, name: str, batch: int, device: str) -> Case:
     """The jobs of one case follow each other: what it remembers serves all of them."""
     return replace(find(suite, name, batch), device=device, _remembered={})
 
 
-def _times(device: Device, step: Run, plan: Plan, cold: bool) -> list[float]:
+def repeated(device: Device, step: Run, plan: Plan, cold: bool) -> list[float]:
+    """Seconds of each of as many calls as the plan has time for."""
     once = max(device.times(step, 3, cold)[-1], 1e-9)
     return device.times(step, min(plan.most, max(plan.fewest, math.ceil(plan.seconds / once))), cold)
 

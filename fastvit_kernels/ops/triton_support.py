@@ -127,21 +127,26 @@ def arithmetic(dtype: torch.dtype, device: torch.device) -> Arithmetic:
 def config(kernel: str, arithmetic: Arithmetic, width: int, *channels: int) -> Config:
     """The launch configuration of `kernel` for `width` columns made from rows of `channels`.
 
-    A measured one goes before those of `triton_configs`, of which architectures without rows of their own share the
-    default ones.
+    One that was measured for these widths goes before those of `triton_configs`, which are for ranges of widths.
     """
-    architecture = arithmetic.architecture
-    if architecture == INTERPRETER:
-        kind = "any"
-    else:
-        aligned = all(n % ALIGNMENT == 0 for n in (width, *channels))
-        kind = arithmetic.kind if aligned else "unaligned"
+    at = place(kernel, arithmetic, width, *channels)
+    return tuning.current().config(*at) or usual(*at[:4])
+
+
+def place(kernel: str, arithmetic: Arithmetic, width: int, *channels: int) -> tuple[str, str, str, int, int]:
+    """What a configuration is looked up by: the kernel, the architecture, the kind of product, both widths.
+
+    Never by the batch or the resolution: no size makes Triton compile again.
+    """
     depth = max(channels, default=0)
-    return tuning.current().config(kernel, architecture, kind, width, depth) or usual(kernel, architecture, kind, width)
+    if arithmetic.architecture == INTERPRETER:
+        return kernel, INTERPRETER, "any", width, depth
+    aligned = all(n % ALIGNMENT == 0 for n in (width, *channels))
+    return kernel, arithmetic.architecture, arithmetic.kind if aligned else "unaligned", width, depth
 
 
 def usual(kernel: str, architecture: str, kind: str, width: int) -> Config:
-    """What `triton_configs` has."""
+    """What `triton_configs` has; architectures without rows of their own share the default ones."""
     table = CONFIGS[kernel]
     rows = table.get((architecture, kind)) or table["default", kind]
     return next(row for widest, row in rows if width <= widest)

@@ -28,7 +28,7 @@ class Launch:
     Attributes:
         kernel, architecture, kind: as in `triton_configs`.
         width, depth: columns of the result (of attention, of a head), and channels of the rows it is made from, 0 where
-            that is all there is. The entry serves narrower ones, too, down to the next.
+            that is all there is.
         config: tiles, warps and stages.
         device: it was measured on.
         milliseconds, usual_milliseconds: of the operator with it, and with what `triton_configs` has.
@@ -45,8 +45,8 @@ class Launch:
     usual_milliseconds: float
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.kernel, self.architecture, self.kind
+    def place(self) -> tuple[str, str, str, int, int]:
+        return self.kernel, self.architecture, self.kind, self.width, self.depth
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ class Tuning:
         return Tuning(self.launches + other.launches, self.preferences + other.preferences)
 
     @cached_property
-    def _launches(self) -> dict[tuple[str, str, str], list[Launch]]:
-        found: dict[tuple[str, str, str], dict[tuple[int, int], Launch]] = {}
+    def _configs(self) -> dict[tuple[str, str, str, int, int], Config]:
+        found: dict[tuple[str, str, str, int, int], Config] = {}
         for entry in self.launches:
-            found.setdefault(entry.key, {}).setdefault((entry.width, entry.depth), entry)
-        return {key: [places[at] for at in sorted(places)] for key, places in found.items()}
+            found.setdefault(entry.place, entry.config)
+        return found
 
     @cached_property
     def _preferences(self) -> dict[tuple[str, str, str, str], dict[int, Preference]]:
@@ -114,9 +114,8 @@ class Tuning:
         return found
 
     def config(self, kernel: str, architecture: str, kind: str, width: int, depth: int) -> Config | None:
-        """The configuration for these widths, that of the narrowest entry that is as wide; None without one."""
-        entries = self._launches.get((kernel, architecture, kind), ())
-        return next((entry.config for entry in entries if width <= entry.width and depth <= entry.depth), None)
+        """What was measured for exactly these widths; None where nothing was."""
+        return self._configs.get((kernel, architecture, kind, width, depth))
 
     def preference(self, operator: str, capability: str, dtype: str, mode: str, channels: int) -> Preference | None:
         """What was measured at the nearest channel count; None where nothing was."""

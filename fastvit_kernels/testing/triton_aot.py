@@ -44,17 +44,20 @@ class Compiled(NamedTuple):
 
 
 @contextmanager
-def compiling_process() -> Iterator[ProcessPoolExecutor]:
-    """A process in which `compile_launches` works, whether or not this one interprets its kernels.
+def compiling_process(processes: int = 1) -> Iterator[ProcessPoolExecutor]:
+    """A process, or several, in which `compile_launches` works, whether or not this one interprets its kernels.
 
     Triton decides between the two when it is imported, and running its interpreter leaves parts of `triton.language`
     replaced.
     """
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        with mock.patch.dict(os.environ):
-            os.environ.pop("TRITON_INTERPRET", None)
-            pool.submit(triton_support.interpreting).result()
+    context = get_context("spawn")
+    with ProcessPoolExecutor(max_workers=processes, mp_context=context, initializer=_compile_only) as pool:
         yield pool
+
+
+def _compile_only() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    triton_support.interpreting()
 
 
 def compile_launches(call: Callable[[], Any], architecture: str) -> list[Compiled]:

@@ -175,7 +175,7 @@ def test_calls_fill_the_time() -> None:
 
     device = Clock()
     for seconds, calls in ((0.3, 30), (0.001, 10), (100.0, 200)):
-        assert len(measuring._times(device, lambda: None, Plan(seconds), cold=True)) == calls
+        assert len(measuring.repeated(device, lambda: None, Plan(seconds), cold=True)) == calls
         assert device.asked == (calls, True)
 
 
