@@ -213,6 +213,20 @@ CONFIGS: dict[str, Table] = {
         ("default", "unaligned"): ((ANY, Config(32, 32, 32, 4, 2)),),
         ("interpreter", "any"): ((ANY, Config(32, 64, 32, 4, 1)),),
     },
+    "patch_weight_gradient": {
+        ("default", "half"): ((ANY, Config(64, 64, 32, 4, 2)),),
+        ("default", "tf32"): ((ANY, Config(64, 64, 32, 8, 2)),),
+        ("default", "ieee"): ((ANY, Config(64, 64, 16, 8, 2)),),
+        ("default", "unaligned"): ((ANY, Config(64, 32, 32, 8, 2)),),
+        ("interpreter", "any"): ((ANY, Config(32, 64, 32, 4, 1)),),
+    },
+    "patch_input_gradient": {
+        ("default", "half"): ((64, Config(128, 64, 64, 8, 2)), (ANY, Config(128, 128, 32, 8, 2))),
+        ("default", "tf32"): ((ANY, Config(64, 64, 32, 4, 2)),),
+        ("default", "ieee"): ((ANY, Config(64, 64, 16, 8, 2)),),
+        ("default", "unaligned"): ((ANY, Config(64, 32, 32, 8, 2)),),
+        ("interpreter", "any"): _INTERPRETER,
+    },
     "norm_gradient": {
         ("default", "ieee"): _WHOLE_ROWS,
         ("default", "tf32"): _WHOLE_ROWS,

@@ -21,6 +21,7 @@ from fastvit_kernels.testing.inputs import (
     depthwise_mlp_case,
     global_attention_case,
     local_attention_case,
+    patch_embedding_case,
     pointwise_mlp_case,
 )
 
@@ -85,6 +86,19 @@ CHOSEN = {
         depthwise_conv_case("all", grid=(5, 4), channels=17, norm=True, bn=True, stride=2, residual=True),
         depthwise_conv_case("wide_filter", grid=(4, 9), kernel=8, stride=4, padding=3, channels=5),
         depthwise_conv_case("training", vanishing=["bias"], grid=(4, 5), norm=True, bn=True, bn_training=True),
+    ],
+    "patch_embedding": [
+        patch_embedding_case(
+            "all", size=(5, 6), channels=5, out=20, activation="gelu", bn=True, bn_after_activation=True, in_norm=True
+        ),
+        patch_embedding_case(
+            "stem", size=(9, 8), channels=3, kernel=7, stride=4, padding=2, layout=torch.contiguous_format
+        ),
+        patch_embedding_case("one_tap", batch=1, size=(3, 5), channels=64, out=9, kernel=2, padding=0, norm=False),
+        patch_embedding_case(
+            "unread_pixels", size=(5, 9), kernel=2, stride=4, padding=0, norm=False, activation="silu"
+        ),
+        patch_embedding_case("training", size=(5, 6), bias=False, bn=True, bn_training=True, activation="relu"),
     ],
     "depthwise_mlp": [
         depthwise_mlp_case("hat", return_statistics=True, statistics=True, hidden=24, **HAT),

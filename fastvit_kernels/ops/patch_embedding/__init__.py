@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops import library
+from fastvit_kernels.ops import dispatch, library
 from fastvit_kernels.ops.activations import ALL_ACTIVATIONS
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
@@ -43,6 +43,12 @@ def _fake(tensors: Tensors, static: Static) -> Outputs:
     return (x.new_empty((x.shape[0], height, width, weight.shape[0]), dtype=static.out_dtype),)
 
 
+def _fake_statistics(tensors: Tensors, *static: object) -> Tensor:
+    x, weight = tensors[:2]
+    assert x is not None and weight is not None
+    return x.new_empty((2, weight.shape[0]), dtype=torch.float32)
+
+
 OPERATOR = Operator(
     name="patch_embedding",
     static=Static,
@@ -55,7 +61,8 @@ OPERATOR = Operator(
     triton_any_layout=(0,),
     backends=[native.Cpu(), triton.Triton()],
 )
-library.register(OPERATOR, triton.launch)
+library.register(OPERATOR, triton.launch, triton.launch_backward)
+library.define_triton_statistics(OPERATOR, triton.launch_statistics, _fake_statistics)
 
 
 def patch_embedding(
@@ -164,7 +171,11 @@ def patch_embedding(
         if count < 2:
             raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
         with torch.no_grad():
-            mean, var = batch_statistics(tensors, static)
+            if dispatch.select(OPERATOR, tensors, static, backend).name == "triton":
+                dense = library.dense(tensors, OPERATOR.triton_any_layout)
+                mean, var = torch.ops.fastvit.patch_embedding_statistics.triton(dense, *static)
+            else:
+                mean, var = batch_statistics(tensors, static)
             tensors[9:] = mean, var
             update_running_statistics(bn, mean, var, count)
     packed = None if training else packed

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.patch_embedding.reference import Static
-from fastvit_kernels.ops.triton_support import reasons
+from fastvit_kernels.ops.triton_support import norm_gradient_reasons, reasons
 
 
 class Triton:
@@ -21,6 +23,19 @@ class Triton:
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return (torch.ops.fastvit.patch_embedding.triton(tensors, *static),)
 
+    def supports_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[str]:
+        x, weight = tensors[:2]
+        assert x is not None and weight is not None
+        found = norm_gradient_reasons(weight.shape[0]) if static.norm_eps is not None else []
+        return found + (norm_gradient_reasons(x.shape[-1]) if static.in_norm_eps is not None else [])
+
+    def run_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[Tensor]:
+        return list(torch.ops.fastvit.patch_embedding_backward.triton(grads, tensors, needs, *static))
+
 
 def launch(tensors: Tensors, static: Static) -> Outputs:
     """The operator's outputs, from dense or strided tensors on one device."""
@@ -28,3 +43,17 @@ def launch(tensors: Tensors, static: Static) -> Outputs:
     from fastvit_kernels.ops.patch_embedding import triton_kernels
 
     return triton_kernels.run(tensors, static)
+
+
+def launch_backward(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static) -> list[Tensor]:
+    """The gradients of the needed tensors, in order."""
+    from fastvit_kernels.ops.patch_embedding import triton_backward
+
+    return triton_backward.run(grads, tensors, needs, static)
+
+
+def launch_statistics(tensors: Tensors, static: Static) -> Tensor:
+    """Mean and biased variance `[2, C_out]` of what the batch norm takes."""
+    from fastvit_kernels.ops.patch_embedding import triton_kernels
+
+    return triton_kernels.statistics(tensors, static)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,9 +14,10 @@ from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.patch_embedding.reference import Static, output_size
 from fastvit_kernels.ops.primitives import dot, normalize, vector
-from fastvit_kernels.ops.triton_configs import ALIGNMENT
+from fastvit_kernels.ops.triton_channel_moments import row_moments
+from fastvit_kernels.ops.triton_configs import ALIGNMENT, Config
 from fastvit_kernels.ops.triton_normalization import normalize_rows
-from fastvit_kernels.ops.triton_steps import apply_step
+from fastvit_kernels.ops.triton_steps import Step, apply_step
 
 
 @triton.jit
@@ -57,6 +61,7 @@ def embed_kernel(
     bias_ptr,
     bn,
     norm,
+    before_ptr,
     out_ptr,
     num_rows,
     height,
@@ -81,7 +86,8 @@ def embed_kernel(
     """BLOCK_M pixels of the result and BLOCK_N of its channels, all of them where there is a norm.
 
     A row of the product is the pixel's window of x: all taps of a channel behind each other with `CHANNELS_FIRST`,
-    otherwise all channels of a tap, where with `ONE_TAP` a block never holds two taps.
+    otherwise all channels of a tap, where with `ONE_TAP` a block never holds two taps. `before_ptr` gets what batch
+    norm and activation take.
     """
     TAPS: tl.constexpr = KERNEL * KERNEL
     # Programs that share pixels are neighbours.
@@ -130,28 +136,25 @@ def embed_kernel(
             weight = tl.load(weight_columns + k[:, None], mask=weight_mask, other=0.0)
         accumulator = dot(x, weight, accumulator, ARITHMETIC)
     y = accumulator + vector(bias_ptr, columns, column_mask, 0.0, BLOCK_N)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * out_channels + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    if before_ptr is not None:
+        tl.store(before_ptr + offsets, y, mask=mask)
     y = apply_step(y, bn, columns, column_mask, ACTIVATION, BN_AFTER_ACTIVATION, BLOCK_N)
     if norm is not None:
         y = row_normalize(y, norm, columns, column_mask, out_channels, BLOCK_N)
-    offsets = rows.to(tl.int64)[:, None] * out_channels + columns[None, :]
-    tl.store(out_ptr + offsets, y, mask=row_mask[:, None] & column_mask[None, :])
+    tl.store(out_ptr + offsets, y, mask=mask)
 
 
-def run(tensors: Tensors, static: Static) -> Outputs:
-    """The weight packed, the convolution as a product, and a norm in its epilogue where a tile holds whole rows.
+class Source(NamedTuple):
+    """A map `[B, H, W, C]` as the convolution reads it: normalised, and dense with its channels first or last."""
 
-    Wider rows are normalised by a launch of their own, and so is x: its pixels are gathered more than once.
-    """
-    x, *rest = tensors
-    assert x is not None
-    weight, bias, norm_weight, norm_bias, in_norm_weight, in_norm_bias, *bn = library.dense(rest)
-    assert weight is not None
-    out_channels, channels, kernel, _ = weight.shape
-    batch, height, width, _ = x.shape
-    out_height, out_width = (output_size(size, kernel, static) for size in (height, width))
-    out = x.new_empty((batch, out_height, out_width, out_channels), dtype=static.out_dtype)
-    if out.numel() == 0:
-        return (out,)
+    x: Tensor
+    channels_first: bool
+
+
+def readable(x: Tensor, in_norm_weight: Tensor | None, in_norm_bias: Tensor | None, static: Static) -> Source:
+    """The map is normalised into memory: its pixels are gathered more than once."""
     channels_first = static.in_norm_eps is None and not x.is_contiguous() and x.permute(0, 3, 1, 2).is_contiguous()
     if not channels_first:
         x = x.contiguous()
@@ -159,14 +162,64 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         normed = torch.empty_like(x, dtype=static.dtype)
         normalize_rows(x, normed, in_norm_weight, in_norm_bias, static.in_norm_eps)
         x = normed
-    arithmetic = triton_support.arithmetic(static.dtype, x.device)
-    packed = _pack(weight, channels_first, static.dtype)
-    config = triton_support.config("embedding", arithmetic, out_channels, 0 if channels_first else channels)
-    whole_rows = static.norm_eps is not None and out_channels <= config.block_n
-    rows = out
-    if static.norm_eps is not None and not whole_rows:
+    return Source(x, channels_first)
+
+
+def step_of(bn: Sequence[Tensor | None], static: Static) -> Step:
+    """What stands between the convolution and the norm behind it."""
+    return Step(static.activation, (*bn, static.bn_eps), static.bn_after_activation, static.training)
+
+
+def run(tensors: Tensors, static: Static) -> Outputs:
+    """The weight packed, the convolution as a product, and a norm in its epilogue where a tile holds whole rows.
+
+    Wider rows are normalised by a launch of their own.
+    """
+    x, *rest = tensors
+    assert x is not None
+    weight, bias, norm_weight, norm_bias, in_norm_weight, in_norm_bias, *bn = library.dense(rest)
+    assert weight is not None
+    out_channels, kernel = weight.shape[0], weight.shape[-1]
+    grid = (output_size(size, kernel, static) for size in x.shape[1:3])
+    out = x.new_empty((x.shape[0], *grid, out_channels), dtype=static.out_dtype)
+    if out.numel() == 0:
+        return (out,)
+    source, step = readable(x, in_norm_weight, in_norm_bias, static), step_of(bn, static)
+    norm = norm_weight, norm_bias, static.norm_eps
+    if static.norm_eps is None:
+        embed(source, weight, bias, step, static, out)
+    elif out_channels <= _config(source, weight, static).block_n:
+        embed(source, weight, bias, step, static, out, norm=norm)
+    else:
         rows = torch.empty_like(out, dtype=static.dtype)
-    num_rows = batch * out_height * out_width
+        embed(source, weight, bias, step, static, rows)
+        normalize_rows(rows, out, norm_weight, norm_bias, static.norm_eps)
+    return (out,)
+
+
+def _config(source: Source, weight: Tensor, static: Static) -> Config:
+    out_channels, channels = weight.shape[:2]
+    arithmetic = triton_support.arithmetic(static.dtype, weight.device)
+    return triton_support.config("embedding", arithmetic, out_channels, 0 if source.channels_first else channels)
+
+
+def embed(
+    source: Source,
+    weight: Tensor,
+    bias: Tensor | None,
+    step: Step,
+    static: Static,
+    out: Tensor,
+    *,
+    before: Tensor | None = None,
+    norm: tuple[Tensor | None, Tensor | None, float | None] | None = None,
+) -> None:
+    """Write the convolution into `before`, if given, and what `step` and `norm` make of it into `out`."""
+    x, channels_first = source
+    out_channels, channels, kernel, _ = weight.shape
+    packed = _pack(weight, channels_first, static.dtype)
+    config = _config(source, weight, static)
+    num_rows = out.numel() // out_channels
     triton_support.launch(
         embed_kernel,
         triton.cdiv(num_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),
@@ -175,14 +228,13 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         x,
         packed,
         bias,
-        (*bn, static.bn_eps),
-        (norm_weight, norm_bias, static.norm_eps) if whole_rows else None,
-        rows,
+        step.bn,
+        norm,
+        before,
+        out,
         num_rows,
-        height,
-        width,
-        out_height,
-        out_width,
+        *x.shape[1:3],
+        *out.shape[1:3],
         channels,
         out_channels,
         packed.shape[1],
@@ -191,14 +243,22 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         PADDING=static.padding,
         CHANNELS_FIRST=channels_first,
         ONE_TAP=not channels_first and channels % config.block_k == 0,
-        ACTIVATION=static.activation,
-        BN_AFTER_ACTIVATION=static.bn_after_activation,
-        ARITHMETIC=arithmetic.constexpr(),
+        ACTIVATION=step.activation,
+        BN_AFTER_ACTIVATION=step.bn_after_activation,
+        ARITHMETIC=triton_support.arithmetic(static.dtype, x.device).constexpr(),
     )
-    if rows is not out:
-        assert static.norm_eps is not None
-        normalize_rows(rows, out, norm_weight, norm_bias, static.norm_eps)
-    return (out,)
+
+
+def statistics(tensors: Tensors, static: Static) -> Tensor:
+    """`reference.batch_statistics`; what the convolution gives goes through memory."""
+    x, *rest = tensors
+    assert x is not None
+    weight, bias, _, _, in_norm_weight, in_norm_bias, *_ = library.dense(rest)
+    assert weight is not None
+    grid = (output_size(size, weight.shape[-1], static) for size in x.shape[1:3])
+    convolved = x.new_empty((x.shape[0], *grid, weight.shape[0]), dtype=static.dtype)
+    embed(readable(x, in_norm_weight, in_norm_bias, static), weight, bias, Step("none"), static, convolved)
+    return row_moments(convolved, static.activation if static.bn_after_activation else "none")
 
 
 def _pack(weight: Tensor, channels_first: bool, dtype: torch.dtype) -> Tensor:
