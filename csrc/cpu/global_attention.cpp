@@ -1,33 +1,6 @@
-#include "gradients.h"
-#include "norms.h"
+#include "global_attention.h"
 
-namespace fk {
-namespace {
-
-enum Index {
-  kQ,
-  kK,
-  kV,
-  kProj,
-  kProjBias,
-  kNormWeight,
-  kNormBias,
-  kQuery,
-  kQueryBias,
-  kBias,
-  kStatistics,
-  kResidual,
-  kCount
-};
-
-struct Attention {
-  fk_array proj, proj_bias, norm_weight, norm_bias, query, query_bias, bias;
-  int64_t batch, queries, keys, q_channels, channels, value_channels, out, heads;
-  fk_norm_kind norm;
-  double norm_eps;
-  bool low_precision;
-  uint64_t mark;
-};
+namespace fk::global {
 
 Attention check(TensorList& t, const std::optional<Tensor>& packed, int64_t heads, const std::string& norm,
                 double norm_eps, bool add_query_input, ScalarType dtype) {
@@ -81,6 +54,8 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, int64_t head
   return a;
 }
 
+namespace {
+
 Tensor prepare(const Attention& a, const std::optional<Tensor>& packed, fk_global_attention* to) {
   // A panel of queries may start anywhere and reads a whole panel of biases.
   to->bias_stride = a.queries + kernels().panel;
@@ -91,6 +66,8 @@ Tensor prepare(const Attention& a, const std::optional<Tensor>& packed, fk_globa
     if (a.bias.data) to->bias = p.table(a.bias, a.heads, a.queries, a.keys, to->bias_stride);
   });
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, int64_t heads, double scale,
                                std::string norm, double norm_eps, bool add_query_input, bool return_statistics,
@@ -143,153 +120,18 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, int64
   return {out, return_statistics ? moments.tensor(a.queries, a.out) : no_statistics()};
 }
 
+namespace {
+
 Tensor pack_only(TensorList t, int64_t heads, double, std::string norm, double norm_eps, bool add_query_input, bool,
                  ScalarType dtype) {
   fk_global_attention p = {};
   return prepare(check(t, std::nullopt, heads, norm, norm_eps, add_query_input, dtype), std::nullopt, &p);
 }
 
-std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t heads, double scale, std::string norm,
-                             double norm_eps, bool add_query_input, bool return_statistics, ScalarType dtype) {
-  const Attention a = check(t, std::nullopt, heads, norm, norm_eps, add_query_input, dtype);
-  const auto supported = [&](bool condition) {
-    STD_TORCH_CHECK(condition, "global_attention_backward: no kernels for these gradients");
-  };
-  supported(a.norm != FK_GROUP_NORM && !add_query_input && !return_statistics && !t[kStatistics].has_value());
-  fk_array grad = grad_view(grads, 0, 2, {a.batch, a.queries, a.out}, promoted(dtype, t[kResidual]));
-  view(t[kResidual], "residual", {a.batch, a.queries, a.out});
-  t[kQ] = torch::stable::contiguous(*t[kQ]);
-  const bool prepares = a.norm != FK_NO_NORM || t[kQuery].has_value();
-  const int64_t rows = a.batch * a.queries;
-
-  fk_global_attention forward = {};
-  fk_linear to_projection = {}, to_query = {};
-  forward.bias_stride = a.queries + kernels().panel;
-  const Tensor block = pack_once([&](Packer& p) {
-    forward.norm = norm_of(p, a.norm, a.norm_weight, a.norm_bias, a.norm_eps, a.q_channels);
-    if (a.query.data) forward.query = p.linear(a.query, a.query_bias, a.channels, a.q_channels, a.low_precision);
-    if (a.query.data) to_query = p.transposed(a.query, a.q_channels, a.channels, a.low_precision);
-    if (a.proj.data) to_projection = p.transposed(a.proj, a.value_channels, a.out, a.low_precision);
-    if (a.bias.data) forward.bias = p.table(a.bias, heads, a.queries, a.keys, forward.bias_stride);
-  });
-
-  Gradients found(t, needs);
-  fk_attention_backward p = {};
-  p.q = view(*t[kQ], "q");
-  p.q_stride = a.channels;
-  p.k = rows_view(&t[kK], "k", &p.k_stride);
-  p.dk_stride = t[kK]->size(2);
-  if (t[kV].has_value()) {
-    p.v = rows_view(&t[kV], "v", &p.v_stride);
-    p.dv_stride = a.value_channels;
-    p.dk = found.data(kK);
-    p.dv = found.data(kV);
-  } else {
-    const int64_t keys_bytes = a.channels * (p.k.dtype == FK_F32 ? 4 : 2);
-    p.v = p.k;
-    p.v.data = static_cast<const char*>(p.k.data) + keys_bytes;
-    p.v_stride = p.k_stride;
-    p.dv_stride = p.dk_stride;
-    p.dk = found.data(kK);
-    p.dv = p.dk ? static_cast<char*>(p.dk) + keys_bytes : nullptr;
-  }
-  p.queries = a.queries;
-  p.keys = a.keys;
-  p.channels = a.channels;
-  p.value_channels = a.value_channels;
-  p.dq_stride = a.channels;
-  p.heads = heads;
-  p.scale = static_cast<float>(scale);
-  p.low_precision = a.low_precision;
-  p.sets = p.partials = a.batch;
-  if (found.wants(kBias)) p.partials = partial_count(a.batch, 4 * heads * a.queries * a.keys);
-  p.bias_sums = found.table_sums(kBias, p.partials, heads, a.queries, a.keys);
-  p.bias = forward.bias;
-  p.bias_stride = forward.bias_stride;
-
-  const fk_table& k = kernels();
-  Temporary queries, slopes, results, query_slopes;
-  const bool wants_query_weights = found.wants(kQuery) || found.wants(kQueryBias);
-  const bool wants_prepared = wants_query_weights || found.wants(kNormWeight) || found.wants(kNormBias);
-  const bool wants_queries = found.wants(kQ) || (prepares && wants_prepared);
-  if (prepares) {
-    queries = temporary(rows, a.channels, a.low_precision);
-    fk_linear_forward f = {};
-    f.x = p.q;
-    f.norm = forward.norm;
-    f.linear = forward.query;
-    f.low_precision = a.low_precision;
-    f.rows = rows;
-    f.n = a.channels;
-    f.k = a.q_channels;
-    f.rows_per_task = rows_per_task(rows, 224);
-    f.out = queries.tensor.mutable_data_ptr();
-    run_tasks(blocks(rows, f.rows_per_task), k.scratch_linear_forward(&f),
-              [&](int64_t task, void* memory) { k.linear_forward(&f, task, memory); });
-    p.q = queries.array;
-  }
-  p.grad = grad;
-  if (a.proj.data && (wants_queries || p.dk || p.dv || p.bias_sums)) {
-    slopes = temporary(rows, a.value_channels, a.low_precision);
-    fk_linear_backward b = {};
-    b.x.dtype = slopes.array.dtype;
-    b.grad = grad;
-    b.to_input = to_projection;
-    b.low_precision = a.low_precision;
-    b.rows = rows;
-    b.n = a.out;
-    b.k = a.value_channels;
-    b.dx = slopes.tensor.mutable_data_ptr();
-    run_linear_backward(&b, found, {});
-    p.grad = slopes.array;
-  }
-  if (found.wants(kProj)) {
-    results = temporary(rows, a.value_channels, a.low_precision);
-    p.result = results.tensor.mutable_data_ptr();
-  }
-  if (prepares && wants_queries) {
-    query_slopes = temporary(rows, a.channels, a.low_precision);
-    p.dq = query_slopes.tensor.mutable_data_ptr();
-    p.dq_dtype = query_slopes.array.dtype;
-  } else if (wants_queries) {
-    p.dq = found.data(kQ);
-    p.dq_dtype = p.q.dtype;
-  }
-  if (p.dq || p.dk || p.dv || p.result || p.bias_sums)
-    run_tasks(p.partials * heads, k.scratch_attention_backward(&p),
-              [&](int64_t task, void* memory) { k.attention_backward(&p, task, memory); });
-  if (found.wants(kProj) || found.wants(kProjBias)) {
-    fk_linear_backward b = {};
-    b.x = results.array;
-    b.grad = grad;
-    b.low_precision = a.low_precision;
-    b.rows = rows;
-    b.n = a.out;
-    b.k = a.value_channels;
-    run_linear_backward(&b, found, {kProj, kProjBias});
-  }
-  if (prepares && wants_queries) {
-    fk_linear_backward b = {};
-    b.x = view(*t[kQ], "q");
-    b.grad = query_slopes.array;
-    b.norm = forward.norm;
-    b.to_input = to_query;
-    b.low_precision = a.low_precision;
-    b.rows = rows;
-    b.n = a.channels;
-    b.k = a.q_channels;
-    b.dx = found.data(kQ);
-    run_linear_backward(&b, found, {kQuery, kQueryBias, kNormWeight, kNormBias});
-  }
-  found.copy(kResidual, grads[0]);
-  return found.finish();
-}
-
 }  // namespace
-}  // namespace fk
+}  // namespace fk::global
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
-  m.impl("global_attention", TORCH_BOX(&fk::run));
-  m.impl("global_attention_pack", TORCH_BOX(&fk::pack_only));
-  m.impl("global_attention_backward.native", TORCH_BOX(&fk::backward));
+  m.impl("global_attention", TORCH_BOX(&fk::global::run));
+  m.impl("global_attention_pack", TORCH_BOX(&fk::global::pack_only));
 }

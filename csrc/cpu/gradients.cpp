@@ -104,10 +104,46 @@ void run_linear_backward(fk_linear_backward* p, Gradients& found, const LinearWe
   if (weights.bias != kNowhere) p->bias = found.sums(weights.bias, p->partials, 1, p->n);
   if (weights.norm_weight != kNowhere)
     p->affine = found.affine_sums(weights.norm_weight, weights.norm_bias, p->partials, p->k);
-  if (!p->weight && !p->bias && !p->affine && !p->dx) return;
+  if (!p->weight && !p->bias && !p->affine && !p->dx && !p->inputs) return;
   const fk_table& k = kernels();
   run_tasks(p->partials, k.scratch_linear_backward(p),
             [&](int64_t task, void* memory) { k.linear_backward(p, task, memory); });
+}
+
+Temporary run_linear(const fk_array& x, const fk_norm& norm, int64_t rows_per_image, const fk_linear& linear,
+                     int64_t rows, int64_t n, int64_t k, bool low_precision) {
+  Temporary to = temporary(rows, n, low_precision);
+  fk_linear_forward p = {};
+  p.x = x;
+  p.norm = norm;
+  p.rows_per_image = std::max<int64_t>(1, rows_per_image);
+  p.linear = linear;
+  p.low_precision = low_precision;
+  p.rows = rows;
+  p.n = n;
+  p.k = k;
+  p.rows_per_task = rows_per_task(rows, 224);
+  p.out = to.tensor.mutable_data_ptr();
+  const fk_table& kernel = kernels();
+  run_tasks(blocks(rows, p.rows_per_task), kernel.scratch_linear_forward(&p),
+            [&](int64_t task, void* memory) { kernel.linear_forward(&p, task, memory); });
+  return to;
+}
+
+Temporary linear_input_gradients(const fk_array& grad, const fk_linear& to_input, int64_t rows, int64_t n, int64_t k,
+                                 bool low_precision, Gradients& found) {
+  Temporary to = temporary(rows, k, low_precision);
+  fk_linear_backward p = {};
+  p.x.dtype = to.array.dtype;
+  p.grad = grad;
+  p.to_input = to_input;
+  p.low_precision = low_precision;
+  p.rows = rows;
+  p.n = n;
+  p.k = k;
+  p.dx = to.tensor.mutable_data_ptr();
+  run_linear_backward(&p, found, {});
+  return to;
 }
 
 std::vector<Tensor> Gradients::finish() {

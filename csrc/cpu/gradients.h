@@ -58,6 +58,11 @@ struct Temporary {
 };
 Temporary temporary(int64_t rows, int64_t columns, bool low_precision);
 
+// What a norm and a linear, each maybe absent, make of x [rows, k]: the forward again, of the products' type. A
+// GroupNorm has its statistics every `rows_per_image` rows.
+Temporary run_linear(const fk_array& x, const fk_norm& norm, int64_t rows_per_image, const fk_linear& linear,
+                     int64_t rows, int64_t n, int64_t k, bool low_precision);
+
 // Positions of the weights of a norm and a linear among an operator's tensors.
 constexpr size_t kNowhere = SIZE_MAX;
 struct LinearWeights {
@@ -65,5 +70,8 @@ struct LinearWeights {
 };
 // What of `p` the shape alone decides, the partial sums of these weights, and the step itself.
 void run_linear_backward(fk_linear_backward* p, Gradients& found, const LinearWeights& weights);
+// The gradient [rows, k] of what a linear reads, of the products' type, from that of its results [rows, n].
+Temporary linear_input_gradients(const fk_array& grad, const fk_linear& to_input, int64_t rows, int64_t n, int64_t k,
+                                 bool low_precision, Gradients& found);
 
 }  // namespace fk

@@ -258,11 +258,26 @@ struct fk_linear_backward {
   int64_t rows, n, k, rows_per_block, partials;
   float *weight, *bias, *affine;  // partial sums [partials]; affine: of the norm's weight and bias
   void* dx;                       // of x's dtype
+  // In their place the gradients of what the linear reads [rows, k], with `added` (data null: nothing); then `norm` is
+  // of none of this step's concern but for `weight`.
+  float* inputs;
+  struct fk_array added;
+};
+
+// The gradient of a map from that of its pooled pixels.
+struct fk_pool_backward {
+  struct fk_pooled_projection forward;
+  const float* slopes;  // [B, pooled_h * pooled_w, C]
+  // Of a norm by the map's own statistics: mean and 1 / standard deviation, and the gradients of mean and variance,
+  // each [B, 2]; null: none.
+  const float *groups, *of_statistics;
+  void* dx;  // of x's dtype
 };
 
 struct fk_linear_forward {
   struct fk_array x;  // [rows, k]
   struct fk_norm norm;
+  int64_t rows_per_image;   // for GroupNorm's statistics
   struct fk_linear linear;  // panels null: none
   int32_t low_precision;
   int64_t rows, n, k, rows_per_task;
@@ -278,13 +293,15 @@ struct fk_attention_backward {
   // Windows: the tokens of each set of an image, which has `tokens`; queries and keys are the same ones. Null: sets
   // follow each other.
   const int64_t* window_tokens;
+  const float* mask;  // [sets_per_image, keys], added to the scores; null: none
   int64_t tokens, sets_per_image;
   const float* bias;  // as in fk_global_attention
   int64_t bias_stride;
   int64_t sets, partials, queries, keys, channels, value_channels, heads;
   float scale;
   int32_t low_precision;
-  void* result;  // the heads side by side, of the products' type
+  void* result;       // the heads side by side, of the products' type
+  const void* added;  // to the result, like it; null: nothing
   void *dq, *dk, *dv;
   fk_dtype dq_dtype;  // dk and dv have the dtypes of k and v
   int64_t dq_stride, dk_stride, dv_stride;
@@ -302,6 +319,14 @@ struct fk_norm_backward {
   float* sums;          // per task [2][columns], of the gradients of weight and bias; null: not wanted
   double* totals;       // per task [2]: sums of grad * weight, alone and times the normalised x (GroupNorm)
   const double* means;  // per image [2]: the same over the whole image, divided by the number of values
+};
+
+// The gradient of a result, with what comes by way of each image's mean and variance.
+struct fk_statistics_backward {
+  struct fk_array grad, out;         // [images, rows, columns]
+  const float *statistics, *slopes;  // [images, 2]: mean and variance, and their gradients
+  int64_t images, rows, columns, rows_per_task;
+  float* to;
 };
 
 // Batch normalisation per channel, for its backward. Vectors are padded with zeros.
@@ -398,6 +423,7 @@ struct fk_table {
   int64_t (*scratch_head_tokens)(const struct fk_head_tokens*);
   void (*head_tokens)(const struct fk_head_tokens*, int64_t image, void* scratch);
   void (*pool)(const struct fk_pooled_projection*, int64_t task);
+  void (*pool_backward)(const struct fk_pool_backward*, int64_t row);
   int64_t (*scratch_pooled_projection)(const struct fk_pooled_projection*);
   void (*pooled_projection)(const struct fk_pooled_projection*, int64_t task, void* scratch);
   int64_t (*scratch_local_attention)(const struct fk_local_attention*);
@@ -426,6 +452,7 @@ struct fk_table {
   void (*pack_panel)(const struct fk_pack_linear*, int64_t panel);
   void (*norm_backward_totals)(const struct fk_norm_backward*, int64_t task);
   void (*norm_backward)(const struct fk_norm_backward*, int64_t task);
+  void (*statistics_backward)(const struct fk_statistics_backward*, int64_t task);
   int64_t (*store_depthwise_mlp_backward)(const struct fk_depthwise_mlp_backward*);
   int64_t (*scratch_depthwise_mlp_backward)(const struct fk_depthwise_mlp_backward*);
   void (*depthwise_mlp_backward)(const struct fk_depthwise_mlp_backward*, int64_t task, void* scratch);

@@ -1,38 +1,10 @@
-#include <tuple>
+#include "local_attention.h"
 
-#include "gradients.h"
-#include "norms.h"
-
-namespace fk {
-namespace {
-
-enum Index {
-  kX,
-  kK,
-  kV,
-  kNormWeight,
-  kNormBias,
-  kStatistics,
-  kQkv,
-  kQkvBias,
-  kBias,
-  kProj,
-  kProjBias,
-  kResidual,
-  kCount
-};
-
-struct Attention {
-  fk_array norm_weight, norm_bias, qkv, qkv_bias, bias, proj, proj_bias;
-  int64_t batch, tokens, in_channels, channels, value_channels, out, heads, area;
-  fk_norm_kind norm;
-  double norm_eps;
-  bool low_precision;
-  uint64_t mark;
-};
+namespace fk::local {
 
 Attention check(TensorList& t, const std::optional<Tensor>& packed, const std::string& norm, double norm_eps,
-                int64_t height, int64_t width, int64_t window, int64_t heads, ScalarType dtype) {
+                int64_t height, int64_t width, int64_t window, int64_t heads, const std::string& pad,
+                ScalarType dtype) {
   check_count(t, kCount);
   const Tensor& x = required(t, kX, "x");
   STD_TORCH_CHECK(x.dim() == 3, "x: expected 3 dimensions");
@@ -46,6 +18,9 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, const std::s
   // Larger windows than the map would be padding only; their square must not overflow.
   STD_TORCH_CHECK(window > 0 && window <= 4096, "window_size: expected 1 to 4096");
   a.area = window * window;
+  STD_TORCH_CHECK(pad == "none" || pad == "mask" || pad == "zero", "pad: unknown name");
+  STD_TORCH_CHECK(pad != "none" || (height % window == 0 && width % window == 0),
+                  "grid: expected multiples of the window");
   STD_TORCH_CHECK(t[kK].has_value() == t[kV].has_value(), "k, v: expected both or none");
   STD_TORCH_CHECK(!t[kK].has_value() || !t[kQkv].has_value(), "qkv_weight: expected none beside k and v");
   check_bias(t, kQkvBias, kQkv, "qkv_bias");
@@ -94,6 +69,8 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, const std::s
   return a;
 }
 
+namespace {
+
 Tensor prepare(const Attention& a, const std::optional<Tensor>& packed, fk_local_attention* to) {
   to->bias_stride = a.area + kernels().panel;
   return pack(packed, a.mark, [&](Packer& p) {
@@ -104,13 +81,12 @@ Tensor prepare(const Attention& a, const std::optional<Tensor>& packed, fk_local
   });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::string norm, double norm_eps,
                                int64_t height, int64_t width, int64_t window, int64_t heads, double scale,
                                std::string pad, bool return_statistics, ScalarType dtype) {
-  const Attention a = check(t, packed, norm, norm_eps, height, width, window, heads, dtype);
-  STD_TORCH_CHECK(pad == "none" || pad == "mask" || pad == "zero", "pad: unknown name");
-  STD_TORCH_CHECK(pad != "none" || (height % window == 0 && width % window == 0),
-                  "grid: expected multiples of the window");
+  const Attention a = check(t, packed, norm, norm_eps, height, width, window, heads, pad, dtype);
   fk_local_attention p = {};
   const Tensor block = prepare(a, packed, &p);
   const ScalarType out_dtype = promoted(dtype, t[kResidual]);
@@ -147,169 +123,18 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
   return {out, return_statistics ? moments.tensor(a.tokens, a.out) : no_statistics()};
 }
 
+namespace {
+
 Tensor pack_only(TensorList t, std::string norm, double norm_eps, int64_t height, int64_t width, int64_t window,
-                 int64_t heads, double, std::string, bool, ScalarType dtype) {
+                 int64_t heads, double, std::string pad, bool, ScalarType dtype) {
   fk_local_attention p = {};
-  return prepare(check(t, std::nullopt, norm, norm_eps, height, width, window, heads, dtype), std::nullopt, &p);
-}
-
-// The tokens of every window of an image without padding.
-std::vector<int64_t> window_tokens(int64_t height, int64_t width, int64_t window) {
-  std::vector<int64_t> tokens;
-  tokens.reserve(static_cast<size_t>(height * width));
-  for (int64_t top = 0; top < height; top += window)
-    for (int64_t left = 0; left < width; left += window)
-      for (int64_t y = top; y < top + window; ++y)
-        for (int64_t x = left; x < left + window; ++x) tokens.push_back(y * width + x);
-  return tokens;
-}
-
-std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::string norm, double norm_eps, int64_t height,
-                             int64_t width, int64_t window, int64_t heads, double scale, std::string pad,
-                             bool return_statistics, ScalarType dtype) {
-  const Attention a = check(t, std::nullopt, norm, norm_eps, height, width, window, heads, dtype);
-  STD_TORCH_CHECK(pad == "none" || pad == "mask" || pad == "zero", "pad: unknown name");
-  STD_TORCH_CHECK(height % window == 0 && width % window == 0, "local_attention_backward: no kernels for padding");
-  STD_TORCH_CHECK(a.norm != FK_GROUP_NORM && !return_statistics && !t[kStatistics].has_value(),
-                  "local_attention_backward: no kernels for these gradients");
-  const fk_array grad = grad_view(grads, 0, 2, {a.batch, a.tokens, a.out}, promoted(dtype, t[kResidual]));
-  view(t[kResidual], "residual", {a.batch, a.tokens, a.out});
-  const fk_array x = view(*t[kX], "x");
-  const int64_t rows = a.batch * a.tokens;
-
-  fk_local_attention forward = {};
-  fk_linear to_projection = {}, to_qkv = {};
-  forward.bias_stride = a.area + kernels().panel;
-  const Tensor block = pack_once([&](Packer& p) {
-    forward.norm = norm_of(p, a.norm, a.norm_weight, a.norm_bias, a.norm_eps, a.in_channels);
-    if (a.qkv.data) forward.qkv = p.linear(a.qkv, a.qkv_bias, 3 * a.channels, a.in_channels, a.low_precision);
-    if (a.qkv.data) to_qkv = p.transposed(a.qkv, a.in_channels, 3 * a.channels, a.low_precision);
-    if (a.proj.data) to_projection = p.transposed(a.proj, a.value_channels, a.out, a.low_precision);
-    if (a.bias.data) forward.bias = p.table(a.bias, heads, a.area, a.area, forward.bias_stride);
-  });
-
-  Gradients found(t, needs);
-  const fk_table& k = kernels();
-  const std::vector<int64_t> tokens = window_tokens(height, width, window);
-  fk_attention_backward p = {};
-  p.window_tokens = tokens.data();
-  p.tokens = a.tokens;
-  p.sets_per_image = (height / window) * (width / window);
-  p.sets = p.partials = a.batch * p.sets_per_image;
-  if (found.wants(kBias)) p.partials = partial_count(p.sets, 4 * heads * a.area * a.area);
-  p.bias_sums = found.table_sums(kBias, p.partials, heads, a.area, a.area);
-  p.bias = forward.bias;
-  p.bias_stride = forward.bias_stride;
-  p.queries = p.keys = a.area;
-  p.channels = a.channels;
-  p.value_channels = a.value_channels;
-  p.heads = heads;
-  p.scale = static_cast<float>(scale);
-  p.low_precision = a.low_precision;
-
-  // q, k and v: three tensors, or side by side in one.
-  Temporary qkv, qkv_slopes, slopes, results;
-  const bool projects = a.qkv.data;
-  const bool wants_qkv = projects && (found.wants(kX) || found.wants(kNormWeight) || found.wants(kNormBias) ||
-                                      found.wants(kQkv) || found.wants(kQkvBias));
-  if (t[kK].has_value()) {
-    p.q = x;
-    p.k = view(t[kK], "k", {a.batch, a.tokens, a.channels});
-    p.v = view(t[kV], "v", {a.batch, a.tokens, a.value_channels});
-    p.q_stride = p.k_stride = a.channels;
-    p.v_stride = a.value_channels;
-    p.dq = found.data(kX);
-    p.dk = found.data(kK);
-    p.dv = found.data(kV);
-  } else {
-    void* slopes_of_all = found.data(kX);
-    p.q = x;
-    if (projects) {
-      qkv = temporary(rows, 3 * a.channels, a.low_precision);
-      fk_linear_forward f = {};
-      f.x = x;
-      f.norm = forward.norm;
-      f.linear = forward.qkv;
-      f.low_precision = a.low_precision;
-      f.rows = rows;
-      f.n = 3 * a.channels;
-      f.k = a.in_channels;
-      f.rows_per_task = rows_per_task(rows, 112);
-      f.out = qkv.tensor.mutable_data_ptr();
-      run_tasks(blocks(rows, f.rows_per_task), k.scratch_linear_forward(&f),
-                [&](int64_t task, void* memory) { k.linear_forward(&f, task, memory); });
-      p.q = qkv.array;
-      if (wants_qkv) qkv_slopes = temporary(rows, 3 * a.channels, a.low_precision);
-      slopes_of_all = wants_qkv ? qkv_slopes.tensor.mutable_data_ptr() : nullptr;
-    }
-    p.q_stride = p.k_stride = p.v_stride = 3 * a.channels;
-    const int64_t bytes = a.channels * (p.q.dtype == FK_F32 ? 4 : 2);
-    p.k = p.v = p.q;
-    p.k.data = static_cast<const char*>(p.q.data) + bytes;
-    p.v.data = static_cast<const char*>(p.q.data) + 2 * bytes;
-    p.dq = slopes_of_all;
-    p.dk = slopes_of_all ? static_cast<char*>(slopes_of_all) + bytes : nullptr;
-    p.dv = slopes_of_all ? static_cast<char*>(slopes_of_all) + 2 * bytes : nullptr;
-  }
-  p.dq_dtype = p.q.dtype;
-  p.dq_stride = p.q_stride;
-  p.dk_stride = p.k_stride;
-  p.dv_stride = p.v_stride;
-
-  p.grad = grad;
-  if (a.proj.data && (p.dq || p.dk || p.dv || p.bias_sums)) {
-    slopes = temporary(rows, a.value_channels, a.low_precision);
-    fk_linear_backward b = {};
-    b.x.dtype = slopes.array.dtype;
-    b.grad = grad;
-    b.to_input = to_projection;
-    b.low_precision = a.low_precision;
-    b.rows = rows;
-    b.n = a.out;
-    b.k = a.value_channels;
-    b.dx = slopes.tensor.mutable_data_ptr();
-    run_linear_backward(&b, found, {});
-    p.grad = slopes.array;
-  }
-  if (found.wants(kProj)) {
-    results = temporary(rows, a.value_channels, a.low_precision);
-    p.result = results.tensor.mutable_data_ptr();
-  }
-  if (p.dq || p.dk || p.dv || p.result || p.bias_sums)
-    run_tasks(p.partials * heads, k.scratch_attention_backward(&p),
-              [&](int64_t task, void* memory) { k.attention_backward(&p, task, memory); });
-  if (found.wants(kProj) || found.wants(kProjBias)) {
-    fk_linear_backward b = {};
-    b.x = results.array;
-    b.grad = grad;
-    b.low_precision = a.low_precision;
-    b.rows = rows;
-    b.n = a.out;
-    b.k = a.value_channels;
-    run_linear_backward(&b, found, {kProj, kProjBias});
-  }
-  if (wants_qkv) {
-    fk_linear_backward b = {};
-    b.x = x;
-    b.grad = qkv_slopes.array;
-    b.norm = forward.norm;
-    b.to_input = to_qkv;
-    b.low_precision = a.low_precision;
-    b.rows = rows;
-    b.n = 3 * a.channels;
-    b.k = a.in_channels;
-    b.dx = found.data(kX);
-    run_linear_backward(&b, found, {kQkv, kQkvBias, kNormWeight, kNormBias});
-  }
-  found.copy(kResidual, grads[0]);
-  return found.finish();
+  return prepare(check(t, std::nullopt, norm, norm_eps, height, width, window, heads, pad, dtype), std::nullopt, &p);
 }
 
 }  // namespace
-}  // namespace fk
+}  // namespace fk::local
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
-  m.impl("local_attention", TORCH_BOX(&fk::run));
-  m.impl("local_attention_pack", TORCH_BOX(&fk::pack_only));
-  m.impl("local_attention_backward.native", TORCH_BOX(&fk::backward));
+  m.impl("local_attention", TORCH_BOX(&fk::local::run));
+  m.impl("local_attention_pack", TORCH_BOX(&fk::local::pack_only));
 }

@@ -1,18 +1,6 @@
-#include "norms.h"
-#include "packed.h"
+#include "pooled_projection.h"
 
-namespace fk {
-namespace {
-
-enum Index { kX, kInNormWeight, kInNormBias, kStatistics, kNormWeight, kNormBias, kWeight, kBias, kCount };
-
-struct Projection {
-  fk_array in_norm_weight, in_norm_bias, norm_weight, norm_bias, weight, bias;
-  std::optional<double> in_norm_eps, norm_eps;
-  int64_t batch, channels, out;
-  bool low_precision;
-  uint64_t mark;
-};
+namespace fk::pooled {
 
 Projection check(TensorList& t, const std::optional<Tensor>& packed, std::optional<double> in_norm_eps,
                  std::optional<double> norm_eps, int64_t height, int64_t width, int64_t kernel, bool ceil_mode,
@@ -58,43 +46,60 @@ Tensor prepare(const Projection& e, const std::optional<Tensor>& packed, fk_pool
   });
 }
 
+void set_geometry(const Projection& e, const Tensor& x, int64_t height, int64_t width, int64_t kernel, bool ceil_mode,
+                  fk_pooled_projection* to) {
+  to->x = view(x, "x");
+  to->batch = e.batch;
+  to->height = height;
+  to->width = width;
+  to->channels = e.channels;
+  to->kernel = kernel;
+  to->pooled_h = ceil_mode ? blocks(height, kernel) : height / kernel;
+  to->pooled_w = ceil_mode ? blocks(width, kernel) : width / kernel;
+}
+
+Tensor pool(fk_pooled_projection* p, bool normalizes, std::vector<double>* statistics) {
+  const int64_t rows = p->pooled_h * p->pooled_w;
+  Tensor pooled = empty({p->batch, rows, p->channels}, ScalarType::Float);
+  p->pooled = static_cast<float*>(pooled.mutable_data_ptr());
+  // A task reads some 64 KB of the map: few enough pixels that threads end together.
+  const int64_t area = std::min(p->kernel, p->height) * std::min(p->kernel, p->width) * p->channels;
+  p->pixels_per_pool = rows_per_image_task(p->batch, rows, std::max<int64_t>(1, (1 << 14) / area));
+  p->pools_per_image = blocks(rows, p->pixels_per_pool);
+  Moments moments(normalizes ? p->batch : 0, p->pools_per_image);
+  p->moments = normalizes ? moments.data() : nullptr;
+  run_tasks(p->batch * p->pools_per_image, 0, [&](int64_t task, void*) { kernels().pool(p, task); });
+  p->moments = nullptr;
+  if (normalizes) *statistics = moments.finish(rows, p->channels);
+  return pooled;
+}
+
+namespace {
+
 Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> in_norm_eps,
            std::optional<double> norm_eps, int64_t height, int64_t width, int64_t kernel, bool ceil_mode,
            ScalarType dtype) {
   const Projection e = check(t, packed, in_norm_eps, norm_eps, height, width, kernel, ceil_mode, dtype);
   fk_pooled_projection p = {};
   const Tensor block = prepare(e, packed, &p);
-  p.x = view(*t[kX], "x");
-  p.batch = e.batch;
-  p.height = height;
-  p.width = width;
-  p.channels = e.channels;
-  p.kernel = kernel;
-  p.pooled_h = ceil_mode ? blocks(height, kernel) : height / kernel;
-  p.pooled_w = ceil_mode ? blocks(width, kernel) : width / kernel;
+  set_geometry(e, *t[kX], height, width, kernel, ceil_mode, &p);
   const int64_t rows = p.pooled_h * p.pooled_w;
-  Tensor pooled = empty({e.batch, rows, e.channels}, ScalarType::Float), out = empty({e.batch, rows, e.out}, dtype);
-  p.pooled = static_cast<float*>(pooled.mutable_data_ptr());
+  Tensor out = empty({e.batch, rows, e.out}, dtype);
   p.out = out.mutable_data_ptr();
   p.out_dtype = kernel_dtype(dtype);
   std::vector<float> in_groups, groups;
   set_group_statistics(&p.in_norm, t[kStatistics], p.x, e.batch, 0, height * width, e.channels, &in_groups);
-  // A task reads some 64 KB of the map: few enough pixels that threads end together.
-  const int64_t area = std::min(kernel, height) * std::min(kernel, width) * e.channels;
-  p.pixels_per_pool = rows_per_image_task(e.batch, rows, std::max<int64_t>(1, (1 << 14) / area));
-  p.pools_per_image = blocks(rows, p.pixels_per_pool);
   const bool normalizes = p.norm.kind == FK_GROUP_NORM;
-  Moments moments(normalizes ? e.batch : 0, p.pools_per_image);
-  p.moments = normalizes ? moments.data() : nullptr;
-  const fk_table& k = kernels();
-  run_tasks(e.batch * p.pools_per_image, 0, [&](int64_t task, void*) { k.pool(&p, task); });
-  if (normalizes) set_group_statistics(&p.norm, moments.finish(rows, e.channels), &groups);
+  std::vector<double> statistics;
+  const Tensor pooled = pool(&p, normalizes, &statistics);
+  if (normalizes) set_group_statistics(&p.norm, statistics, &groups);
 
   const int64_t cached = kCacheBytes / (4 * e.channels);
   p.rows_per_task = std::min(rows, std::min<int64_t>(224, std::max<int64_t>(28, cached)));
   p.tasks_per_image = blocks(rows, p.rows_per_task);
   // Where an image has few pooled pixels, threads share them and take different columns of the weight.
   const int64_t threads = torch::stable::get_num_threads(), tasks = e.batch * p.tasks_per_image;
+  const fk_table& k = kernels();
   const int64_t panels = blocks(e.out, k.panel);
   p.panel_groups = tasks >= 4 * threads ? 1 : std::max<int64_t>(1, std::min(panels, threads));
   run_tasks(tasks * p.panel_groups, k.scratch_pooled_projection(&p),
@@ -110,9 +115,9 @@ Tensor pack_only(TensorList t, std::optional<double> in_norm_eps, std::optional<
 }
 
 }  // namespace
-}  // namespace fk
+}  // namespace fk::pooled
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
-  m.impl("pooled_projection", TORCH_BOX(&fk::run));
-  m.impl("pooled_projection_pack", TORCH_BOX(&fk::pack_only));
+  m.impl("pooled_projection", TORCH_BOX(&fk::pooled::run));
+  m.impl("pooled_projection_pack", TORCH_BOX(&fk::pooled::pack_only));
 }

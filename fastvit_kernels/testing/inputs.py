@@ -381,7 +381,7 @@ LOCAL_ATTENTION = [
     local_attention_case("masked", grid=(6, 5), window=4, pad="mask"),
     local_attention_case("masked_packed", grid=(6, 5), window=4, form="packed", pad="mask", attn_bias=True, **_BARE),
     local_attention_case("masked_separate", grid=(9, 8), window=4, form="separate", pad="mask"),
-    local_attention_case("zero_padded", grid=(6, 5), window=4, norm="layer", pad="zero", attn_bias=True),
+    local_attention_case("zero_padded", "drawn", grid=(6, 5), window=4, norm="layer", pad="zero", attn_bias=True),
     local_attention_case("zero_padded_without_bias", grid=(6, 5), window=4, qkv_bias=False, pad="zero"),
     local_attention_case("zero_padded_packed", grid=(8, 5), window=4, form="packed", pad="zero"),
     *(local_attention_case(f"window_{g}", batch=1, grid=(g, 2 * g), window=g, width=16) for g in (4, 7, 8)),
@@ -389,7 +389,14 @@ LOCAL_ATTENTION = [
     local_attention_case("window_11", batch=1, grid=(11, 13), window=11, heads=1, width=16, pad="mask", form="packed"),
     *(
         local_attention_case(
-            f"window_{g}", batch=1, grid=(g, g + 2), window=g, heads=1, form="packed", pad="mask" if g % 2 else "zero"
+            f"window_{g}",
+            "drawn",
+            batch=1,
+            grid=(g, g + 2),
+            window=g,
+            heads=1,
+            form="packed",
+            pad="mask" if g % 2 else "zero",
         )
         for g in (5, 6, 9, 10, 12, 13, 14, 15)
     ),
@@ -627,7 +634,10 @@ DEPTHWISE_MLP = [
 # A bias right in front of batch statistics has no effect.
 DEPTHWISE_MLP_TRAINING = [
     depthwise_mlp_case(
-        "irffn_training", "smallest", "inductor", vanishing=["fc2_bias", "bn2.bias"], bn_training=True, **_IRFFN
+        *("irffn_training", "smallest", "inductor", "drawn"),
+        vanishing=["fc2_bias", "bn2.bias"],
+        bn_training=True,
+        **_IRFFN,
     ),
     depthwise_mlp_case(
         "daff_training",

@@ -208,9 +208,10 @@ FK_INLINE void attention_backward_set(const struct fk_attention_backward& p, int
               kPanel);
     across(s.keys, s.ldk, p.keys, s.queries, round_up(d, pair), s.scores);
     float scale = p.scale * 1.44269504f;
-    if (p.bias) {
-      add_bias<true, false>(s.scores, p.keys, splat(scale), p.bias + h * p.keys * p.bias_stride + r, p.bias_stride,
-                            nullptr);
+    if (p.bias || p.mask) {
+      const auto add = p.bias ? p.mask ? add_bias<true, true> : add_bias<true, false> : add_bias<false, true>;
+      add(s.scores, p.keys, splat(scale), p.bias ? p.bias + h * p.keys * p.bias_stride + r : nullptr, p.bias_stride,
+          p.mask ? p.mask + set % p.sets_per_image * p.keys : nullptr);
       scale = 1.0f;
     }
     softmax_panel(s.scores, p.keys, scale);
@@ -219,6 +220,11 @@ FK_INLINE void attention_backward_set(const struct fk_attention_backward& p, int
       int64_t stride = kPanel;
       const A* columns = columns_of_rows(probabilities, p.keys, kPanel, &stride, s.columns);
       from_keys(columns, stride, queries, s.value_panels, p.keys, s.depth, dv, s.result, s.ldv);
+      if (p.added)
+        for (int64_t i = 0; i < queries; ++i)
+          add_rows_into(s.result + i * s.ldv,
+                        (const A*)p.added + token_of(p, set, r + i, p.queries) * p.value_channels + h * dv, dv,
+                        s.result + i * s.ldv);
       write_set(p, s.result, s.ldv, dv, p.result, dtype_of(s.keys), p.value_channels, h * dv, set, r, queries,
                 p.queries);
     }

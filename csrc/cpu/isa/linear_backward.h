@@ -57,7 +57,7 @@ FK_INLINE void linear_backward_block(const struct fk_linear_backward& p, int64_t
     add_weight_gradient(columns, stride, p.n, s.panels, s.depth, panels, rows,
                         p.weight + partial * panels * p.n * kPanel, p.n, accumulate);
   }
-  if (!p.dx && !p.affine) return;
+  if (!p.dx && !p.affine && !p.inputs) return;
   if (p.to_input.panels)
     product(s.grad, s.ldg, rows, (const A*)p.to_input.panels, p.n, 0, panels, (const A*)p.to_input.panels,
             [&](int64_t row, int64_t height, int64_t column, const float* tile) {
@@ -67,6 +67,19 @@ FK_INLINE void linear_backward_block(const struct fk_linear_backward& p, int64_t
             });
   else
     for (int64_t i = 0; i < rows; ++i) copy_row(s.grad + i * s.ldg, p.k, p.k, s.inputs + i * s.ldi);
+  if (p.inputs) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = (first + i) * p.k;
+      const float* from = s.inputs + i * s.ldi;
+      if (!p.added.data)
+        copy_row(from, p.k, p.k, p.inputs + at);
+      else if (p.added.dtype == FK_F32)
+        add_rows_into(from, (const float*)p.added.data + at, p.k, p.inputs + at);
+      else
+        add_rows_into(from, (const bf16*)p.added.data + at, p.k, p.inputs + at);
+    }
+    return;
+  }
   const RowSums affine =
       RowSums::over(s.sums, 2 * p.k, p.affine ? p.affine + partial * round_up(2 * p.k, kPanel) : nullptr);
   for (int64_t i = 0; i < rows; ++i) {
@@ -106,7 +119,9 @@ FK_INLINE void linear_forward_task(const struct fk_linear_forward& p, int64_t ta
   const int64_t lda = round_up(p.k, 2) + kRowPad;
   A* normed = (A*)scratch;
   A* out = (A*)p.out + first * p.n;
-  for (int64_t i = 0; i < rows; ++i) normalize_row(p.x, first + i, p.k, round_up(p.k, 2), p.norm, normed + i * lda);
+  for (int64_t i = 0; i < rows; ++i)
+    any_norm_row(p.x, (first + i) * p.k, p.k, round_up(p.k, 2), p.norm, (first + i) / p.rows_per_image,
+                 normed + i * lda);
   if (!p.linear.panels) {
     for (int64_t i = 0; i < rows; ++i) copy_row(normed + i * lda, p.k, p.k, out + i * p.n);
     return;

@@ -133,6 +133,31 @@ void norm_backward(const struct fk_norm_backward* p, int64_t task) {
     norm_backward_task<bf16>(*p, task);
 }
 
+// A block of rows of a result's gradient.
+template <class T, class Out>
+FK_INLINE void statistics_row(const struct fk_statistics_backward& p, int64_t row) {
+  const int64_t image = row / p.rows, n = p.columns;
+  const float values = (float)p.rows * (float)n;
+  const vf mean = splat(p.statistics[2 * image]), base = splat(p.slopes[2 * image] / values);
+  const vf slope = splat(2.0f * p.slopes[2 * image + 1] / values);
+  const T* grad = (const T*)p.grad.data + row * n;
+  const Out* out = (const Out*)p.out.data + row * n;
+  float* to = p.to + row * n;
+  int64_t i = 0;
+  for (; i + FK_VL <= n; i += FK_VL) store(to + i, load(grad + i) + (base + slope * (load(out + i) - mean)));
+  if (i < n)
+    store_tail(to + i, load_tail(grad + i, n - i) + (base + slope * (load_tail(out + i, n - i) - mean)), n - i);
+}
+
+void statistics_backward(const struct fk_statistics_backward* p, int64_t task) {
+  const int64_t first = task * p->rows_per_task, last = min64(first + p->rows_per_task, p->images * p->rows);
+  for (int64_t row = first; row < last; ++row)
+    if (p->grad.dtype == FK_F32)
+      statistics_row<float, float>(*p, row);
+    else
+      statistics_row<bf16, bf16>(*p, row);
+}
+
 void norm_backward_totals(const struct fk_norm_backward* p, int64_t task) {
   if (p->x.dtype == FK_F32)
     norm_totals_task<float>(*p, task);

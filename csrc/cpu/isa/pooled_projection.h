@@ -50,6 +50,43 @@ void pool(const struct fk_pooled_projection* p, int64_t task) {
   }
 }
 
+// A row of the map: every pixel gets its share of its square's gradient.
+template <class T>
+FK_INLINE void pool_backward_row(const struct fk_pool_backward& b, int64_t row) {
+  const struct fk_pooled_projection& p = b.forward;
+  const int64_t image = row / p.height, y = row % p.height, n = p.channels, above = y / p.kernel;
+  const int64_t high = min64((above + 1) * p.kernel, p.height) - above * p.kernel;
+  const float values = (float)(p.height * p.width) * (float)n;
+  const vf mean = splat(b.groups ? b.groups[2 * image] : 0.0f);
+  const vf base = splat(b.groups ? b.of_statistics[2 * image] / values : 0.0f);
+  const vf slope = splat(b.groups ? 2.0f * b.of_statistics[2 * image + 1] / values : 0.0f);
+  for (int64_t x = 0; x < p.width; ++x) {
+    const int64_t beside = x / p.kernel, at = (row * p.width + x) * n;
+    const int64_t wide = min64((beside + 1) * p.kernel, p.width) - beside * p.kernel;
+    const bool pooled = above < p.pooled_h && beside < p.pooled_w;
+    const float* from = b.slopes + ((image * p.pooled_h + above) * p.pooled_w + beside) * n;
+    const vf share = splat(1.0f / (float)(high * wide));
+    const T* value = (const T*)p.x.data + at;
+    T* to = (T*)b.dx + at;
+    auto grad = [&](vf g, vf v) { return b.groups ? g * share + (base + slope * (v - mean)) : g * share; };
+    int64_t c = 0;
+    for (; c + FK_VL <= n; c += FK_VL)
+      store(to + c, grad(pooled ? load(from + c) : splat(0.0f), b.groups ? load(value + c) : splat(0.0f)));
+    if (c < n)
+      store_tail(
+          to + c,
+          grad(pooled ? load_tail(from + c, n - c) : splat(0.0f), b.groups ? load_tail(value + c, n - c) : splat(0.0f)),
+          n - c);
+  }
+}
+
+void pool_backward(const struct fk_pool_backward* p, int64_t row) {
+  if (p->forward.x.dtype == FK_F32)
+    pool_backward_row<float>(*p, row);
+  else
+    pool_backward_row<bf16>(*p, row);
+}
+
 FK_INLINE int64_t pooled_row_stride(const struct fk_pooled_projection& p) { return round_up(p.channels, 2) + kRowPad; }
 
 template <class A>

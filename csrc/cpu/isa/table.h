@@ -41,6 +41,7 @@
       scratch_head_tokens,                            \
       head_tokens,                                    \
       pool,                                           \
+      pool_backward,                                  \
       scratch_pooled_projection,                      \
       pooled_projection,                              \
       scratch_local_attention,                        \
@@ -69,6 +70,7 @@
       pack_panel,                                     \
       norm_backward_totals,                           \
       norm_backward,                                  \
+      statistics_backward,                            \
       store_depthwise_mlp_backward,                   \
       scratch_depthwise_mlp_backward,                 \
       depthwise_mlp_backward,                         \

@@ -26,14 +26,7 @@ class Cpu:
     def supports_backward(
         self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
     ) -> list[str]:
-        reasons = []
-        if static.norm == "group":
-            reasons.append("gradients of a group norm")
-        if static.return_statistics:
-            reasons.append("gradients of statistics")
-        if static.height % static.window_size or static.width % static.window_size:
-            reasons.append("gradients of padded windows")
-        return reasons
+        return []
 
     def run_backward(
         self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
