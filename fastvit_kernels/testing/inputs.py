@@ -405,7 +405,7 @@ LOCAL_ATTENTION = [
         for d in (32, 46, 48, 52, 64, 76, 96)
     ),
     *(
-        local_attention_case(f"width_{d}_{pad}", batch=1, grid=(3, 5), window=4, width=d, pad=pad)
+        local_attention_case(f"width_{d}_{pad}", "drawn", batch=1, grid=(3, 5), window=4, width=d, pad=pad)
         for d in (46, 52, 76)
         for pad in ("mask", "zero")
     ),
@@ -951,7 +951,7 @@ POOLED_PROJECTION = [
     pooled_projection_case("no_pooling", kernel=1),
     pooled_projection_case("odd_channels", channels=13, out=7),
     pooled_projection_case("one_channel", channels=1, out=1, norm=False),
-    pooled_projection_case("many_channels", batch=1, grid=(4, 6), channels=165, out=331),
+    pooled_projection_case("many_channels", "drawn", batch=1, grid=(4, 6), channels=165, out=331),
     pooled_projection_case("many_squares", grid=(34, 30), kernel=2, channels=8, out=16),
     pooled_projection_case("no_bias", bias=False),
     pooled_projection_case("no_in_norm", in_norm=False),
@@ -959,7 +959,7 @@ POOLED_PROJECTION = [
     pooled_projection_case("norms_without_affine", norm_affine=False, statistics=False),
     pooled_projection_case("bare", in_norm=False, norm=False, bias=False),
     pooled_projection_case(
-        "hat_net_small_stage_2", "published", batch=1, grid=(28, 28), channels=128, out=256, kernel=4
+        "hat_net_small_stage_2", "published", "drawn", batch=1, grid=(28, 28), channels=128, out=256, kernel=4
     ),
 ]
 
