@@ -159,8 +159,8 @@ CONFIGS: dict[str, Table] = {
         ("interpreter", "any"): _INTERPRETER,
     },
     "pool": {
-        ("default", "ieee"): ((ANY, Config(16, 64, 0, 4, 1)),),
-        ("default", "tf32"): ((ANY, Config(16, 64, 0, 4, 1)),),
+        ("default", "ieee"): ((ANY, Config(16, 64, 0, 8, 1)),),
+        ("default", "tf32"): ((ANY, Config(16, 64, 0, 8, 1)),),
         ("default", "unaligned"): ((ANY, Config(8, 64, 0, 4, 1)),),
         ("interpreter", "any"): ((ANY, Config(128, 64, 0, 4, 1)),),
     },

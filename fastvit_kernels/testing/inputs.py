@@ -940,13 +940,13 @@ def pooled_projection_case(name: str, *tags: str, **options: Any) -> Case:
 
 
 POOLED_PROJECTION = [
-    pooled_projection_case("plain", "smallest", "inductor"),
+    pooled_projection_case("plain", "smallest", "inductor", "drawn"),
     pooled_projection_case("own_statistics", "smallest", statistics=False),
     pooled_projection_case("empty_batch", "empty", batch=0),
     pooled_projection_case("one_square", batch=1, grid=(3, 3), kernel=3),
     pooled_projection_case("one_pixel", batch=1, grid=(1, 1), kernel=1, norm=False),
     pooled_projection_case("unread_border", grid=(7, 9), kernel=4),
-    pooled_projection_case("ceil_mode", "smallest", grid=(7, 9), kernel=4, ceil_mode=True),
+    pooled_projection_case("ceil_mode", "smallest", "drawn", grid=(7, 9), kernel=4, ceil_mode=True),
     pooled_projection_case("larger_than_the_map", grid=(3, 5), kernel=8, ceil_mode=True),
     pooled_projection_case("no_pooling", kernel=1),
     pooled_projection_case("odd_channels", channels=13, out=7),

@@ -23,6 +23,7 @@ from fastvit_kernels.testing.inputs import (
     local_attention_case,
     patch_embedding_case,
     pointwise_mlp_case,
+    pooled_projection_case,
 )
 
 HAT: dict[str, Any] = {
@@ -99,6 +100,11 @@ CHOSEN = {
             "unread_pixels", size=(5, 9), kernel=2, stride=4, padding=0, norm=False, activation="silu"
         ),
         patch_embedding_case("training", size=(5, 6), bias=False, bn=True, bn_training=True, activation="relu"),
+    ],
+    "pooled_projection": [
+        pooled_projection_case("all", grid=(5, 7), kernel=3, channels=12, out=20),
+        pooled_projection_case("own_statistics", grid=(5, 7), kernel=3, ceil_mode=True, channels=9, statistics=False),
+        pooled_projection_case("bare", grid=(4, 4), in_norm=False, norm=False, bias=False),
     ],
     "depthwise_mlp": [
         depthwise_mlp_case("hat", return_statistics=True, statistics=True, hidden=24, **HAT),

@@ -43,7 +43,7 @@ OPERATOR = Operator(
     packing=lambda s: (s.in_norm_eps is None, s.norm_eps is None),
     backends=[native.Cpu(), triton.Triton()],
 )
-library.register(OPERATOR, triton.launch)
+library.register(OPERATOR, triton.launch, triton.launch_backward)
 
 
 def pooled_projection(

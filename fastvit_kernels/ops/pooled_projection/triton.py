@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,16 @@ class Triton:
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return (torch.ops.fastvit.pooled_projection.triton(tensors, *static),)
 
+    def supports_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[str]:
+        return []
+
+    def run_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[Tensor]:
+        return list(torch.ops.fastvit.pooled_projection_backward.triton(grads, tensors, needs, *static))
+
 
 def launch(tensors: Tensors, static: Static) -> Outputs:
     """The operator's outputs, from dense tensors on one device."""
@@ -28,3 +40,10 @@ def launch(tensors: Tensors, static: Static) -> Outputs:
     from fastvit_kernels.ops.pooled_projection import triton_kernels
 
     return triton_kernels.run(tensors, static)
+
+
+def launch_backward(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static) -> list[Tensor]:
+    """The gradients of the needed tensors, in order."""
+    from fastvit_kernels.ops.pooled_projection import triton_backward
+
+    return triton_backward.run(grads, tensors, needs, static)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
 from fastvit_kernels.ops.operator import Outputs, Tensors
@@ -62,18 +63,12 @@ def pool_kernel(
     tl.store(pooled_ptr + offsets, pooled, mask=square_mask[:, None] & column_mask[None, :])
 
 
-def run(tensors: Tensors, static: Static) -> Outputs:
-    """The pooled rows in fp32, their statistics where there is a norm behind the pooling, and the linear."""
-    x, in_norm_weight, in_norm_bias, statistics, norm_weight, norm_bias, weight, bias = tensors
-    assert x is not None and weight is not None
-    batch, _, channels = x.shape
+def average(x: Tensor, norm: tuple[Tensor | float | None, ...] | None, static: Static) -> Tensor:
+    """The pooled rows of dense `[B, N, C]` in fp32, normalised by `norm`: weight, bias, statistics, eps."""
+    channels = x.shape[2]
     height, width = (pooled_side(s, static.kernel_size, static.ceil_mode) for s in (static.height, static.width))
-    pooled = x.new_empty((batch, height * width, channels), dtype=torch.float32)
-    num_squares = batch * height * width
-    if num_squares == 0:
-        return (x.new_empty((batch, height * width, weight.shape[0]), dtype=static.dtype),)
-    if static.in_norm_eps is not None and statistics is None:
-        statistics = group_statistics(x)
+    pooled = x.new_empty((x.shape[0], height * width, channels), dtype=torch.float32)
+    num_squares = pooled.numel() // channels
     arithmetic = triton_support.arithmetic(torch.float32, x.device)
     config = triton_support.config("pool", arithmetic, channels)
     triton_support.launch(
@@ -82,7 +77,7 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         x.device,
         config,
         x,
-        None if static.in_norm_eps is None else (in_norm_weight, in_norm_bias, statistics, static.in_norm_eps),
+        norm,
         pooled,
         num_squares,
         static.height,
@@ -92,6 +87,20 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         static.kernel_size,
         channels,
     )
+    return pooled
+
+
+def run(tensors: Tensors, static: Static) -> Outputs:
+    """The pooled rows in fp32, their statistics where there is a norm behind the pooling, and the linear."""
+    x, in_norm_weight, in_norm_bias, statistics, norm_weight, norm_bias, weight, bias = tensors
+    assert x is not None and weight is not None
+    height, width = (pooled_side(s, static.kernel_size, static.ceil_mode) for s in (static.height, static.width))
+    if len(x) * height * width == 0:
+        return (x.new_empty((len(x), height * width, weight.shape[0]), dtype=static.dtype),)
+    if static.in_norm_eps is not None and statistics is None:
+        statistics = group_statistics(x)
+    in_norm = None if static.in_norm_eps is None else (in_norm_weight, in_norm_bias, statistics, static.in_norm_eps)
+    pooled = average(x, in_norm, static)
     found = linear(
         pooled,
         weight,
