@@ -17,6 +17,8 @@ from fastvit_kernels.ops.depthwise_mlp import triton as depthwise_mlp
 from fastvit_kernels.ops.depthwise_mlp.reference import Static as DepthwiseMLPStatic
 from fastvit_kernels.ops.global_attention import triton as global_attention
 from fastvit_kernels.ops.global_attention.reference import Static as GlobalAttentionStatic
+from fastvit_kernels.ops.head_tokens import triton as head_tokens
+from fastvit_kernels.ops.head_tokens.reference import Static as HeadTokensStatic
 from fastvit_kernels.ops.local_attention import triton as local_attention
 from fastvit_kernels.ops.local_attention.reference import Static as LocalAttentionStatic
 from fastvit_kernels.ops.patch_embedding import triton as patch_embedding
@@ -151,6 +153,16 @@ def make_query_attention(stage: Stage, precision: Precision) -> Prepared:
     tensors = [queries, keys, None, *weights, statistics, queries]
     static = GlobalAttentionStatic(stage.heads, 0.125, "group", 1e-6, True, True, precision.products)
     return Prepared(global_attention, tensors, static)
+
+
+def make_head_tokens(stage: Stage, precision: Precision) -> Prepared:
+    x, parameter = _makers(precision)
+    channels, heads = stage.channels, stage.heads
+    width = channels // heads
+    tokens = x(stage.batch, 1 + stage.height * stage.width, channels)
+    weights = [*(parameter(channels) for _ in range(2)), parameter(channels, width), parameter(channels)]
+    tensors = [tokens, *weights, parameter(width), parameter(width), parameter(heads, channels)]
+    return Prepared(head_tokens, tensors, HeadTokensStatic(heads, 1e-6, 1e-5, precision.products))
 
 
 def make_local_attention(stage: Stage, precision: Precision) -> Prepared:
@@ -308,6 +320,7 @@ OPERATORS = {
     "depthwise_mlp between norms": make_hat_mlp,
     "global_attention": make_global_attention,
     "global_attention behind a norm": make_query_attention,
+    "head_tokens": make_head_tokens,
     "local_attention": make_local_attention,
     "patch_embedding": make_patch_embedding,
     "patch_embedding of images": make_stem,

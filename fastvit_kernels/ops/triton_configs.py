@@ -33,6 +33,7 @@ _WHOLE_ROWS = (
     (2048, Config(2, 0, 0, 4, 1)),
     (ANY, Config(1, 0, 0, 8, 1)),
 )
+_SUMMED_ROWS = ((256, Config(16, 0, 0, 8, 1)), (1024, Config(8, 0, 0, 8, 1)), (ANY, Config(1, 0, 0, 8, 1)))
 _MEMORY_BOUND: Table = {
     ("default", "ieee"): ((ANY, Config(32, 64, 0, 4, 1)),),
     ("default", "tf32"): ((ANY, Config(32, 64, 0, 4, 1)),),
@@ -231,6 +232,12 @@ CONFIGS: dict[str, Table] = {
         ("default", "ieee"): _WHOLE_ROWS,
         ("default", "tf32"): _WHOLE_ROWS,
         ("default", "unaligned"): _WHOLE_ROWS,
+        ("interpreter", "any"): ((ANY, Config(16, 0, 0, 4, 1)),),
+    },
+    "token_rows": {
+        ("default", "ieee"): _SUMMED_ROWS,
+        ("default", "tf32"): _SUMMED_ROWS,
+        ("default", "unaligned"): _SUMMED_ROWS,
         ("interpreter", "any"): ((ANY, Config(16, 0, 0, 4, 1)),),
     },
     "elementwise": _MEMORY_BOUND,

@@ -11,6 +11,17 @@ from fastvit_kernels.ops.primitives import normalize, row_statistics
 
 
 @triton.jit
+def row_normalize(x, norm, columns, mask, channels, BLOCK: tl.constexpr):
+    """LayerNorm of a tile that holds whole rows, in its first `channels` columns."""
+    weight_ptr, bias_ptr, eps = norm
+    x = tl.where(mask[None, :], x, 0.0)
+    mean = tl.sum(x, 1) / channels
+    deviation = tl.where(mask[None, :], x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(deviation * deviation, 1) / channels + eps)
+    return normalize(x, mean, rstd, weight_ptr, bias_ptr, columns, mask, BLOCK)
+
+
+@triton.jit
 def normalize_tile(
     tile,
     x_ptr,

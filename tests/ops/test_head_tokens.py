@@ -38,7 +38,6 @@ def plain_pytorch(
 class TestHeadTokens(Contract, Rejection):
     cases = inputs.HEAD_TOKENS
     fused = ("head_tokens",)
-    precisions = {"cpu": Contract.precisions["cpu"]}
     equivalent = staticmethod(plain_pytorch)
     resizable = frozenset({("x", 0), ("x", 1)})
     reshaped = (

@@ -20,6 +20,7 @@ from fastvit_kernels.testing.inputs import (
     depthwise_conv_case,
     depthwise_mlp_case,
     global_attention_case,
+    head_tokens_case,
     local_attention_case,
     patch_embedding_case,
     pointwise_mlp_case,
@@ -105,6 +106,10 @@ CHOSEN = {
         pooled_projection_case("all", grid=(5, 7), kernel=3, channels=12, out=20),
         pooled_projection_case("own_statistics", grid=(5, 7), kernel=3, ceil_mode=True, channels=9, statistics=False),
         pooled_projection_case("bare", grid=(4, 4), in_norm=False, norm=False, bias=False),
+    ],
+    "head_tokens": [
+        head_tokens_case("all", tokens=19, channels=27),
+        head_tokens_case("bare", tokens=1, norm=False, bias=False, head_norm_affine=False),
     ],
     "depthwise_mlp": [
         depthwise_mlp_case("hat", return_statistics=True, statistics=True, hidden=24, **HAT),

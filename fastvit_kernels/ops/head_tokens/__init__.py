@@ -14,7 +14,7 @@ from fastvit_kernels.ops.arguments import (
     check_vectors,
     compute_dtype,
 )
-from fastvit_kernels.ops.head_tokens import native
+from fastvit_kernels.ops.head_tokens import native, triton
 from fastvit_kernels.ops.head_tokens.reference import STATIC_SCHEMA, Static, reference
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
 from fastvit_kernels.ops.packing import PackedWeights
@@ -37,9 +37,9 @@ OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     packing=lambda s: (s.num_heads, s.norm_eps is None),
-    backends=[native.Cpu()],
+    backends=[native.Cpu(), triton.Triton()],
 )
-library.register(OPERATOR)
+library.register(OPERATOR, triton.launch, triton.launch_backward)
 
 
 def head_tokens(

@@ -13,10 +13,10 @@ from torch import Tensor
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.patch_embedding.reference import Static, output_size
-from fastvit_kernels.ops.primitives import dot, normalize, vector
+from fastvit_kernels.ops.primitives import dot, vector
 from fastvit_kernels.ops.triton_channel_moments import row_moments
 from fastvit_kernels.ops.triton_configs import ALIGNMENT, Config
-from fastvit_kernels.ops.triton_normalization import normalize_rows
+from fastvit_kernels.ops.triton_normalization import normalize_rows, row_normalize
 from fastvit_kernels.ops.triton_steps import Step, apply_step
 
 
@@ -41,17 +41,6 @@ def pack_kernel(
     mask = (row < out_channels) & (k < channels * TAPS)
     weight = tl.load(weight_ptr + row * (channels * TAPS) + source, mask=mask, other=0.0).to(tl.float32)
     tl.store(packed_ptr + row * stride + k, weight, mask=(row < out_channels) & (k < stride))
-
-
-@triton.jit
-def row_normalize(x, norm, columns, mask, channels, BLOCK: tl.constexpr):
-    """LayerNorm of a tile that holds whole rows, in its first `channels` columns."""
-    weight_ptr, bias_ptr, eps = norm
-    x = tl.where(mask[None, :], x, 0.0)
-    mean = tl.sum(x, 1) / channels
-    deviation = tl.where(mask[None, :], x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(deviation * deviation, 1) / channels + eps)
-    return normalize(x, mean, rstd, weight_ptr, bias_ptr, columns, mask, BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_rows", "height", "width", "out_height", "out_width"])
