@@ -155,6 +155,12 @@ def make_query_attention(stage: Stage, precision: Precision) -> Prepared:
     return Prepared(global_attention, tensors, static)
 
 
+def make_short_attention(stage: Stage, precision: Precision) -> Prepared:
+    """The same without the table, as HAT-Net has it."""
+    bridge, tensors, static = make_query_attention(stage, precision)
+    return Prepared(bridge, [*tensors[:9], None, *tensors[10:]], static)
+
+
 def make_head_tokens(stage: Stage, precision: Precision) -> Prepared:
     x, parameter = _makers(precision)
     channels, heads = stage.channels, stage.heads
@@ -185,6 +191,16 @@ def make_local_attention(stage: Stage, precision: Precision) -> Prepared:
         dtype=precision.products,
     )
     return Prepared(local_attention, tensors, static)
+
+
+def make_window_mixing(stage: Stage, precision: Precision) -> Prepared:
+    """HAT-Net's first step: the rows in front of the norm are added, statistics of that."""
+    bridge, tensors, static = make_local_attention(stage, precision)
+    return Prepared(
+        bridge,
+        [*tensors[:5], torch.empty((stage.batch, 2), device="meta"), *tensors[6:8], None, None, None, tensors[11]],
+        static,
+    )
 
 
 def make_patch_embedding(stage: Stage, precision: Precision) -> Prepared:
@@ -320,13 +336,18 @@ OPERATORS = {
     "depthwise_mlp between norms": make_hat_mlp,
     "global_attention": make_global_attention,
     "global_attention behind a norm": make_query_attention,
+    "global_attention to few keys": make_short_attention,
     "head_tokens": make_head_tokens,
     "local_attention": make_local_attention,
+    "local_attention of rows that are added": make_window_mixing,
     "patch_embedding": make_patch_embedding,
     "patch_embedding of images": make_stem,
     "pointwise_mlp": make_pointwise_mlp,
     "pooled_projection": make_pooled_projection,
 }
 
-_OF_HAT_NET = ("depthwise_mlp between norms", "global_attention behind a norm", "local_attention", "pooled_projection")
+_OF_HAT_NET = (
+    *("depthwise_mlp between norms", "global_attention behind a norm", "global_attention to few keys"),
+    *("local_attention", "local_attention of rows that are added", "pooled_projection"),
+)
 STAGES = {operator: HAT_NET if operator in _OF_HAT_NET else CVT for operator in OPERATORS}

@@ -53,7 +53,8 @@ class HierarchicalAttention(nn.Module):
     Attributes:
         backend: runs this module's operators on one backend; None for the usual choice.
         proj_norm: in the official checkpoints and without any effect. Kept, so that checkpoints pass through unchanged,
-            but not trainable: no gradient ever reaches it, and `DistributedDataParallel` need not look for it.
+            but not trainable, so that `DistributedDataParallel` need not look for it. Who makes it trainable
+            (`model.requires_grad_(True)`) finds gradients of zero there, as for any parameter without effect.
 
     Raises:
         TypeError, ValueError: `head_dim` does not divide `dim`, a `grid_size` or a `ds_ratio` that is no positive
@@ -128,16 +129,29 @@ class HierarchicalAttention(nn.Module):
         self._check(x)
         fused.check_residual_map(residual, (x.shape[0], self.num_heads * self.head_dim, *x.shape[2:]))
         drops_nothing = fused.drops_nothing(self.drop)
+        found = None
         if self.fusion_obstacles():
             out = self._compose(x)
+            within = False
         else:
-            within = residual if drops_nothing else None
-            out, found = self._fuse(x, within, statistics, return_statistics and drops_nothing)
-            if drops_nothing:
-                return out if found is None else (out, found)
-        out = self.drop(out)
-        out = out if residual is None else residual + out
-        return (out, group_statistics(_tokens(out))) if return_statistics else out
+            within = drops_nothing
+            out, found = self._fuse(x, residual if within else None, statistics, return_statistics and within)
+        if not within:
+            out = self.drop(out)
+            out = out if residual is None else residual + out
+        out = self._with_unused(out)
+        if not return_statistics:
+            return out
+        return out, group_statistics(_tokens(out)) if found is None else found
+
+    def _with_unused(self, out: Tensor) -> Tensor:
+        """`out`; if somebody made `proj_norm` trainable, with a part in the graph that gives it gradients of zero."""
+        unused = self._modules.get("proj_norm")
+        if unused is None or not torch.is_grad_enabled():
+            return out
+        # Of no element: whatever they hold has no effect.
+        nothing = [p.flatten()[:0].sum() for p in unused.parameters() if p.requires_grad]
+        return out + torch.stack(nothing).sum() if nothing else out
 
     def fusion_obstacles(self) -> list[str]:
         """Every reason why `forward` would call submodules now instead of the fused operators."""

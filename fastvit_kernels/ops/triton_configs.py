@@ -116,25 +116,42 @@ CONFIGS: dict[str, Table] = {
     },
     "attention": {
         ("default", "half"): (
-            (64, Config(64, 64, 0, 4, 2)),
-            (128, Config(32, 32, 0, 4, 2)),
-            (ANY, Config(32, 16, 0, 4, 2)),
+            (64, Config(64, 64, 64, 4, 2)),
+            (128, Config(32, 32, 64, 4, 2)),
+            (ANY, Config(32, 16, 64, 4, 1)),
         ),
         ("default", "tf32"): (
-            (64, Config(64, 32, 0, 4, 2)),
-            (128, Config(64, 32, 0, 8, 2)),
-            (ANY, Config(32, 16, 0, 8, 2)),
+            (64, Config(64, 32, 32, 4, 2)),
+            (128, Config(64, 32, 32, 8, 2)),
+            (ANY, Config(32, 16, 32, 8, 2)),
         ),
         ("default", "ieee"): (
-            (64, Config(64, 32, 0, 8, 2)),
-            (128, Config(32, 16, 0, 4, 2)),
-            (ANY, Config(32, 16, 0, 8, 2)),
+            (64, Config(64, 32, 32, 8, 2)),
+            (128, Config(32, 16, 16, 4, 2)),
+            (ANY, Config(32, 16, 16, 8, 2)),
         ),
         ("default", "unaligned"): (
-            (64, Config(32, 16, 0, 4, 2)),
-            (ANY, Config(16, 16, 0, 8, 2)),
+            (64, Config(32, 16, 32, 4, 2)),
+            (ANY, Config(16, 16, 32, 8, 2)),
         ),
         ("interpreter", "any"): _INTERPRETER,
+    },
+    # Of output channels; the wider of them do not fit, nor do loads element by element.
+    "attention_projection": {
+        ("default", "half"): ((128, Config(64, 64, 64, 8, 1)),),
+        ("default", "tf32"): ((128, Config(32, 64, 32, 8, 2)),),
+        ("default", "ieee"): ((64, Config(32, 64, 16, 16, 1)),),
+        ("default", "unaligned"): (),
+        ("interpreter", "any"): ((128, Config(32, 64, 64, 4, 1)),),
+    },
+    # Queries, keys and values of a whole window; block_m follows from its size. In fp32 a head counts twice.
+    "projected_window_attention": {
+        ("default", "half"): ((64, Config(0, 0, 32, 4, 2)), (128, Config(0, 0, 32, 8, 2))),
+        ("sm_90", "half"): ((64, Config(0, 0, 32, 8, 2)), (128, Config(0, 0, 32, 16, 2))),
+        ("default", "tf32"): ((256, Config(0, 0, 32, 8, 2)),),
+        ("default", "ieee"): ((64, Config(0, 0, 16, 16, 1)), (128, Config(0, 0, 32, 16, 2))),
+        ("default", "unaligned"): ((64, Config(0, 0, 16, 8, 1)), (128, Config(0, 0, 16, 16, 2))),
+        ("interpreter", "any"): ((256, Config(0, 0, 64, 4, 1)),),
     },
     "window_attention": {
         ("default", "half"): (

@@ -1,4 +1,8 @@
-"""`normalization.group_statistics` in Triton."""
+"""`normalization.group_statistics` in Triton: of a tensor in memory, or from parts that the kernel behind it left.
+
+The moments of a part are four numbers in fp32: a pivot near its values, the mean's offset from the pivot, the sum of
+squared deviations from the mean, and the count. Far from zero sums of the values themselves would lose digits.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,32 @@ from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
 
+MOMENTS = 4
 _MOST_PARTS = 256
+
+
+@triton.jit
+def store_moments(moments_ptr, part, pivot, mean, squares, count):
+    """Leave the moments of a part where `merge_kernel` finds them."""
+    moments_ptr += part.to(tl.int64) * 4
+    tl.store(moments_ptr, pivot)
+    tl.store(moments_ptr + 1, mean)
+    tl.store(moments_ptr + 2, squares)
+    tl.store(moments_ptr + 3, count)
+
+
+@triton.jit
+def store_tile_moments(moments_ptr, part, x, mask):
+    """Those of a tile `[rows, columns]` in registers; `mask` says which of it counts."""
+    count = tl.sum(tl.sum(mask.to(tl.float32), 1), 0)
+    # A tile of a window that the map cuts off may be empty.
+    share = 1.0 / tl.maximum(count, 1.0)
+    pivot = tl.sum(tl.sum(tl.where(mask, x, 0.0), 1), 0) * share
+    deviation = tl.where(mask, x - pivot, 0.0)
+    # What rounding left of the mean.
+    mean = tl.sum(tl.sum(deviation, 1), 0) * share
+    squares = tl.sum(tl.sum(deviation * deviation, 1), 0) - count * mean * mean
+    store_moments(moments_ptr, part, pivot, mean, squares, count)
 
 
 @triton.jit(do_not_specialize=["size", "blocks", "parts"])
@@ -24,9 +53,9 @@ def moments_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of some blocks of one sample, merged one by one as in `row_statistics`.
+    """The moments of some blocks of one sample, merged one by one as in `row_statistics`.
 
-    Of differences from the sample's first value: far from zero sums of the values themselves would lose digits.
+    The pivot is the sample's first value.
     """
     sample = (tl.program_id(0) // parts).to(tl.int64)
     pivot = tl.load(x_ptr + sample * sample_stride).to(tl.float32)
@@ -44,73 +73,77 @@ def moments_kernel(
         count = tl.minimum(end - start, BLOCK_N).to(tl.float32)
         block_mean = tl.sum(x, 0) / count
         deviation = tl.where(inside, x - block_mean, 0.0)
-        shift = block_mean - mean
-        share = count / (seen + count)
-        mean += shift * share
-        squares += tl.sum(deviation * deviation, 0) + shift * shift * (seen * share)
-        seen += count
-    tl.store(moments_ptr + 2 * tl.program_id(0), mean)
-    tl.store(moments_ptr + 2 * tl.program_id(0) + 1, squares)
+        mean, squares, seen = merge(mean, squares, seen, block_mean, tl.sum(deviation * deviation, 0), count)
+    store_moments(moments_ptr, tl.program_id(0), pivot, mean, squares, seen)
 
 
-@triton.jit(do_not_specialize=["size", "part_size", "parts"])
+@triton.jit
+def merge(mean, squares, seen, other_mean, other_squares, count):
+    """Mean, sum of squared deviations and count of two sets together (Chan, Golub and LeVeque)."""
+    shift = other_mean - mean
+    share = count / (seen + count)
+    return mean + shift * share, squares + other_squares + shift * shift * (seen * share), seen + count
+
+
+@triton.jit(do_not_specialize=["parts"])
 def merge_kernel(
-    x_ptr,
     moments_ptr,
     statistics_ptr,
-    sample_stride,
-    size,
-    part_size,
     parts,
-    MOST_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Mean and biased variance of one sample from those of its parts, always added in the same order."""
+    """Mean and biased variance of one sample from the moments of its parts, always added in the same order."""
     sample = tl.program_id(0)
-    part = tl.arange(0, MOST_PARTS)
-    here = part < parts
-    moments = moments_ptr + 2 * (sample * parts + part)
-    means = tl.load(moments, mask=here, other=0.0)
-    squares = tl.load(moments + 1, mask=here, other=0.0)
-    counts = tl.where(here, tl.minimum(size - part * part_size, part_size), 0).to(tl.float32)
-    mean = tl.sum(means * (counts / size), 0)
-    shift = means - mean
-    variance = tl.sum(squares + counts * shift * shift, 0) / size
-    pivot = tl.load(x_ptr + sample.to(tl.int64) * sample_stride).to(tl.float32)
+    moments_ptr += sample.to(tl.int64) * parts * 4
+    pivot = tl.load(moments_ptr)
+    mean = 0.0
+    squares = 0.0
+    seen = 0.0
+    for start in range(0, parts, BLOCK_N):
+        part = start + tl.arange(0, BLOCK_N)
+        here = part < parts
+        moments = moments_ptr + part * 4
+        counts = tl.load(moments + 3, mask=here, other=0.0)
+        means = tl.load(moments, mask=here, other=0.0) - pivot + tl.load(moments + 1, mask=here, other=0.0)
+        count = tl.sum(counts, 0)
+        block_mean = tl.sum(means * (counts / tl.maximum(count, 1.0)), 0)
+        shift = means - block_mean
+        block_squares = tl.sum(tl.load(moments + 2, mask=here, other=0.0) + counts * shift * shift, 0)
+        mean, squares, seen = merge(mean, squares, seen, block_mean, block_squares, count)
     tl.store(statistics_ptr + 2 * sample, pivot + mean)
-    tl.store(statistics_ptr + 2 * sample + 1, variance)
+    tl.store(statistics_ptr + 2 * sample + 1, squares / seen)
+
+
+def empty_moments(x: Tensor, parts: int) -> Tensor:
+    """Room for the moments `[B, parts, 4]` of the samples of x."""
+    return x.new_empty((x.shape[0], parts, MOMENTS), dtype=torch.float32)
+
+
+def merged_statistics(moments: Tensor) -> Tensor:
+    """Mean and biased variance `[B, 2]` of each sample, from the moments `[B, parts, 4]` of its parts."""
+    batch, parts, _ = moments.shape
+    statistics = moments.new_empty((batch, 2))
+    if batch > 0:
+        arithmetic = triton_support.arithmetic(torch.float32, moments.device)
+        config = triton_support.config("moments", arithmetic, 0)._replace(block_n=_MOST_PARTS)
+        triton_support.launch(merge_kernel, batch, moments.device, config, moments, statistics, parts)
+    return statistics
 
 
 def group_statistics(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
     """Mean and biased variance `[B, 2]` of each sample of dense `[B, P + N, C]` but its P prefix rows, in fp32."""
-    statistics = x.new_empty((x.shape[0], 2), dtype=torch.float32)
     tokens = x[:, num_prefix_tokens:]
     batch, size = tokens.shape[0], tokens.shape[1] * tokens.shape[2]
     if batch == 0:
-        return statistics
+        return x.new_empty((0, 2), dtype=torch.float32)
     arithmetic = triton_support.arithmetic(torch.float32, x.device)
     config = triton_support.config("moments", arithmetic, x.shape[2])
     blocks = triton.cdiv(triton.cdiv(size, config.block_n), _MOST_PARTS)
-    part_size = blocks * config.block_n
-    parts = triton.cdiv(size, part_size)
-    moments = x.new_empty((batch, parts, 2), dtype=torch.float32)
+    parts = triton.cdiv(size, blocks * config.block_n)
+    moments = empty_moments(x, parts)
     triton_support.launch(
         moments_kernel, batch * parts, x.device, config, tokens, moments, x.stride(0), size, blocks, parts
     )
-    triton_support.launch(
-        merge_kernel,
-        batch,
-        x.device,
-        config,
-        tokens,
-        moments,
-        statistics,
-        x.stride(0),
-        size,
-        part_size,
-        parts,
-        MOST_PARTS=_MOST_PARTS,
-    )
-    return statistics
+    return merged_statistics(moments)

@@ -133,6 +133,11 @@ def config(kernel: str, arithmetic: Arithmetic, width: int, *channels: int) -> C
     return tuning.current().config(*at) or usual(*at[:4])
 
 
+def fits(kernel: str, arithmetic: Arithmetic, width: int, *channels: int) -> bool:
+    """Whether there is such a configuration: some kernels are not for every width."""
+    return _row(*place(kernel, arithmetic, width, *channels)[:4]) is not None
+
+
 def place(kernel: str, arithmetic: Arithmetic, width: int, *channels: int) -> tuple[str, str, str, int, int]:
     """What a configuration is looked up by: the kernel, the architecture, the kind of product, both widths.
 
@@ -147,9 +152,15 @@ def place(kernel: str, arithmetic: Arithmetic, width: int, *channels: int) -> tu
 
 def usual(kernel: str, architecture: str, kind: str, width: int) -> Config:
     """What `triton_configs` has; architectures without rows of their own share the default ones."""
+    found = _row(kernel, architecture, kind, width)
+    assert found is not None, (kernel, kind, width)
+    return found
+
+
+def _row(kernel: str, architecture: str, kind: str, width: int) -> Config | None:
     table = CONFIGS[kernel]
     rows = table.get((architecture, kind)) or table["default", kind]
-    return next(row for widest, row in rows if width <= widest)
+    return next((row for widest, row in rows if width <= widest), None)
 
 
 def launch(kernel: Any, programs: int, device: torch.device, config: Config, *args: Any, **constexprs: Any) -> None:

@@ -175,6 +175,20 @@ def test_the_unused_norm_is_no_part_of_the_graph():
     ]
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_the_unused_norm_has_gradients_of_zero_when_it_is_made_trainable(drop):
+    """Otherwise DistributedDataParallel would wait for them."""
+    ours, _, x = make(drop=drop)
+    expected = ours.eval()(x)
+    ours.train().requires_grad_(True)
+    with torch.no_grad():
+        ours.proj_norm.weight.fill_(float("nan"))
+    ours(x, residual=x).sum().backward()
+    assert all(p.grad is not None for p in ours.parameters())
+    assert not ours.proj_norm.weight.grad.any() and not ours.proj_norm.bias.grad.any()
+    assert torch.equal(ours.eval()(x), expected)
+
+
 def test_initialisation_is_that_of_the_layers():
     torch.manual_seed(3)
     ours = HierarchicalAttention(DIM, HEAD, 7, 2)

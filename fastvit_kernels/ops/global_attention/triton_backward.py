@@ -42,7 +42,7 @@ def run(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static
     attended = None
     if static.return_statistics or (needs[3] and proj_weight is not None):
         added = rows if static.add_query_input else None
-        attended = attend(queries, k.contiguous(), values.contiguous(), bias, added, static)
+        attended, _ = attend(queries, k, values, bias, static, residual=added)
     if static.return_statistics:
         assert attended is not None
         out = attended

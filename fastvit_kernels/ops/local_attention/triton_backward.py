@@ -37,7 +37,7 @@ def run(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static
         qkv = linear(rows, qkv_weight, qkv_bias, dtype)
     attended = None
     if static.return_statistics or (needs[9] and proj_weight is not None):
-        attended = attend(qkv, k, v, None, bias, None, static)
+        attended, _ = attend(qkv, k, v, None, bias, None, static)
     if static.return_statistics:
         assert attended is not None
         out = attended
