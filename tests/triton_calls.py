@@ -350,4 +350,6 @@ _OF_HAT_NET = (
     *("depthwise_mlp between norms", "global_attention behind a norm", "global_attention to few keys"),
     *("local_attention", "local_attention of rows that are added", "pooled_projection"),
 )
+# Others have the same gradients.
+GRADIENTS_OF_OTHERS = ("global_attention to few keys", "local_attention of rows that are added")
 STAGES = {operator: HAT_NET if operator in _OF_HAT_NET else CVT for operator in OPERATORS}

@@ -22,6 +22,7 @@ from fastvit_kernels.bench.suites import (
     pooled_projection,
     pvt_v2,
     query_attention,
+    twins,
     windows,
 )
 from fastvit_kernels.bench.suites.operators import Stage
@@ -48,7 +49,7 @@ def _patch_embedding(batch: int) -> list[Case]:
 
 
 def _query_attention(batch: int) -> list[Case]:
-    shapes = [*hat_net.attentions(), *cmt.attentions(), *dhvt.attentions(), *pvt_v2.attentions()]
+    shapes = [*hat_net.attentions(), *cmt.attentions(), *dhvt.attentions(), *pvt_v2.attentions(), *twins.attentions()]
     return [query_attention.case(shape, batch) for shape in shapes]
 
 

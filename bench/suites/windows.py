@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from fastvit_kernels.bench.suites import hat_net
+from fastvit_kernels.bench.suites import hat_net, twins
 from fastvit_kernels.bench.suites.local_attention import Shape
 
 IMAGE = 224
 WINDOW = 7
-# Side of the map over the image's, channels and heads of each stage. All blocks without shift of a stage are alike.
-TWINS_SVT_SMALL = ((4, 64, 2), (8, 128, 4), (16, 256, 8), (32, 512, 16))
+# Side of the image over the map's, channels and heads of each stage. All blocks without shift of a stage are alike.
 SWIN_TINY = ((4, 96, 3), (8, 192, 6), (16, 384, 12), (32, 768, 24))
 
 
@@ -28,7 +27,7 @@ def of_hat_net() -> list[Shape]:
 
 
 def of_twins() -> list[Shape]:
-    return [_layer_norm(f"twins_svt_small-stage{n}", *sizes) for n, sizes in enumerate(TWINS_SVT_SMALL, start=1)]
+    return [_layer_norm(f"twins_svt_small-stage{n}", *sizes[:3]) for n, sizes in enumerate(twins.SVT_SMALL, start=1)]
 
 
 def of_swin() -> list[Shape]:

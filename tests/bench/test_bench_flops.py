@@ -183,7 +183,7 @@ SHAPES = {
     "global_attention": 9,
     "pointwise_mlp": 9,
     "local_attention": 9 + 4 + 4,
-    "query_attention": 6 + 4 + 3 + 2 * 4,
+    "query_attention": 6 + 4 + 3 + 2 * 4 + 4,
     "depthwise_conv": 4 + 3,
     "depthwise_mlp": 9 + 2 + 4 + 3 + 2 * 4,
     "pooled_projection": 6,

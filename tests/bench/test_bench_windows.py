@@ -1,4 +1,4 @@
-"""The windows of Twins and Swin are those of timm's models."""
+"""The attentions of Twins and the windows of Swin are those of timm's models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from timm_host import load_timm
 
-from fastvit_kernels.bench.suites import windows
+from fastvit_kernels.bench.suites import twins, windows
 
 load_timm()
 
@@ -31,10 +31,19 @@ def _stages(name: str) -> list[tuple[int, int, int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "table"), [("twins_svt_small", windows.TWINS_SVT_SMALL), ("swin_tiny", windows.SWIN_TINY)]
+    ("name", "table"), [("twins_svt_small", [row[:3] for row in twins.SVT_SMALL]), ("swin_tiny", windows.SWIN_TINY)]
 )
 def test_stages(name: str, table: tuple[tuple[int, int, int], ...]) -> None:
     assert _stages(name) == [(*sizes, windows.WINDOW) for sizes in table]
+
+
+def test_reduced_maps() -> None:
+    with torch.device("meta"):
+        model: Any = importlib.import_module("timm.models.twins").twins_svt_small()
+    reduced = [stage[1].attn for stage in model.blocks]
+    assert [(a.dim, a.num_heads, a.sr_ratio) for a in reduced] == [row[1:] for row in twins.SVT_SMALL]
+    assert not any(a.q.bias is None for a in reduced)
+    assert [(s.queries, s.keys) for s in twins.attentions()] == [(side**2, 49) for side in (56, 28, 14, 7)]
 
 
 def test_what_is_fused_around_them() -> None:

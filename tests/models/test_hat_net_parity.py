@@ -19,7 +19,6 @@ from fastvit_kernels.testing import relative_l2
 
 TOLERANCE = 1e-12
 VARIANTS = tuple(plain_hat_net.VARIANTS)
-SHALLOW = (1, 2, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -217,37 +216,32 @@ def test_a_planted_mistake_breaks_parity(monkeypatch, mistake):
         assert relative_l2(ours(x), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("h", "w"), [(224, 224), (70, 45)])
-def test_fp32_logits(h, w):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_fp32_logits_of_cut_windows(backend):
     exact, _ = pair("hat_net_tiny")
-    ours = copy.deepcopy(exact).float()
-    x = image(2, h, w)
-    with torch.no_grad():
-        expected = exact(x.double())
-        for backend in ("auto", "reference"):
-            with use_backend(backend):
-                assert relative_l2(ours(x), expected) <= 1e-5
-
-
-@pytest.mark.parametrize("name", VARIANTS, scope="module")
-@pytest.mark.parametrize(("h", "w"), [(64, 64), (56, 90)])
-def test_fp32_logits_of_every_variant(name, h, w):
-    """A block or two of every stage: the widths, windows and filters are the variant's own."""
-    exact, _ = pair(name, depths=SHALLOW)
-    x = image(2, h, w)
-    with torch.no_grad():
+    x = image(2, 70, 45)
+    with torch.no_grad(), use_backend(backend):
         assert relative_l2(copy.deepcopy(exact).float()(x), exact(x.double())) <= 1e-5
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["as they are", "packed weights"])
+def test_bf16_logits_of_cut_windows(prepared):
+    assert_bf16_logits(*pair("hat_net_tiny"), prepared, image(4, 70, 45))
+
+
+@pytest.mark.parametrize("name", VARIANTS, scope="module")
+def test_fp32_logits(name):
+    """All blocks, at the official size."""
+    exact, theirs = pair(name)
+    x = image(1, 224, 224)
+    with torch.no_grad():
+        assert relative_l2(copy.deepcopy(exact).float()(x), theirs(x.double())) <= 1e-5
+
+
 @pytest.mark.parametrize("name", VARIANTS, scope="module")
 @pytest.mark.parametrize("prepared", [False, True], ids=["as they are", "packed weights"])
-def test_bf16_logits_of_every_variant_are_as_good_as_the_plain_models(name, prepared):
-    assert_bf16_logits(*pair(name, depths=SHALLOW), prepared, image(4, 64, 64))
-
-
-@pytest.mark.parametrize("prepared", [False, True], ids=["as they are", "packed weights"])
-def test_bf16_logits_are_as_good_as_the_plain_models(prepared):
-    assert_bf16_logits(*pair("hat_net_tiny"), prepared, image(4, 70, 45))
+def test_bf16_logits_are_as_good_as_the_plain_models(name, prepared):
+    assert_bf16_logits(*pair(name), prepared, image(1, 224, 224))
 
 
 def assert_bf16_logits(exact, theirs, prepared, x):
