@@ -10,8 +10,12 @@ from fastvit_kernels.ops.triton_configs import Config
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 _WARPS = (2, 4, 8, 16)
 _STAGES = (1, 2, 3, 4)
-# Kernels whose tiles are as wide as something else is, or sum in rows of a fixed length: those blocks stay.
-_FIXED = {"moments": ("block_m", "block_k"), "norm_gradient": ("block_n", "block_k")}
+# Kernels whose tiles hold all of something, or sum in rows of a fixed length: those blocks stay.
+_FIXED = {
+    "moments": ("block_m", "block_k"),
+    "norm_gradient": ("block_n", "block_k"),
+    "attention_projection": ("block_n",),
+}
 # No products, hence no smallest tile.
 _FREE = ("moments", "norm_gradient", "elementwise", "filter_gradient", "sums", "sum", "pool", "prepare", "normalize")
 

@@ -86,7 +86,8 @@ def test_candidates_are_near_the_usual_one() -> None:
         for (architecture, _), rows in table.items():
             for _, usual in rows if architecture != "interpreter" else ():
                 found = candidates(kernel, usual)
-                assert found[0] == usual and len(set(found)) == len(found) and 10 <= len(found) < 80
+                # A kernel with one block to choose has the fewest.
+                assert found[0] == usual and len(set(found)) == len(found) and 7 <= len(found) < 80
                 for config in found[1:]:
                     assert 1 <= sum(a != b for a, b in zip(config, usual, strict=True)) <= 2
                     blocks = list(zip(config[:3], usual[:3], strict=True))

@@ -23,6 +23,9 @@ CASES = {
     "local_attention": inputs.local_attention_case(
         "far", grid=(6, 5), window=4, channels=16, norm="group", pad="mask", return_statistics=True
     ),
+    "local_attention without projection": inputs.local_attention_case(
+        "far", grid=(6, 5), window=4, channels=16, norm="group", pad="mask", proj=False, return_statistics=True
+    ),
     "global_attention": inputs.global_attention_case(
         "far", queries=30, norm="group", query_in=16, return_statistics=True
     ),
