@@ -10,14 +10,8 @@ from fastvit_kernels.ops.triton_configs import Config
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 256
 _WARPS = (2, 4, 8, 16)
 _STAGES = (1, 2, 3, 4)
-# Kernels whose tiles hold all of something, or sum in rows of a fixed length: those blocks stay.
-_FIXED = {
-    "moments": ("block_m", "block_k"),
-    "norm_gradient": ("block_n", "block_k"),
-    "attention_projection": ("block_n",),
-}
-# No products, hence no smallest tile.
-_FREE = ("moments", "norm_gradient", "elementwise", "filter_gradient", "sums", "sum", "pool", "prepare", "normalize")
+# Blocks that hold all of something, or that a kernel has in name only: those stay.
+_FIXED = {"moments": ("block_m", "block_k"), "attention_projection": ("block_n",)}
 
 
 def candidates(kernel: str, usual: Config) -> list[Config]:
@@ -42,7 +36,9 @@ def _steps(kernel: str, name: str, value: int) -> list[int]:
         return _neighbours(_STAGES, value)
     if value == 0 or name in _FIXED.get(kernel, ()):
         return []
-    smallest, largest = (1, max(_LARGEST_BLOCK, 2 * value)) if kernel in _FREE else (_SMALLEST_BLOCK, _LARGEST_BLOCK)
+    # A smaller or a larger one is that of a kernel without products.
+    smallest = _SMALLEST_BLOCK if value >= _SMALLEST_BLOCK else 1
+    largest = _LARGEST_BLOCK if value <= _LARGEST_BLOCK else 2 * value
     return [n for n in (value // 2, 2 * value) if smallest <= n <= largest]
 
 

@@ -97,6 +97,7 @@ CONFIGS: dict[str, Table] = {
             (128, Config(64, 128, 64, 16, 1)),
             (ANY, Config(64, 256, 32, 8, 1)),
         ),
+        ("gfx942", "half"): ((64, Config(64, 64, 64, 8, 1)), (ANY, Config(64, 128, 32, 8, 1))),
         ("default", "tf32"): ((ANY, Config(32, 64, 32, 4, 1)),),
         ("default", "ieee"): ((ANY, Config(32, 64, 16, 4, 1)),),
         ("default", "unaligned"): ((ANY, Config(64, 64, 32, 8, 1)),),
@@ -189,7 +190,11 @@ CONFIGS: dict[str, Table] = {
         ("interpreter", "any"): _INTERPRETER,
     },
     "attention_saved": {
-        ("default", "half"): ((64, Config(64, 32, 0, 8, 1)), (ANY, Config(32, 32, 0, 8, 1))),
+        ("default", "half"): (
+            (64, Config(64, 32, 0, 8, 1)),
+            (128, Config(32, 32, 0, 8, 1)),
+            (ANY, Config(16, 32, 0, 8, 1)),
+        ),
         ("default", "tf32"): ((ANY, Config(16, 16, 0, 4, 1)),),
         ("default", "ieee"): ((ANY, Config(16, 16, 0, 4, 1)),),
         ("default", "unaligned"): ((64, Config(16, 16, 0, 4, 1)), (ANY, Config(16, 16, 0, 8, 1))),
@@ -234,7 +239,7 @@ CONFIGS: dict[str, Table] = {
     "patch_weight_gradient": {
         ("default", "half"): ((ANY, Config(64, 64, 32, 4, 2)),),
         ("default", "tf32"): ((ANY, Config(64, 64, 32, 8, 2)),),
-        ("default", "ieee"): ((ANY, Config(64, 64, 16, 8, 2)),),
+        ("default", "ieee"): ((ANY, Config(64, 64, 16, 8, 1)),),
         ("default", "unaligned"): ((ANY, Config(64, 32, 32, 8, 2)),),
         ("interpreter", "any"): ((ANY, Config(32, 64, 32, 4, 1)),),
     },

@@ -87,7 +87,7 @@ def test_candidates_are_near_the_usual_one() -> None:
             for _, usual in rows if architecture != "interpreter" else ():
                 found = candidates(kernel, usual)
                 # A kernel with one block to choose has the fewest.
-                assert found[0] == usual and len(set(found)) == len(found) and 7 <= len(found) < 80
+                assert found[0] == usual and len(set(found)) == len(found) and 5 < len(found) < 80
                 for config in found[1:]:
                     assert 1 <= sum(a != b for a, b in zip(config, usual, strict=True)) <= 2
                     blocks = list(zip(config[:3], usual[:3], strict=True))
@@ -98,7 +98,7 @@ def test_candidates_are_near_the_usual_one() -> None:
 
 def test_every_operator_is_tuned_at_every_shape() -> None:
     calls = all_calls()
-    assert {call.suite for call in calls} == set(OPERATORS) - {"head_tokens"}
+    assert {call.suite for call in calls} == set(OPERATORS)
     assert {call.mode for call in calls[: len(calls) // 2]} == {FORWARD} and {call.batch for call in calls} == {64}
 
 
