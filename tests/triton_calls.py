@@ -161,6 +161,16 @@ def make_short_attention(stage: Stage, precision: Precision) -> Prepared:
     return Prepared(bridge, [*tensors[:9], None, *tensors[10:]], static)
 
 
+def make_pyramid_attention(stage: Stage, precision: Precision, keys: int, table: bool) -> Prepared:
+    """PVTv2's behind its LayerNorm, or with a table CMT's; with many keys DHVT's."""
+    bridge, tensors, static = make_query_attention(stage, precision)
+    rows = torch.empty((stage.batch, keys, 2 * stage.channels), dtype=precision.products, device="meta")
+    bias = torch.empty((stage.heads, stage.height * stage.width, keys), dtype=precision.parameters, device="meta")
+    tensors = [tensors[0], rows, *tensors[2:9], bias if table else None, None, tensors[11]]
+    static = static._replace(norm="layer", add_query_input=False, return_statistics=False)
+    return Prepared(bridge, tensors, static)
+
+
 def make_head_tokens(stage: Stage, precision: Precision) -> Prepared:
     x, parameter = _makers(precision)
     channels, heads = stage.channels, stage.heads

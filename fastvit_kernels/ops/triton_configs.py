@@ -117,7 +117,7 @@ CONFIGS: dict[str, Table] = {
     },
     "attention": {
         ("default", "half"): (
-            (64, Config(64, 64, 64, 4, 2)),
+            (64, Config(64, 64, 32, 4, 3)),
             (128, Config(32, 32, 64, 4, 2)),
             (ANY, Config(32, 16, 64, 4, 1)),
         ),
@@ -127,7 +127,7 @@ CONFIGS: dict[str, Table] = {
             (ANY, Config(32, 16, 32, 8, 2)),
         ),
         ("default", "ieee"): (
-            (64, Config(64, 32, 32, 8, 2)),
+            (64, Config(32, 32, 16, 8, 2)),
             (128, Config(32, 16, 16, 4, 2)),
             (ANY, Config(32, 16, 16, 8, 2)),
         ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_calls import CVT, GRADIENTS_OF_OTHERS, OPERATORS, PRECISIONS, STAGES, Stage
+from triton_calls import CVT, GRADIENTS_OF_OTHERS, OPERATORS, PRECISIONS, STAGES, Stage, make_pyramid_attention
 
 from fastvit_kernels.testing.triton_aot import REGISTERS, SHARED_MEMORY, Compiled, compile_launches, compiling_process
 
@@ -42,6 +42,10 @@ def compile_backward(operator: str, stage: Stage, precision: str, architecture: 
 
 def compile_statistics(operator: str, stage: Stage, precision: str, architecture: str) -> list[Compiled]:
     return compile_launches(OPERATORS[operator](stage, PRECISIONS[precision]).statistics, architecture)
+
+
+def compile_pyramid_attention(stage: Stage, precision: str, keys: int, table: bool) -> list[Compiled]:
+    return compile_launches(make_pyramid_attention(stage, PRECISIONS[precision], keys, table).forward, "sm_80")
 
 
 def compile_with_tf32(*what: Any) -> list[Compiled]:
@@ -124,6 +128,17 @@ def test_statistics_fit_the_gpu(process: Executor, operator: str) -> None:
         stage = Stage(channels, 1)
         for kernel in process.submit(compile_statistics, operator, stage, "bfloat16", architecture).result():
             check_fits(kernel, architecture)
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "table"),
+    [(Stage(64, 1), 49, False), (Stage(512, 8), 49, False), (Stage(512, 8), 49, True), (Stage(384, 8), 265, False)],
+)
+def test_projected_queries_fit_the_gpu(process: Executor, stage: Stage, keys: int, table: bool) -> None:
+    """Those of PVTv2, CMT and DHVT."""
+    for precision in ("float32", "bfloat16"):
+        for kernel in process.submit(compile_pyramid_attention, stage, precision, keys, table).result():
+            check_fits(kernel, "sm_80")
 
 
 @pytest.mark.parametrize("kernel", [5, 7])

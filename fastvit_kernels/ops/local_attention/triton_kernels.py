@@ -212,7 +212,7 @@ def projected_window_attention_kernel(
     row_ptrs = x_ptr + rows.to(tl.int64) * in_channels
     columns = head * WIDTH + d
     d_mask = d < WIDTH
-    step = channels.to(tl.int64) * in_channels
+    step = tl.cast(channels, tl.int64) * in_channels
     weights = weight_ptr + head.to(tl.int64) * WIDTH * in_channels + d[None, :] * in_channels
     q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     k = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
