@@ -81,27 +81,43 @@ Tensor prepare(const Mlp& m, const std::optional<Tensor>& packed, fk_depthwise_m
   });
 }
 
+// Hidden channels that a task takes at a time: all of them, in equal parts.
+int64_t even_chunk(int64_t hidden, int64_t panel, int64_t most) {
+  const int64_t panels = blocks(hidden, panel);
+  return blocks(panels, blocks(hidden, std::max(panel, most))) * panel;
+}
+
 // How many rows of the map make a task and how many hidden channels a chunk. A task's rows are expanded with their
-// halo, so low bands compute much twice; high ones overflow the cache.
+// neighbours within the filter's reach, so few tall bands are best, as long as their data stays in L2; so are long
+// chunks, because each is added to all sums.
 void choose_tiles(fk_depthwise_mlp* p) {
   const int64_t reach = p->kernel / 2, panel = kernels().panel, size = p->expand.low_precision ? 2 : 4;
-  const int64_t hidden = (p->expand.n + panel - 1) / panel * panel;
   // A cache line behind each row, so that power-of-two widths do not fall into one cache set.
-  p->sums_stride = (p->project.n + panel - 1) / panel * panel + 16;
-  p->chunk = std::min<int64_t>(hidden, std::max<int64_t>(panel, 64));
-  auto bytes = [&](int64_t rows) {
-    const int64_t in = std::min(p->height, rows + 2 * reach) * p->width * p->channels * size;
-    const int64_t map = (rows + 2 * reach) * (p->width + 2 * reach) * p->chunk * 4;
-    return in + map + rows * p->width * (p->chunk * size + p->project.n * 4);
-  };
+  p->sums_stride = blocks(p->project.n, panel) * panel + 16;
   // Of an L2 cache of 1 MiB; found by measuring. The weights stream through the rest.
   constexpr int64_t kMost = 880 * 1024;
-  int64_t rows = p->height;
-  while (rows > 1 && bytes(rows) > kMost) --rows;
-  // Bands of one small map would compute a good part of it twice, and two of seven rows are not even. Which calls are
-  // sliced depends on the sizes alone: slices change the order of a sum, and the threads must not.
-  const int64_t pixels = p->height * p->width;
-  p->slices = p->batch == 1 && rows == p->height && pixels <= 256 && hidden >= 4 * p->chunk ? 2 : 1;
+  const auto rows_with = [&](int64_t chunk) {
+    const auto bytes = [&](int64_t rows) {
+      const int64_t in = std::min(p->height, rows + 2 * reach) * p->width * p->channels * size;
+      const int64_t map = (rows + 2 * reach) * (p->width + 2 * reach) * chunk * 4;
+      return in + map + rows * p->width * (chunk * size + p->project.n * 4);
+    };
+    int64_t rows = p->height;
+    while (rows > 1 && bytes(rows) > kMost) --rows;
+    return rows;
+  };
+  // Bands of one small map would compute a good part of it twice, and two of seven rows are not even. All of this
+  // depends on the sizes alone: chunks and slices change the order of a sum, and the number of threads must not.
+  const int64_t pixels = p->height * p->width, hidden = p->expand.n;
+  int64_t rows = rows_with(64);
+  p->slices = p->batch == 1 && pixels <= 256 && hidden >= 256 && rows == p->height ? 2 : 1;
+  // A longer chunk must not cut the map into more bands, except that the only map may always be two.
+  const int64_t most_bands = std::max<int64_t>(blocks(p->height, rows), p->batch == 1 && p->slices == 1 ? 2 : 1);
+  for (const int64_t most : {256, 128, 64}) {
+    p->chunk = even_chunk(blocks(hidden, p->slices), panel, most);
+    rows = rows_with(p->chunk);
+    if (blocks(p->height, rows) <= most_bands) break;
+  }
   p->rows_per_task = rows_per_image_task(p->batch * p->slices, p->height, rows);
   p->tasks_per_image = blocks(p->height, p->rows_per_task);
   p->pixels_per_sum = p->slices > 1 ? rows_per_image_task(p->batch, pixels, 64) : p->rows_per_task * p->width;

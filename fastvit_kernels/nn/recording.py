@@ -264,11 +264,12 @@ class Program:
         self._sources = list({id(t): t for t in sources}.values())
         self._places = _places(self._sources)
         self._weights = list({id(t): t for t in weights}.values())
-        self._state = packing.state(self._weights)
+        self._versions = packing.versions(self._weights)
 
     def valid(self) -> bool:
-        """Whether the sources lie where and as they did, and the weights besides have not been written to."""
-        return _places(self._sources) == self._places and packing.state(self._weights) == self._state
+        """Whether the sources, the weights among them, lie where and as they did, and the weights besides have not been
+        written to."""
+        return packing.versions(self._weights) == self._versions and _places(self._sources) == self._places
 
     def run(self, inputs: Sequence[Tensor]) -> Any:
         """The recorded output's structure with the results of calling everything again on other inputs."""

@@ -95,8 +95,12 @@ def _alike(old: Tensor | None, new: Tensor | None) -> bool:
 
 def state(weights: Sequence[Tensor]) -> list[int]:
     """Addresses and version counters: what an in-place update or a swap of `.data` changes."""
-    addresses = [t.data_ptr() for t in weights]
+    return [t.data_ptr() for t in weights] + versions(weights)
+
+
+def versions(weights: Sequence[Tensor]) -> list[int]:
+    """Version counters: what an in-place update changes."""
     try:
-        return addresses + [t._version for t in weights]
+        return [t._version for t in weights]
     except RuntimeError:  # tensors made in inference mode count no versions
-        return addresses + [0 if t.is_inference() else t._version for t in weights]
+        return [0 if t.is_inference() else t._version for t in weights]

@@ -29,16 +29,17 @@ FK_INLINE MlpBand mlp_band(const struct fk_depthwise_mlp& p, int64_t task) {
 template <class A>
 struct DepthwiseScratch {
   A* normed;      // [in_rows * width][lda]
-  float* hidden;  // [rows + 2 reach][width + 2 reach][chunk], zero outside the map
+  float* hidden;  // [chunk / FK_VL] planes of [rows + 2 reach][width + 2 reach][FK_VL], zero outside the map
   A* activated;   // [rows * width][ldh]
   float* sums;    // [rows * width][lds]; slices have theirs in p.partial
-  int64_t lda, ldh, lds, columns, bytes;
+  int64_t lda, ldh, lds, line, plane, bytes;
 
   FK_INLINE DepthwiseScratch layout(const struct fk_depthwise_mlp& p, void* base) {
     DepthwiseScratch s;
     const int64_t reach = p.kernel / 2, pixels = min64(p.rows_per_task, p.height) * p.width;
     const int64_t in_pixels = min64(p.rows_per_task + 2 * reach, p.height) * p.width;
-    s.columns = p.width + 2 * reach;
+    s.line = (p.width + 2 * reach) * FK_VL;
+    s.plane = (min64(p.rows_per_task, p.height) + 2 * reach) * s.line + kRowPad;
     s.lda = round_up(p.channels, 2) + kRowPad;
     s.ldh = p.chunk + kRowPad;
     s.lds = p.sums_stride;
@@ -46,7 +47,7 @@ struct DepthwiseScratch {
     s.normed = (A*)at;
     at += round_up(in_pixels * s.lda * (int64_t)sizeof(A), 64);
     s.hidden = (float*)at;
-    at += (min64(p.rows_per_task, p.height) + 2 * reach) * s.columns * p.chunk * 4;
+    at += p.chunk / FK_VL * s.plane * 4;
     s.activated = (A*)at;
     at += round_up(pixels * s.ldh * (int64_t)sizeof(A), 64);
     s.sums = (float*)at;
@@ -59,17 +60,15 @@ struct DepthwiseScratch {
 // Zeros around the part of the map that a task expands; the expansion never writes there.
 template <class A>
 FK_INLINE void clear_border(const struct fk_depthwise_mlp& p, const MlpBand& b, const DepthwiseScratch<A>& s) {
-  const int64_t line = s.columns * p.chunk, side = b.reach * p.chunk;
-  for (int64_t r = 0; r < b.rows + 2 * b.reach; ++r) {
-    float* row = s.hidden + r * line;
-    const int64_t y = b.first - b.reach + r;
-    if (y < 0 || y >= p.height) {
-      for (int64_t i = 0; i < line; ++i) row[i] = 0.0f;
-      continue;
+  const int64_t side = b.reach * FK_VL;
+  for (int64_t c = 0; c < p.chunk / FK_VL; ++c)
+    for (int64_t r = 0; r < b.rows + 2 * b.reach; ++r) {
+      float* row = s.hidden + c * s.plane + r * s.line;
+      const int64_t y = b.first - b.reach + r;
+      const bool outside = y < 0 || y >= p.height;
+      for (int64_t i = 0; i < (outside ? s.line : side); i += FK_VL) store(row + i, splat(0.0f));
+      for (int64_t i = s.line - side; i < s.line; i += FK_VL) store(row + i, splat(0.0f));
     }
-    for (int64_t i = 0; i < side; ++i) row[i] = 0.0f;
-    for (int64_t i = line - side; i < line; ++i) row[i] = 0.0f;
-  }
 }
 
 // A finished tile of the expansion: bias, activation, affine, into the hidden map. `pixel` counts from the band's top.
@@ -86,11 +85,11 @@ FK_INLINE void place_hidden(const struct fk_depthwise_mlp& p, const MlpBand& b, 
     shift[j] = p.scale ? load(p.shift + column + j * FK_VL) : splat(0.0f);
   }
   for (int64_t i = 0; i < height; ++i) {
-    float* to = s.hidden + ((y + lead) * s.columns + x + b.reach) * p.chunk + chunk_column;
+    float* to = s.hidden + chunk_column / FK_VL * s.plane + (y + lead) * s.line + (x + b.reach) * FK_VL;
     for (int j = 0; j < FK_NV; ++j) {
       vf h = activate<kLow, Activation>(load(tile + i * kPanel + j * FK_VL) + bias[j]);
       if (p.scale) h = h * scale[j] + shift[j];
-      store(to + j * FK_VL, h);
+      store(to + j * s.plane, h);
     }
     if (++x == p.width) {
       x = 0;
@@ -147,27 +146,29 @@ FK_INLINE void filter_pixels(const float* hidden, int64_t line, int64_t step, co
   }
 }
 
+// Channels outside, rows inside: the lines that a row shares with the next one stay in L1.
 template <int Kernel, fk_activation Activation, bool AddsHidden, class A>
 static __attribute__((noinline)) void filter_band(const struct fk_depthwise_mlp& p, const MlpBand& b,
                                                   const DepthwiseScratch<A>& s, int64_t column, int64_t channels) {
-  const int64_t line = s.columns * p.chunk, taps_step = round_up(p.expand.n, kPanel), step = p.chunk;
-  for (int64_t y = 0; y < b.rows; ++y)
-    for (int64_t c = 0; c < channels; c += FK_VL) {
-      const float* hidden = s.hidden + y * line + c;
-      const float* filter = p.filter + column + c;
-      const vf bias = load(p.filter_bias + column + c);
-      A* out = s.activated + y * p.width * s.ldh + c;
+  const int64_t taps_step = round_up(p.expand.n, kPanel), width = p.width, kernel = p.kernel, ldh = s.ldh;
+  for (int64_t c = 0; c < channels; c += FK_VL) {
+    const float* filter = p.filter + column + c;
+    const vf bias = load(p.filter_bias + column + c);
+    for (int64_t y = 0; y < b.rows; ++y) {
+      const float* hidden = s.hidden + c / FK_VL * s.plane + y * s.line;
+      A* out = s.activated + y * width * ldh + c;
       int64_t x = 0;
-      for (; x + 7 <= p.width; x += 7)
-        filter_pixels<7, Kernel, Activation, AddsHidden>(hidden + x * step, line, step, filter, taps_step, bias,
-                                                         p.kernel, out + x * s.ldh, s.ldh);
-      for (; x + 2 <= p.width; x += 2)
-        filter_pixels<2, Kernel, Activation, AddsHidden>(hidden + x * step, line, step, filter, taps_step, bias,
-                                                         p.kernel, out + x * s.ldh, s.ldh);
-      for (; x < p.width; ++x)
-        filter_pixels<1, Kernel, Activation, AddsHidden>(hidden + x * step, line, step, filter, taps_step, bias,
-                                                         p.kernel, out + x * s.ldh, s.ldh);
+      for (; x + 7 <= width; x += 7)
+        filter_pixels<7, Kernel, Activation, AddsHidden>(hidden + x * FK_VL, s.line, FK_VL, filter, taps_step, bias,
+                                                         kernel, out + x * ldh, ldh);
+      for (; x + 2 <= width; x += 2)
+        filter_pixels<2, Kernel, Activation, AddsHidden>(hidden + x * FK_VL, s.line, FK_VL, filter, taps_step, bias,
+                                                         kernel, out + x * ldh, ldh);
+      for (; x < width; ++x)
+        filter_pixels<1, Kernel, Activation, AddsHidden>(hidden + x * FK_VL, s.line, FK_VL, filter, taps_step, bias,
+                                                         kernel, out + x * ldh, ldh);
     }
+  }
 }
 
 template <fk_activation Activation, bool AddsHidden, class A>
@@ -257,7 +258,7 @@ FK_INLINE void depthwise_task(const struct fk_depthwise_mlp& p, int64_t task, vo
   const int64_t depth = round_up(p.expand.k, kStep<A>), hidden_depth = round_up(p.project.k, kStep<A>);
   const int64_t hidden_panels = ceil_div(p.expand.n, kPanel), out_panels = ceil_div(p.project.n, kPanel);
   const int64_t chunk = p.chunk / kPanel;
-  const int64_t share = round_up(ceil_div(hidden_panels, p.slices), chunk), begin = b.slice * share;
+  const int64_t share = ceil_div(hidden_panels, p.slices), begin = b.slice * share;
   const int64_t end = min64(begin + share, hidden_panels), first_pixel = b.first * p.width;
   float* sums =
       p.slices > 1 ? p.partial + ((b.slice * p.batch + b.image) * p.height * p.width + first_pixel) * s.lds : s.sums;

@@ -35,13 +35,16 @@ template <int MR, bool Transposed>
 static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, const float* panel, int64_t k,
                                                    float* out, int64_t ldo, bool accumulate, Ahead ahead) {
   vf c[MR][FK_NV];
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < FK_NV; ++j) c[i][j] = splat(0.0f);
   const float* row[5];
   for (int i = 0; i < (MR + 2) / 3; ++i) row[i] = a + 3 * i * lda;
   for (int64_t p = 0; p < k; ++p) {
     __builtin_prefetch(ahead.at + p * ahead.step, 0, 2);
     vf b[FK_NV];
+#pragma GCC unroll 4
     for (int j = 0; j < FK_NV; ++j) b[j] = load(panel + p * kPanel + j * FK_VL);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
@@ -50,11 +53,20 @@ static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, 
       for (int j = 0; j < FK_NV; ++j) c[i][j] += x * b[j];
     }
   }
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < FK_NV; ++j) {
-      float* to = out + i * ldo + j * FK_VL;
-      store(to, accumulate ? load(to) + c[i][j] : c[i][j]);
-    }
+  if (accumulate) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < FK_NV; ++j) {
+        float* to = out + i * ldo + j * FK_VL;
+        store(to, load(to) + c[i][j]);
+      }
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < FK_NV; ++j) store(out + i * ldo + j * FK_VL, c[i][j]);
+  }
 }
 
 #if FK_NATIVE_BF16
@@ -63,7 +75,9 @@ template <int MR, bool Transposed>
 static __attribute__((noinline)) void tile_product(const bf16* a, int64_t lda, const bf16* panel, int64_t k, float* out,
                                                    int64_t ldo, bool accumulate, Ahead ahead) {
   __m512 c[MR][FK_NV];
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < FK_NV; ++j) c[i][j] = _mm512_setzero_ps();
   const bf16* row[5];
   for (int i = 0; i < (MR + 2) / 3; ++i) row[i] = a + 3 * i * lda;
@@ -80,11 +94,20 @@ static __attribute__((noinline)) void tile_product(const bf16* a, int64_t lda, c
       for (int j = 0; j < FK_NV; ++j) c[i][j] = _mm512_dpbf16_ps(c[i][j], x, (__m512bh)b[j]);
     }
   }
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < FK_NV; ++j) {
-      float* to = out + i * ldo + j * FK_VL;
-      store(to, accumulate ? load(to) + (vf)c[i][j] : (vf)c[i][j]);
-    }
+  if (accumulate) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < FK_NV; ++j) {
+        float* to = out + i * ldo + j * FK_VL;
+        store(to, load(to) + (vf)c[i][j]);
+      }
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < FK_NV; ++j) store(out + i * ldo + j * FK_VL, (vf)c[i][j]);
+  }
 }
 #endif
 
