@@ -283,9 +283,10 @@ def test_ddp_need_not_look_for_unused_parameters(one_process):
             wrapped(image(seed=seed)).sum().backward()
 
     train(small())
-    # As the official parameters are: the complaint is what this test would see.
+    train(small().requires_grad_(True))
+    # As the official module has it: the complaint is what this test would see.
     with pytest.raises(RuntimeError, match="find_unused_parameters"):
-        train(small().requires_grad_(True))
+        train(small_plain())
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])

@@ -70,7 +70,7 @@ def test_functional_call_and_grad(name):
     model = small(name).eval()
     x, y = batch()
     _, expected = gradients(model, x, y)
-    weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    weights = {n: p.detach().clone().requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
     F.cross_entropy(functional_call(model, weights, (x,)), y).backward()
     assert_close({n: w.grad for n, w in weights.items()}, expected)
     plain = {n: w.detach() for n, w in weights.items()}
