@@ -68,6 +68,9 @@ CHOSEN = {
         ),
         local_attention_case("statistics", norm="group", statistics=True, return_statistics=True, grid=(2, 4), heads=1),
         local_attention_case("zeros", batch=1, grid=(3, 3), pad="zero", form="separate", proj=False, heads=1),
+        local_attention_case(
+            "padded", batch=1, grid=(3, 5), window=4, pad="zero", norm="layer", attn_bias=True, return_statistics=True
+        ),
         local_attention_case("packed", form="packed", grid=(9, 9), window=9, batch=1, heads=1, proj=False),
     ],
     "conv_projection": [

@@ -40,10 +40,7 @@ class Triton:
     ) -> list[str]:
         x = tensors[0]
         assert x is not None
-        found = norm_gradient_reasons(x.shape[-1]) if static.norm == "layer" else []
-        if static.pad == "zero" and tensors[7] is not None:
-            found.append('pad="zero" beside a qkv_bias: the Triton gradients do not reach it through added pixels')
-        return found
+        return norm_gradient_reasons(x.shape[-1]) if static.norm == "layer" else []
 
     def run_backward(
         self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
