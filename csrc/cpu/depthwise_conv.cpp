@@ -1,17 +1,6 @@
-#include "packed.h"
+#include "depthwise_conv.h"
 
-namespace fk {
-namespace {
-
-enum Index { kX = 0, kWeight = 1, kBias = 2, kNormWeight = 3, kNormBias = 4, kBn = 5, kResidual = 9, kCount = 10 };
-
-struct Convolution {
-  fk_array weight, bias, norm_weight, norm_bias;
-  BatchNorm bn;
-  std::optional<double> norm_eps;
-  int64_t batch, height, width, channels, kernel;
-  uint64_t mark;
-};
+namespace fk::depthwise {
 
 Convolution check(TensorList& t, const std::optional<Tensor>& packed, std::optional<double> norm_eps, double bn_eps,
                   int64_t height, int64_t width, int64_t stride, int64_t padding) {
@@ -39,6 +28,8 @@ Convolution check(TensorList& t, const std::optional<Tensor>& packed, std::optio
   c.mark = identify({c.channels, c.kernel, norm_eps.has_value(), eps_bits}, t, kWeight, kResidual, packed, look);
   return c;
 }
+
+namespace {
 
 Tensor prepare(const Convolution& c, const std::optional<Tensor>& packed, fk_depthwise_conv* to) {
   return pack(packed, c.mark, [&](Packer& p) {
@@ -99,9 +90,9 @@ Tensor pack_only(TensorList t, std::optional<double> norm_eps, double bn_eps, bo
 }
 
 }  // namespace
-}  // namespace fk
+}  // namespace fk::depthwise
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
-  m.impl("depthwise_conv", TORCH_BOX(&fk::run));
-  m.impl("depthwise_conv_pack", TORCH_BOX(&fk::pack_only));
+  m.impl("depthwise_conv", TORCH_BOX(&fk::depthwise::run));
+  m.impl("depthwise_conv_pack", TORCH_BOX(&fk::depthwise::pack_only));
 }

@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "depthwise_mlp_hidden.h"
+#include "statistics_gradients.h"
 
 namespace fk::mlp {
 namespace {
@@ -39,12 +40,6 @@ void convert(const fk_array& from, int64_t at, int64_t n, float* to) {
     std::copy(static_cast<const float*>(from.data) + at, static_cast<const float*>(from.data) + at + n, to);
   else
     for (int64_t i = 0; i < n; ++i) to[i] = element(from, at + i);
-}
-
-bool any_nonzero(const fk_array& x) {
-  for (int64_t i = 0; i < x.size; ++i)
-    if (!(element(x, i) == 0.0f)) return true;
-  return false;
 }
 
 // The gradient of the result without prefix rows in fp32, with what comes by way of the summary: means over the pixels,

@@ -1,21 +1,12 @@
-#include "packed.h"
+#include "head_tokens.h"
 
-namespace fk {
+namespace fk::heads {
 namespace {
-
-enum Index { kX, kNormWeight, kNormBias, kWeight, kBias, kHeadNormWeight, kHeadNormBias, kPosEmbed, kCount };
 
 // Rows of a task; fixed, so that the mean does not depend on the number of threads.
 constexpr int64_t kRows = 16;
 
-struct Heads {
-  fk_array norm_weight, norm_bias, weight, bias, head_norm_weight, head_norm_bias, pos_embed;
-  int64_t batch, tokens, channels, heads;
-  std::optional<double> norm_eps;
-  double head_norm_eps;
-  bool low_precision;
-  uint64_t mark;
-};
+}  // namespace
 
 Heads check(TensorList& t, const std::optional<Tensor>& packed, int64_t heads, std::optional<double> norm_eps,
             double head_norm_eps, ScalarType dtype) {
@@ -48,6 +39,17 @@ Heads check(TensorList& t, const std::optional<Tensor>& packed, int64_t heads, s
   return e;
 }
 
+void set_geometry(const Heads& e, fk_head_tokens* to) {
+  to->batch = e.batch;
+  to->tokens = e.tokens;
+  to->channels = e.channels;
+  to->heads = e.heads;
+  to->rows_per_task = kRows;
+  to->tasks_per_image = blocks(e.tokens, kRows);
+}
+
+namespace {
+
 Tensor prepare(const Heads& e, const std::optional<Tensor>& packed, fk_head_tokens* to) {
   return pack(packed, e.mark, [&](Packer& p) {
     const int64_t width = e.channels / e.heads;
@@ -67,12 +69,7 @@ Tensor run(TensorList t, std::optional<Tensor> packed, int64_t heads, std::optio
   p.x = view(*t[kX], "x");
   p.out = out.mutable_data_ptr();
   p.out_dtype = kernel_dtype(dtype);
-  p.batch = e.batch;
-  p.tokens = e.tokens;
-  p.channels = e.channels;
-  p.heads = heads;
-  p.rows_per_task = kRows;
-  p.tasks_per_image = blocks(e.tokens, kRows);
+  set_geometry(e, &p);
   const fk_table& k = kernels();
   const int64_t tasks = e.batch * p.tasks_per_image;
   Tensor sums = empty({tasks, blocks(e.channels, k.lanes) * k.lanes}, ScalarType::Float);
@@ -89,9 +86,9 @@ Tensor pack_only(TensorList t, int64_t heads, std::optional<double> norm_eps, do
 }
 
 }  // namespace
-}  // namespace fk
+}  // namespace fk::heads
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
-  m.impl("head_tokens", TORCH_BOX(&fk::run));
-  m.impl("head_tokens_pack", TORCH_BOX(&fk::pack_only));
+  m.impl("head_tokens", TORCH_BOX(&fk::heads::run));
+  m.impl("head_tokens_pack", TORCH_BOX(&fk::heads::pack_only));
 }

@@ -106,7 +106,7 @@ struct fk_head_tokens {
   struct fk_linear linear;   // from a head's channels to all
   struct fk_norm head_norm;  // over a head's channels
   const float* pos_embed;    // [heads][C]
-  void* out;                 // [B, N + heads, C]
+  void* out;                 // [B, N + heads, C]; null: only the sums are wanted
   fk_dtype out_dtype;
   int64_t batch, tokens, channels, heads;
   int64_t rows_per_task, tasks_per_image;
@@ -274,6 +274,19 @@ struct fk_pool_backward {
   void* dx;  // of x's dtype
 };
 
+// The gradients of head_tokens around its linear.
+struct fk_head_tokens_backward {
+  struct fk_array x, grad;  // [B, N, C], [B, N + heads, C]
+  struct fk_norm norm, head_norm;
+  struct fk_array linear_result;  // [B * heads, C]
+  float* head_slopes;             // the same: gradients behind head_norm
+  const float* mean_grads;        // [B, C], of the tokens' mean
+  int64_t batch, tokens, channels, heads;
+  int64_t rows_per_task, tasks_per_image;
+  void* dx;       // of x's dtype; null: not wanted
+  float* affine;  // partial sums per task, of the norm's weight and bias; null: not wanted
+};
+
 struct fk_linear_forward {
   struct fk_array x;  // [rows, k]
   struct fk_norm norm;
@@ -336,24 +349,25 @@ struct fk_channel_norm {
   const float *grad_mean, *grad_slope;
 };
 
-// Sums over pixels per channel; the gradients of the filter's taps come behind them.
+// Sums over pixels per channel; the gradients of the filter's taps come behind them. Those of the filter's results
+// count as the norm's where there is none.
 enum fk_conv_sum { FK_CONV_GRADS, FK_CONV_GRADS_X, FK_CONV_X, FK_CONV_TAPS };
 
 struct fk_conv_branch_backward {
   struct fk_channel_norm norm;
-  const void* grad;  // of what the linear reads, [B, P + out_h * out_w, C] of the products' type; null: nothing wanted
-  // Gradients of the convolution's results, of the products' type, in a border of zeros [B, slope_h, slope_w, C
-  // padded]; null: not wanted.
-  void* slopes;
+  const void* grad;  // of the norm's result behind the prefix, [B, P + out_h * out_w, C]; null: nothing wanted
+  void* slopes;  // gradients of the filter's results in a border of zeros [B, slope_h, slope_w, C padded]; null: not
+                 // wanted
   int64_t border, slope_h, slope_w;
   int32_t wants_filter;
 };
 
-// The gradients of conv_projection in front of its linears.
+// The gradients of depthwise convolutions and of the norm in front of them.
 struct fk_conv_projection_backward {
   struct fk_conv_projection forward;  // filters without batch normalisation; linears and results are not used
   struct fk_conv_branch_backward branch[3];
-  int32_t low_precision, training;
+  fk_dtype dtype;  // of the branches' gradients
+  int32_t training;
   int64_t partials, kinds;
   double* sums;  // partial sums [partials][3][kinds][C padded], in the order of fk_conv_sum
   // The last step, a band of rows of the map.
@@ -422,6 +436,9 @@ struct fk_table {
   void (*normalize_tokens)(const struct fk_head_tokens*, int64_t task, void* scratch);
   int64_t (*scratch_head_tokens)(const struct fk_head_tokens*);
   void (*head_tokens)(const struct fk_head_tokens*, int64_t image, void* scratch);
+  void (*head_tokens_slopes)(const struct fk_head_tokens_backward*, int64_t row, void* scratch);
+  int64_t (*scratch_head_tokens_backward)(const struct fk_head_tokens_backward*);
+  void (*head_tokens_backward)(const struct fk_head_tokens_backward*, int64_t task, void* scratch);
   void (*pool)(const struct fk_pooled_projection*, int64_t task);
   void (*pool_backward)(const struct fk_pool_backward*, int64_t row);
   int64_t (*scratch_pooled_projection)(const struct fk_pooled_projection*);

@@ -928,7 +928,7 @@ HEAD_TOKENS = [
     head_tokens_case("many_tokens", batch=1, tokens=83),
     head_tokens_case("one_head", heads=1),
     head_tokens_case("odd_width", channels=39, heads=3),
-    head_tokens_case("narrow_heads", channels=22, heads=11, head_norm_affine=False),
+    head_tokens_case("narrow_heads", "drawn", channels=22, heads=11, head_norm_affine=False),
     head_tokens_case("no_bias", bias=False),
     head_tokens_case("norms_without_affine", norm_affine=False, head_norm_affine=False),
     head_tokens_case("dhvt_tiny_cifar", "published", batch=1, tokens=65, channels=192, heads=4),

@@ -1,9 +1,10 @@
-// Gradients of the convolutional projection around its linears, whose own are those of any linear.
+// Gradients of depthwise convolutions, of the batch norms behind them and of the LayerNorm in front: up to three at
+// once, as in the convolutional projection, whose linears' own gradients are those of any linear.
 //
-// What the linears read is made again, for the gradients of their weights. Their other gradients go back through the
-// batch norms, whose input is convolved once more, and become the gradients of the convolutions' results, in a border
-// of zeros; on the way they meet the patches of the input in the filters' gradients. At last every pixel collects from
-// the results it took part in. With batch statistics the sums over the whole batch come first.
+// The gradients go back through the batch norms, whose input is convolved once more, and become those of the
+// convolutions' results, in a border of zeros; on the way they meet the patches of the input in the filters' gradients.
+// At last every pixel collects from the results it took part in. With batch statistics the sums over the whole batch
+// come first.
 #pragma once
 
 #include "backward.h"
@@ -77,6 +78,19 @@ static __attribute__((noinline)) void norm_band(const ConvBand& t, const A* grad
   }
 }
 
+// Sums of the gradients of the convolution's results.
+FK_INLINE void sum_band(const ConvBand& t) {
+  for (int64_t c = 0; c < t.patch.channels; c += FK_VL) {
+    vf total = splat(0.0f);
+    for (int64_t y = 0; y < t.band.last - t.band.first; ++y) {
+      vf of_row = splat(0.0f);
+      for (int64_t i = y * t.forward.out_w; i < (y + 1) * t.forward.out_w; ++i) of_row += load(t.rows + i * t.lda + c);
+      total += of_row;
+    }
+    add_lanes(total, t.sums + FK_CONV_GRADS * t.patch.channels + c);
+  }
+}
+
 // The gradients of the filter's taps from those of its results.
 template <int Kernel>
 static __attribute__((noinline)) void filter_grads(const ConvBand& t) {
@@ -130,6 +144,7 @@ FK_INLINE void conv_band(const ConvBand& t, int index, bool finish) {
       norm_band<true, true>(t, grads);
   } else if (finish) {
     for (int64_t i = 0; i < pixels; ++i) copy_row(grads + i * n, n, padded, t.rows + i * t.lda);
+    sum_band(t);
   }
   if (!finish) return;
   if (t.branch.wants_filter) {
@@ -253,7 +268,7 @@ FK_INLINE void conv_input_task(const struct fk_conv_projection_backward& p, int6
       store(grads + i * padded + c, total);
     }
   for (int b = 0; b < kBranches; ++b)
-    for (int64_t y = top; y < bottom; ++y)
+    for (int64_t y = top; y < bottom && p.branch[b].slopes; ++y)
       collect_row<A>(p, b, image, y, b > 0, grads + (prefix + (y - top) * f.width) * padded);
   float* total = p.affine ? p.affine + task * round_up(2 * n, kPanel) : nullptr;
   if (total) clear(total, round_up(2 * n, kPanel));
@@ -267,9 +282,7 @@ FK_INLINE void conv_input_task(const struct fk_conv_projection_backward& p, int6
 
 void conv_projection_backward(const struct fk_conv_projection_backward* p, int64_t partial, int32_t finish,
                               void* scratch) {
-#if FK_NATIVE_BF16
-  if (p->low_precision) return conv_backward_task<bf16>(*p, partial, finish, scratch);
-#endif
+  if (p->dtype == FK_BF16) return conv_backward_task<bf16>(*p, partial, finish, scratch);
   conv_backward_task<float>(*p, partial, finish, scratch);
 }
 
@@ -279,9 +292,7 @@ int64_t scratch_conv_projection_input(const struct fk_conv_projection_backward* 
 }
 
 void conv_projection_input(const struct fk_conv_projection_backward* p, int64_t task, void* scratch) {
-#if FK_NATIVE_BF16
-  if (p->low_precision) return conv_input_task<bf16>(*p, task, scratch);
-#endif
+  if (p->dtype == FK_BF16) return conv_input_task<bf16>(*p, task, scratch);
   conv_input_task<float>(*p, task, scratch);
 }
 

@@ -16,7 +16,7 @@ FK_INLINE void normalize_tokens(const struct fk_head_tokens& p, int64_t task, fl
   for (int64_t i = first; i < last; ++i) {
     normalize_row(p.x, image * p.tokens + i, n, padded, p.norm, row);
     for (int64_t c = 0; c < padded; c += FK_VL) store(sums + c, load(sums + c) + load(row + c));
-    copy_row(row, n, n, (Out*)p.out + (image * (p.tokens + p.heads) + i) * n);
+    if (p.out) copy_row(row, n, n, (Out*)p.out + (image * (p.tokens + p.heads) + i) * n);
   }
 }
 

@@ -6,7 +6,7 @@
 #include "depthwise_conv.h"
 #include "depthwise_mlp_backward.h"
 #include "global_attention.h"
-#include "head_tokens.h"
+#include "head_tokens_backward.h"
 #include "linear_backward.h"
 #include "local_attention.h"
 #include "norm_backward.h"
@@ -40,6 +40,9 @@
       normalize_tokens,                               \
       scratch_head_tokens,                            \
       head_tokens,                                    \
+      head_tokens_slopes,                             \
+      scratch_head_tokens_backward,                   \
+      head_tokens_backward,                           \
       pool,                                           \
       pool_backward,                                  \
       scratch_pooled_projection,                      \

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.depthwise_conv.reference import Static
 from fastvit_kernels.ops.native import cpu_reasons
 from fastvit_kernels.ops.operator import Outputs, Tensors
+
+# What the C++ kernels of the gradients take; they hold a row of the padded map.
+_MOST_PADDING = 64
 
 
 class Cpu:
@@ -20,3 +25,15 @@ class Cpu:
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return (torch.ops.fastvit.depthwise_conv.default(tensors, packed, *static),)
+
+    def supports_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[str]:
+        if static.padding > _MOST_PADDING:
+            return [f"padding {static.padding}: the kernels of the gradients take at most {_MOST_PADDING}"]
+        return []
+
+    def run_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[Tensor]:
+        return list(torch.ops.fastvit.depthwise_conv_backward.native(grads, tensors, needs, *static))

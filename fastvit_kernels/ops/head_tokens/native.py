@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,3 +22,13 @@ class Cpu:
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return (torch.ops.fastvit.head_tokens.default(tensors, packed, *static),)
+
+    def supports_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[str]:
+        return []
+
+    def run_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
+    ) -> list[Tensor]:
+        return list(torch.ops.fastvit.head_tokens_backward.native(grads, tensors, needs, *static))
