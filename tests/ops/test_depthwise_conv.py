@@ -49,6 +49,8 @@ class TestDepthwiseConv(Contract, Rejection):
 
 
 class TestTraining(Contract):
+    # In gradients of few numbers the errors of kernel and reference are independent.
+    draws = 3
     cases = inputs.DEPTHWISE_CONV_TRAINING
     fused = ("depthwise_conv",)
     reshaped = TestDepthwiseConv.reshaped
