@@ -2,6 +2,8 @@
 
 #include <tuple>
 
+#include "conv_moments.h"
+
 namespace fk::projection {
 namespace {
 
@@ -84,15 +86,6 @@ void describe_filter(Packer& packer, const Projection& p, int branch, bool norma
 
 namespace {
 
-// Output pixels of a branch in one band of input rows; the kernels draw the same borders.
-int64_t band_pixels(const fk_conv_projection& c, int branch, int64_t tile) {
-  const fk_conv_branch& b = c.branch[branch];
-  auto border = [&](int64_t rows) { return std::min(b.out_h, (rows + b.stride - 1) / b.stride); };
-  const int64_t first = border(tile * c.rows_per_task);
-  const int64_t last = tile + 1 == c.tasks_per_image ? b.out_h : border((tile + 1) * c.rows_per_task);
-  return (last - first) * b.out_w;
-}
-
 // `reduces`: results are summed over bands, which must then not depend on the number of threads.
 void set_bands(const Projection& p, bool reduces, fk_conv_projection* to) {
   const int64_t cached = cached_rows(p, to->width);
@@ -134,8 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packe
   return {out[0], out[1], out[2]};
 }
 
-// Mean and biased variance [3, 2, C] of the depthwise outputs: per band around the band's own mean, merged in band
-// order.
+// Mean and biased variance [3, 2, C] of the depthwise outputs.
 Tensor statistics(TensorList t, std::optional<double> norm_eps, std::vector<double> bn_eps, bool, int64_t height,
                   int64_t width, int64_t prefix, std::vector<int64_t> stride, std::vector<int64_t> padding,
                   ScalarType dtype) {
@@ -149,30 +141,13 @@ Tensor statistics(TensorList t, std::optional<double> norm_eps, std::vector<doub
   const Tensor block = pack(std::nullopt, p.mark, describe);
   set_geometry(p, o, *t[0], &c);
   set_bands(p, true, &c);
-  const int64_t tasks = p.batch * c.tasks_per_image, per_task = kBranches * 2 * p.channels;
-  std::vector<double> partial(static_cast<size_t>(std::max<int64_t>(1, tasks * per_task)));
-  c.statistics = partial.data();
-  const fk_table& k = kernels();
-  run_tasks(tasks, k.scratch_conv_projection(&c),
-            [&](int64_t task, void* memory) { k.conv_projection(&c, task, memory); });
-
+  const ConvMoments moments = conv_moments(&c);
   Tensor out = empty({kBranches, 2, p.channels}, ScalarType::Float);
   float* to = static_cast<float*>(out.mutable_data_ptr());
   for (int i = 0; i < kBranches; ++i)
     for (int64_t ch = 0; ch < p.channels; ++ch) {
-      double count = 0.0, mean = 0.0, squares = 0.0;
-      for (int64_t task = 0; task < tasks; ++task) {
-        const int64_t tile = task % c.tasks_per_image;
-        const double n = static_cast<double>(band_pixels(c, i, tile));
-        if (n == 0.0) continue;
-        const double* from = partial.data() + task * per_task + 2 * i * p.channels;
-        const double band_mean = from[ch] / n, delta = band_mean - mean, total = count + n;
-        mean += delta * n / total;
-        squares += from[p.channels + ch] + delta * delta * count * n / total;
-        count = total;
-      }
-      to[2 * i * p.channels + ch] = static_cast<float>(mean);
-      to[(2 * i + 1) * p.channels + ch] = static_cast<float>(count > 0.0 ? squares / count : 0.0);
+      to[2 * i * p.channels + ch] = static_cast<float>(moments.mean[i][ch]);
+      to[(2 * i + 1) * p.channels + ch] = static_cast<float>(moments.variance[i][ch]);
     }
   return out;
 }

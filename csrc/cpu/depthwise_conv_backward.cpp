@@ -1,4 +1,5 @@
 #include "conv_gradients.h"
+#include "conv_moments.h"
 #include "depthwise_conv.h"
 
 namespace fk::depthwise {
@@ -71,6 +72,9 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::option
   Tensor map;
   if (wants_input) map = bordered_map(&p, 0);
   if (training && c.bn.present()) {
+    // Of the filter's results as they are made here: those given may come from rounded ones.
+    const ConvMoments moments = conv_moments(&p.forward);
+    for (int64_t i = 0; i < c.channels; ++i) norm.set_statistics(i, moments.mean[0][i], moments.variance[0][i]);
     sums.run(false);
     const std::vector<double> alone = sums.of(0, FK_CONV_GRADS), times = sums.of(0, FK_CONV_GRADS_X);
     batch_norm_gradients(c.bn, true, alone, times, kBn, &found);

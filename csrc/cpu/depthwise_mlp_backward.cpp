@@ -35,13 +35,6 @@ struct Backward {
   bool of_batch(int norm) const { return training && m.bn[norm].present(); }
 };
 
-void convert(const fk_array& from, int64_t at, int64_t n, float* to) {
-  if (from.dtype == FK_F32)
-    std::copy(static_cast<const float*>(from.data) + at, static_cast<const float*>(from.data) + at + n, to);
-  else
-    for (int64_t i = 0; i < n; ++i) to[i] = element(from, at + i);
-}
-
 // The gradient of the result without prefix rows in fp32, with what comes by way of the summary: means over the pixels,
 // or mean and variance of the image.
 float* gather(Backward* b, const fk_array& grad, const fk_array& summary, const Outputs* forward) {
@@ -54,7 +47,7 @@ float* gather(Backward* b, const fk_array& grad, const fk_array& summary, const 
   run_tasks(m.batch * rows, 0, [&](int64_t row, void*) {
     const int64_t image = row / rows, at = (image * m.tokens + b->o.prefix + row % rows) * width;
     float* to = map + row * width;
-    convert(grad, at, width, to);
+    read_values(grad, at, width, to);
     if (!summary.data) return;
     if (!forward) {
       for (int64_t c = 0; c < width; ++c) to[c] += element(summary, image * width + c) / static_cast<float>(rows);
@@ -63,7 +56,9 @@ float* gather(Backward* b, const fk_array& grad, const fk_array& summary, const 
     const float mean = element(statistics, 2 * image);
     const float base = static_cast<float>(element(summary, 2 * image) / n);
     const float slope = static_cast<float>(2.0 * element(summary, 2 * image + 1) / n);
-    for (int64_t c = 0; c < width; ++c) to[c] += base + slope * (element(out, at + c) - mean);
+    std::vector<float> values(static_cast<size_t>(width));
+    read_values(out, at, width, values.data());
+    for (int64_t c = 0; c < width; ++c) to[c] += base + slope * (values[c] - mean);
   });
   return map;
 }
@@ -76,8 +71,10 @@ void residual_gradient(Backward* b, const fk_array& grad, const float* map) {
   const int64_t width = m.out, prefix = b->o.prefix;
   run_tasks(m.batch * m.tokens, 0, [&](int64_t row, void*) {
     const int64_t image = row / m.tokens, token = row % m.tokens, at = row * width;
-    const float* from = map && token >= prefix ? map + (image * b->pixels + token - prefix) * width : nullptr;
-    for (int64_t c = 0; c < width; ++c) writer.set(at + c, from ? from[c] : element(grad, at + c));
+    if (map && token >= prefix) return writer.set(at, map + (image * b->pixels + token - prefix) * width, width);
+    std::vector<float> values(static_cast<size_t>(width));
+    read_values(grad, at, width, values.data());
+    writer.set(at, values.data(), width);
   });
 }
 
@@ -293,9 +290,8 @@ void hidden_gradients(Backward* b, const Sums& sums, bool wants_hidden) {
     const Tensor& out = b->found[kExpand] = gradient_of(*b->t[kExpand]);
     const Writer writer(out);
     const int64_t columns = blocks(m.channels, b->panel) * b->panel;
-    run_tasks(m.hidden, 0, [&](int64_t row, void*) {
-      for (int64_t c = 0; c < m.channels; ++c) writer.set(row * m.channels + c, sums.expand[row * columns + c]);
-    });
+    run_tasks(m.hidden, 0,
+              [&](int64_t row, void*) { writer.set(row * m.channels, sums.expand + row * columns, m.channels); });
   }
 }
 
@@ -307,13 +303,18 @@ void project_gradients(Backward* b, const Sums& sums, const std::vector<double>&
   if (b->needs[kProject]) {
     const Tensor& out = b->found[kProject] = gradient_of(*b->t[kProject]);
     const Writer writer(out);
-    // A few output channels at a time: columns of the sums, which are transposed.
-    constexpr int64_t kAtOnce = 32;
-    run_tasks(blocks(m.out, kAtOnce), 0, [&](int64_t task, void*) {
-      const int64_t last = std::min(m.out, (task + 1) * kAtOnce);
-      for (int64_t c = 0; c < m.hidden; ++c)
-        for (int64_t n = task * kAtOnce; n < last; ++n)
-          writer.set(n * m.hidden + c, static_cast<float>(sums.project[c * columns + n] * scale[n]));
+    // The sums are transposed: squares of them turn over in the cache.
+    constexpr int64_t kSide = 32;
+    run_tasks(blocks(m.out, kSide), 0, [&](int64_t task, void*) {
+      const int64_t first = task * kSide, rows = std::min(kSide, m.out - first);
+      float square[kSide][kSide];
+      for (int64_t at = 0; at < m.hidden; at += kSide) {
+        const int64_t width = std::min(kSide, m.hidden - at);
+        for (int64_t c = 0; c < width; ++c)
+          for (int64_t n = 0; n < rows; ++n)
+            square[n][c] = static_cast<float>(sums.project[(at + c) * columns + first + n] * scale[first + n]);
+        for (int64_t n = 0; n < rows; ++n) writer.set((first + n) * m.hidden + at, square[n], width);
+      }
     });
   }
   if (!m.bn[2].present() || b->training) return;

@@ -16,6 +16,27 @@ uint16_t Writer::rounded(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+void Writer::set(int64_t first, const float* values, int64_t n) const {
+  if (wide_) {
+    std::memcpy(static_cast<float*>(data_) + first, values, static_cast<size_t>(4 * n));
+    return;
+  }
+  uint16_t* to = static_cast<uint16_t*>(data_) + first;
+  for (int64_t i = 0; i < n; ++i) to[i] = rounded(values[i]);
+}
+
+void read_values(const fk_array& from, int64_t at, int64_t n, float* to) {
+  if (from.dtype == FK_F32) {
+    std::memcpy(to, static_cast<const float*>(from.data) + at, static_cast<size_t>(4 * n));
+    return;
+  }
+  const uint16_t* values = static_cast<const uint16_t*>(from.data) + at;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(values[i]) << 16;
+    std::memcpy(to + i, &bits, 4);
+  }
+}
+
 namespace {
 
 // Rows of a task that sums over rows.
@@ -38,14 +59,15 @@ std::vector<double> column_sums(const fk_array& x, int64_t images, int64_t skipp
   run_tasks(tasks, 0, [&](int64_t task, void*) {
     const int64_t image = task / per_image, first = task % per_image * kSumRows;
     double* to = partial.data() + task * columns;
+    std::vector<float> wide(static_cast<size_t>(x.dtype == FK_F32 ? 0 : columns));
     for (int64_t i = first; i < std::min(rows, first + kSumRows); ++i) {
       const int64_t at = (image * (skipped + rows) + skipped + i) * columns;
-      if (x.dtype == FK_F32) {
-        const float* row = static_cast<const float*>(x.data) + at;
-        for (int64_t c = 0; c < columns; ++c) to[c] += row[c];
-      } else {
-        for (int64_t c = 0; c < columns; ++c) to[c] += element(x, at + c);
+      const float* row = static_cast<const float*>(x.data) + at;
+      if (x.dtype != FK_F32) {
+        read_values(x, at, columns, wide.data());
+        row = wide.data();
       }
+      for (int64_t c = 0; c < columns; ++c) to[c] += row[c];
     }
   });
   return added(partial, tasks, columns, columns);

@@ -9,7 +9,10 @@ namespace fk {
 // Uninitialised, with the shape and dtype of what it is the gradient of.
 Tensor gradient_of(const Tensor& tensor);
 
-// Sets an element of a row-major fp32 or bf16 tensor.
+// `n` values of an array from `at` on in fp32.
+void read_values(const fk_array& from, int64_t at, int64_t n, float* to);
+
+// Sets elements of a row-major fp32 or bf16 tensor.
 class Writer {
  public:
   explicit Writer(const Tensor& to)
@@ -20,6 +23,8 @@ class Writer {
     else
       static_cast<uint16_t*>(data_)[index] = rounded(value);
   }
+  // `n` neighbours.
+  void set(int64_t first, const float* values, int64_t n) const;
 
  private:
   static uint16_t rounded(float value);

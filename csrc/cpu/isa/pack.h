@@ -35,6 +35,23 @@ FK_INLINE void pack_taps(const struct fk_pack_linear& p, const float* weight, in
   }
 }
 
+#if FK_NATIVE_BF16
+// A panel in pairs of columns, a few columns at a time.
+FK_INLINE void pack_pairs(const struct fk_pack_linear& p, const float* weight, int64_t rows, bf16* to) {
+  constexpr int64_t kColumns = 16;
+  float columns[kColumns * kPanel] __attribute__((aligned(64)));
+  for (int64_t k = 0; k < p.k; k += kColumns) {
+    const int64_t count = min64(kColumns, p.k - k);
+    transpose((const uint32_t*)weight + k, p.k, rows, count, (uint32_t*)columns, kPanel, kPanel);
+    for (int64_t i = 0; i < count; i += 2)
+      for (int64_t j = 0; j < kPanel; j += FK_VL) {
+        const vf high = i + 1 < count ? load(columns + (i + 1) * kPanel + j) : splat(0.0f);
+        *(vu*)(to + (k + i) * kPanel + 2 * j) = pair_bf16(load(columns + i * kPanel + j), high);
+      }
+  }
+}
+#endif
+
 template <class T>
 FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
   int64_t first = panel * kPanel, rows = min64(kPanel, p.n - first);
@@ -50,6 +67,8 @@ FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
         }
       return;
     }
+    if (sizeof(T) == 4 && p.taps == 1 && !p.transposed)
+      return pack_pairs(p, (const float*)p.weight.data + first * p.k, rows, to);
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t j = 0; j < kPanel; ++j)
         from_float(to + (k / 2) * kPanel * 2 + 2 * j + k % 2,
