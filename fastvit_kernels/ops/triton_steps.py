@@ -47,6 +47,33 @@ def apply_step(x, bn, columns, mask, ACTIVATION: tl.constexpr, BN_AFTER_ACTIVATI
     return x
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def step_kernel(
+    x_ptr,
+    bn,
+    added_ptr,
+    out_ptr,
+    num_rows,
+    channels,
+    ACTIVATION: tl.constexpr,
+    BN_AFTER_ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`apply_step` of BLOCK_M rows and BLOCK_N channels, and what is added to it."""
+    tiles = tl.cdiv(channels, BLOCK_N)
+    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets = rows.to(tl.int64)[:, None] * channels + columns[None, :]
+    mask = (rows < num_rows)[:, None] & (columns < channels)[None, :]
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    x = apply_step(x, bn, columns, columns < channels, ACTIVATION, BN_AFTER_ACTIVATION, BLOCK_N)
+    if added_ptr is not None:
+        x += tl.load(added_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, x, mask=mask)
+
+
 @triton.jit
 def normed_gradient(
     grad, x, bn, columns, mask, ACTIVATION: tl.constexpr, BN_AFTER_ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
@@ -163,6 +190,30 @@ def step_sums_kernel(
     parts_ptr += part.to(tl.int64) * 2 * channels + columns
     tl.store(parts_ptr, tl.sum(weight_sums, 0), mask=column_mask)
     tl.store(parts_ptr + channels, tl.sum(bias_sums, 0), mask=column_mask)
+
+
+def apply(x: Tensor, step: Step, added: Tensor | None = None) -> Tensor:
+    """What `step` makes of dense rows, plus `added`, in x's dtype."""
+    out = torch.empty_like(x)
+    channels = x.shape[-1]
+    num_rows = x.numel() // channels
+    config = triton_support.config("elementwise", triton_support.arithmetic(torch.float32, x.device), channels)
+    if num_rows > 0:
+        triton_support.launch(
+            step_kernel,
+            triton.cdiv(num_rows, config.block_m) * triton.cdiv(channels, config.block_n),
+            x.device,
+            config,
+            x,
+            step.bn,
+            added,
+            out,
+            num_rows,
+            channels,
+            ACTIVATION=step.activation,
+            BN_AFTER_ACTIVATION=step.bn_after_activation,
+        )
+    return out
 
 
 def batch_norm_sums(grad: Tensor, x: Tensor, step: Step) -> Tensor:

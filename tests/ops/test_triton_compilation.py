@@ -26,7 +26,7 @@ WITHOUT_PRODUCTS = (
     *("prepare_kernel", "pack_kernel", "normalize_kernel", "moments_kernel", "merge_kernel", "sum_parts_kernel"),
     *("pool_kernel", "layer_norm_gradient_kernel", "group_norm_gradient_kernel", "group_norm_sums_kernel"),
     *("statistics_gradient_kernel", "step_gradient_kernel", "step_sums_kernel"),
-    *("row_moments_kernel", "merge_parts_kernel", "spread_kernel", "rows_kernel"),
+    *("row_moments_kernel", "merge_parts_kernel", "spread_kernel", "rows_kernel", "step_kernel"),
     *("pieces_kernel", "pieces_gradient_kernel"),
     *("depthwise_kernel", "depthwise_input_gradient_kernel", "depthwise_filter_gradient_kernel"),
 )

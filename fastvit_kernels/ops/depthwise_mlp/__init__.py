@@ -69,6 +69,7 @@ OPERATOR = Operator(
 )
 library.register(OPERATOR, triton.launch, triton.launch_backward)
 library.define_statistics("depthwise_mlp_statistics", STATIC_SCHEMA, _fake_statistics)
+library.define_triton_statistics(OPERATOR, triton.launch_statistics, _fake_statistics)
 
 
 def depthwise_mlp(
@@ -254,18 +255,21 @@ def _use_batch_statistics(
     if count < 2:
         raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
     with torch.no_grad():
-        on_cpu = dispatch.select(OPERATOR, tensors, static, backend).name == "cpu"
-        statistics = _cpu_statistics(tensors, static) if on_cpu else batch_statistics(tensors, static)
+        chosen = dispatch.select(OPERATOR, tensors, static, backend).name
+        overload = {"cpu": "default", "triton": "triton"}.get(chosen)
+        statistics = batch_statistics(tensors, static) if overload is None else _statistics(tensors, static, overload)
         for bn, first, found in zip(norms, BATCH_NORMS, statistics, strict=True):
             if bn is not None and found is not None:
                 tensors[first + 2], tensors[first + 3] = found
                 update_running_statistics(bn, *found, count)
 
 
-def _cpu_statistics(tensors: Tensors, static: Static) -> list[tuple[Tensor, Tensor]]:
+def _statistics(tensors: Tensors, static: Static, overload: str) -> list[tuple[Tensor, Tensor]]:
+    """Those that kernels compute."""
     fc1_weight, fc2_weight = tensors[4], tensors[16]
     assert fc1_weight is not None and fc2_weight is not None
     hidden, out = fc1_weight.shape[0], fc2_weight.shape[0]
-    moments = torch.ops.fastvit.depthwise_mlp_statistics.default(library.dense(tensors), *static)
+    operator = getattr(torch.ops.fastvit.depthwise_mlp_statistics, overload)
+    moments = operator(library.dense(tensors), *static)
     means, variances = (row.split([hidden, hidden, out]) for row in moments.unbind())
     return list(zip(means, variances, strict=True))

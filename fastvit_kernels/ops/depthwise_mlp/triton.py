@@ -49,3 +49,10 @@ def launch_backward(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[b
     from fastvit_kernels.ops.depthwise_mlp import triton_backward
 
     return triton_backward.run(grads, tensors, needs, static)
+
+
+def launch_statistics(tensors: Tensors, static: Static) -> Tensor:
+    """Means and biased variances `[2, 2 * C_hidden + C_out]` of what the batch norms take."""
+    from fastvit_kernels.ops.depthwise_mlp import triton_statistics
+
+    return triton_statistics.run(tensors, static)
