@@ -157,7 +157,7 @@ CONFIGS: dict[str, Table] = {
     "window_attention": {
         ("default", "half"): (
             (64, Config(64, 32, 0, 4, 2)),
-            (128, Config(64, 32, 0, 8, 1)),
+            (128, Config(64, 16, 0, 8, 1)),
             (ANY, Config(32, 16, 0, 4, 2)),
         ),
         ("default", "tf32"): (
@@ -172,7 +172,7 @@ CONFIGS: dict[str, Table] = {
         ),
         ("default", "unaligned"): (
             (64, Config(32, 16, 0, 4, 1)),
-            (128, Config(32, 16, 0, 8, 1)),
+            (128, Config(32, 16, 0, 4, 1)),
             (ANY, Config(16, 16, 0, 8, 2)),
         ),
         ("interpreter", "any"): _INTERPRETER,
