@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastvit_kernels.ops import triton_support
+from fastvit_kernels.ops.triton_configs import Config
 from fastvit_kernels.testing.contract.base import backward_operators, check, pooled, reference_results, run
 from fastvit_kernels.testing.inputs import (
     BF16,
@@ -140,3 +142,17 @@ def test_gradients(operator: str, case: Case, precision: Precision) -> None:
     calls = [case.call(precision, seed) for seed in range(DRAWS)]
     exact, low = zip(*map(reference_results, calls), strict=True)
     check(pooled([run(call, "triton") for call in calls]), pooled(exact), pooled(low), case.vanishing)
+
+
+@pytest.mark.parametrize("operator", CHOSEN)
+def test_the_tiles_of_a_gpu(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter has small tiles of its own; here it gets those of sm_90."""
+
+    def config(kernel: str, arithmetic: triton_support.Arithmetic, *widths: int) -> Config:
+        return own(kernel, arithmetic._replace(architecture="sm_90"), *widths)
+
+    own = triton_support.config
+    monkeypatch.setattr(triton_support, "config", config)
+    calls = [CHOSEN[operator][0].call(BF16, seed) for seed in range(DRAWS)]
+    exact, low = zip(*map(reference_results, calls), strict=True)
+    check(pooled([run(call, "triton") for call in calls]), pooled(exact), pooled(low), CHOSEN[operator][0].vanishing)

@@ -23,6 +23,7 @@ OPERATORS = (
     "depthwise_conv",
     "depthwise_mlp",
     "global_attention",
+    "head_tokens",
     "local_attention",
     "patch_embedding",
     "pointwise_mlp",
