@@ -275,6 +275,7 @@ GLOBAL_ATTENTION = [
     global_attention_case("group_norm", norm="group", query_in=16, add_query_input=True, return_statistics=True),
     global_attention_case("given_statistics", "smallest", "drawn", norm="group", statistics=True, query_in=16),
     global_attention_case("odd_query_input", norm="group", query_in=15, heads=1, width=15, add_query_input=True),
+    global_attention_case("rows_without_norm", query_in=16, add_query_input=True),
     global_attention_case("statistics_without_projection", proj=False, return_statistics=True),
     *(
         global_attention_case(

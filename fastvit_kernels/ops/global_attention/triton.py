@@ -15,7 +15,7 @@ _WIDEST_HEAD = 256
 
 
 class Triton:
-    """Online softmax over blocks of keys; output projection and residual in a second launch."""
+    """Norm, projection of the queries, online softmax and, where it fits, the output projection in one launch."""
 
     name = "triton"
 

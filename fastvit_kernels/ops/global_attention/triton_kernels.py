@@ -220,7 +220,8 @@ def sample_head(
     )
     if ADD_ROWS:
         e = tl.arange(0, BLOCK_V)
-        y += normalized(row_ptrs, m_mask, norm, mean, rstd, head * VALUE_WIDTH + e, e < VALUE_WIDTH, BLOCK_V)
+        rows = normalized(row_ptrs, m_mask, norm, mean, rstd, head * VALUE_WIDTH + e, e < VALUE_WIDTH, BLOCK_V)
+        y += rows.to(tl.float32)
     return y
 
 

@@ -15,7 +15,7 @@ _WIDEST_HEAD = 256
 
 
 class Triton:
-    """Windows read where they lie in the map; projections in launches of their own."""
+    """Windows read where they lie in the map; where one is one tile, norm and projection are in the same launch."""
 
     name = "triton"
 
