@@ -139,7 +139,8 @@ CONFIGS: dict[str, Table] = {
     },
     # Of output channels; the wider of them do not fit, nor do loads element by element.
     "attention_projection": {
-        ("default", "half"): ((128, Config(64, 64, 64, 8, 1)),),
+        ("default", "half"): ((128, Config(32, 64, 64, 8, 1)),),
+        ("sm_90", "half"): ((128, Config(64, 64, 64, 8, 1)),),
         ("default", "tf32"): ((128, Config(32, 64, 32, 8, 2)),),
         ("default", "ieee"): ((64, Config(32, 64, 16, 16, 1)),),
         ("default", "unaligned"): (),
