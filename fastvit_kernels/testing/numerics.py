@@ -99,7 +99,8 @@ def _check(actual: Tensor, y64: Tensor, y_low: Tensor, name: str, eps: float) ->
         raise NumericsError(f"{name}: got {actual.dtype}, expected {y_low.dtype} as the reference gives")
     if actual.numel() == 0:
         return Measured(0.0, 0.0, 0.0, 0.0)
-    found, y64, y_low = (t.detach().to("cpu", torch.float64) for t in (actual, y64, y_low))
+    # Where the truth is: results of a whole batch take seconds to copy from a GPU.
+    found, y64, y_low = (t.detach().to(y64.device, torch.float64) for t in (actual, y64, y_low))
     finite = y64.isfinite()
     if bool((finite & ~y_low.isfinite()).any()):
         raise ValueError(f"{name}: the reference overflows in {actual.dtype}, so the rule would allow any error")
@@ -110,7 +111,7 @@ def _check(actual: Tensor, y64: Tensor, y_low: Tensor, name: str, eps: float) ->
             f"{name}: {int(wrong_kind.sum())} of {found.numel()} {what}\n" + _list(wrong_kind, found, y64)
         )
     # Places where the reference is not finite have been compared; they must not enter the norms.
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device=y64.device)
     found, y64, y_low = (torch.where(finite, t, zero) for t in (found, y64, y_low))
 
     errors = (found - y64).abs()
