@@ -18,7 +18,7 @@ from fastvit_kernels.ops.pooling import average_pool
 EPS = 1e-6
 PADS = ("none", "mask")
 OPERATORS = ("local_attention", "global_attention", "pooled_projection")
-# Up to this side a square map is attended to as one window; others take the operator for any number of keys.
+# Up to this side a map is attended to as one window; others take the operator for any number of keys.
 _LARGEST_WINDOW = 16
 
 
@@ -174,8 +174,9 @@ class HierarchicalAttention(nn.Module):
     def pack_weights(self) -> None:
         """If the module is prepared for inference, pack its weights now, not at the first call."""
         if not self.fusion_obstacles():
-            # Packing takes a call; one window will do, or a map that is one, as wide as in the published models.
-            side = max(self.grid_size, self.ds_ratio) if self.grid_size > 1 else 7
+            # Packing takes a call; few windows will do, or a map that is one, as wide as in the published models.
+            windows = -(-max(self.grid_size, self.ds_ratio) // self.grid_size)
+            side = windows * self.grid_size if self.grid_size > 1 else 7
             blank = self.norm.weight.new_zeros(1, side, side, self.norm.num_channels).permute(0, 3, 1, 2)
             self._fuse(blank, None, None, False)
 
@@ -289,11 +290,13 @@ class HierarchicalAttention(nn.Module):
         norm = fused.group_norm_arguments(modules["norm"])
         qkv_weight, qkv_bias = fused.linear_of(modules["qkv"])
         proj_weight, proj_bias = fused.linear_of(modules["proj"])
-        if grid[0] == grid[1] <= _LARGEST_WINDOW:
+        if 0 < max(grid) <= _LARGEST_WINDOW:
             return ops.local_attention(
                 rows,
                 grid=grid,
-                window_size=grid[0],
+                window_size=max(grid),
+                # A map that is not square is cut out of the window.
+                pad="none" if grid[0] == grid[1] else "mask",
                 num_heads=self.num_heads,
                 scale=self.scale,
                 norm_statistics=statistics,

@@ -268,7 +268,7 @@ def _make_function(operator: Operator) -> Any:
 
 def row_major(grads: Sequence[Tensor]) -> list[Tensor]:
     """The output gradients as kernels read them."""
-    return [_signed(g).contiguous() for g in grads]
+    return [_row_major(_signed(g)) for g in grads]
 
 
 def dense(tensors: Tensors, except_at: Sequence[int] = ()) -> list[Tensor | None]:
@@ -277,9 +277,23 @@ def dense(tensors: Tensors, except_at: Sequence[int] = ()) -> list[Tensor | None
     Those at `except_at` may have any layout. A sign that a view only notes (`z.conj().imag`) is written out everywhere.
     """
     return [
-        t if t is None or t.is_contiguous() or index in except_at else t.contiguous()
+        t if t is None or index in except_at else _row_major(t)
         for index, t in enumerate(None if t is None else _signed(t) for t in tensors)
     ]
+
+
+def _row_major(t: Tensor) -> Tensor:
+    """The tensor with the strides that its shape says: PyTorch calls any strides contiguous where a size is 1."""
+    if not t.is_contiguous():
+        return t.contiguous()
+    if 1 not in t.shape:
+        return t
+    expected = 1
+    for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+        if size == 1 and stride != expected:
+            return t.view(-1).view(t.shape)
+        expected *= max(size, 1)
+    return t
 
 
 def _signed(t: Tensor) -> Tensor:

@@ -136,8 +136,8 @@ def group_statistics(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
     """Mean and biased variance `[B, 2]` of each sample of dense `[B, P + N, C]` but its P prefix rows, in fp32."""
     tokens = x[:, num_prefix_tokens:]
     batch, size = tokens.shape[0], tokens.shape[1] * tokens.shape[2]
-    if batch == 0:
-        return x.new_empty((0, 2), dtype=torch.float32)
+    if batch == 0 or size == 0:
+        return x.new_full((batch, 2), float("nan"), dtype=torch.float32)
     arithmetic = triton_support.arithmetic(torch.float32, x.device)
     config = triton_support.config("moments", arithmetic, x.shape[2])
     blocks = triton.cdiv(triton.cdiv(size, config.block_n), _MOST_PARTS)

@@ -123,6 +123,35 @@ def test_the_cpu_kernels_keep_the_numerics_rule(configuration, dtype):
             assert_within_rule(y, (exact(x.double(), residual=x.double()), low(x, residual=x)))
 
 
+@pytest.mark.parametrize("configuration", ["stage 3", "cut windows", "stage 4", "one level, not square", "one pixel"])
+def test_the_triton_kernels_keep_the_numerics_rule(configuration):
+    """The whole module, forward and all gradients."""
+    ours, _, x = make(configuration, dtype=torch.float32)
+    exact = copy.deepcopy(ours).double()
+    results = {}
+    for name, module, image in (("triton", ours, x), ("reference", ours, x), ("exact", exact, x.detach().double())):
+        module.backend = "reference" if name == "exact" else name
+        image.requires_grad_()
+        y = module(image, residual=image)
+        trained = [p for n, p in module.named_parameters() if not n.startswith("proj_norm")]
+        results[name] = [y.detach(), *gradients(y, [image, *trained])]
+    for found, wanted, low in zip(results["triton"], results["exact"], results["reference"], strict=True):
+        # Where a softmax has one key, gradients of its scores are rounding alone.
+        scale = max(float(wanted.norm()), 1.0)
+        assert float((found - wanted).norm()) <= max(2 * float((low - wanted).norm()), 1e-5 * scale)
+
+
+@pytest.mark.parametrize("sizes", [(4, 6), (7, 2), (2, 3)])
+def test_packing_needs_no_image(sizes):
+    """Also where the squares are larger than the windows and no multiple of them."""
+    stock = HierarchicalAttention(DIM, HEAD, *sizes).eval()
+    ours, stock.backend = copy.deepcopy(stock), "reference"
+    accelerate(ours, inference=True)
+    x = torch.randn(1, DIM, 2 * sizes[0] * sizes[1], sizes[0] * sizes[1])
+    with torch.no_grad():
+        assert relative_l2(ours(x), stock(x)) <= 1e-5
+
+
 @pytest.mark.parametrize("configuration", ["stage 3", "stage 4", "one level, not square"])
 def test_autocast(configuration):
     ours, plain, x = make(configuration, dtype=torch.float32)

@@ -153,7 +153,18 @@ def test_at_most_a_third_of_eager_in_triton(stage, chained, triton_launches):
         x = x.to(memory_format=torch.channels_last)
         options = {"statistics": torch.empty(64, 2), "return_statistics": True} if chained else {}
         found = count(HierarchicalAttention(channels, head, *sizes).bfloat16(), x, residual=x, **options)
-    assert found.bytes <= eager.bytes / 3
+    # What it takes today, and a little: a launch more would be seen at once.
+    assert found.bytes <= eager.bytes * {"1": 0.185, "2": 0.185, "3": 0.26, "4": 0.265}[stage[-1]]
+
+
+def test_a_map_that_is_not_square_stays_fused_in_triton(triton_launches):
+    _, channels, sizes, _, _ = STAGES["small stage 4"]
+    with torch.device("meta"):
+        x = torch.empty(64, channels, 7, 14, dtype=torch.bfloat16)
+        eager = count(HalfBlock(plain_hat_net.Attention(channels, 64, *sizes).bfloat16()), x)
+        x = x.to(memory_format=torch.channels_last)
+        found = count(HierarchicalAttention(channels, 64, *sizes).bfloat16(), x, residual=x)
+    assert found.bytes <= eager.bytes * 0.45
 
 
 def test_the_counter():
