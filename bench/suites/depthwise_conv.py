@@ -61,6 +61,6 @@ def case(shape: Shape, batch: int) -> Case:
 
     def count() -> flops.Cost:
         with torch.device("meta"):
-            return flops.counted(DepthwiseConv(shape), *inputs())
+            return flops.counted(DepthwiseConv(shape).eval(), *inputs())
 
     return Case("depthwise_conv", shape.name, batch, count, lambda: DepthwiseConv(shape), inputs, fuse)

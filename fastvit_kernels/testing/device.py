@@ -45,7 +45,8 @@ class Check(NamedTuple):
 
 def problems(device: torch.device) -> dict[str, str]:
     """Why backends for GPUs cannot run anything there; those that can are not listed."""
-    found = {"triton": triton_support.machine_problem(device), "cuda": _extension.parts["cuda"].problem}
+    elsewhere = None if device.type == "cuda" else f"the CUDA kernels run on GPUs, not on {device.type}"
+    found = {"triton": triton_support.machine_problem(device), "cuda": _extension.parts["cuda"].problem or elsewhere}
     return {name: problem for name, problem in found.items() if problem is not None}
 
 

@@ -777,6 +777,7 @@ DEPTHWISE_CONV = [
 DEPTHWISE_CONV_TRAINING = [
     depthwise_conv_case(
         "reduction_training",
+        "drawn",
         "smallest",
         "inductor",
         vanishing=["bias"],

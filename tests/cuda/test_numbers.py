@@ -81,7 +81,7 @@ def test_what_is_refused():
             *("daff", "shared_channels", "prefix", "prefix_without_residual"),
             *("hat", "hat_given_statistics", "shared_between_norms", "mean_behind_norm", "other_out_width"),
         },
-        "local_attention": {"window_16"},
+        "local_attention": {"window_16", "statistics_of_a_window_cut_off"},
     }
 
 

@@ -20,7 +20,6 @@ IRFFN = {
 # A bias right in front of batch statistics has no effect.
 DAFF = {"hidden_activation": "gelu", "inner_residual": "after_activation", "bn": "123", "prefix": 1}
 DAFF_STEPS = {**DAFF, "vanishing": ["norm_bias", "fc1_bias", "dw_bias", "fc2_bias"]}
-IRFFN_STEPS = {**IRFFN, "vanishing": ["fc2_bias", "bn2.bias"]}
 HAT = {"activation": "silu", "hidden_activation": "silu", "norm": "group", "bias": False, "out_norm": True}
 LARGE = [
     depthwise_mlp_case("mix_ffn", grid=(27, 32), channels=20, hidden=165, batch=2),
@@ -31,7 +30,6 @@ LARGE = [
     depthwise_mlp_case("hat", grid=(26, 32), channels=12, hidden=96, batch=2, return_statistics=True, **HAT),
     depthwise_mlp_case("groups_and_slices", grid=(3, 3), channels=96, hidden=600, batch=9),
     depthwise_mlp_case("steps_of_daff", grid=(25, 31), channels=16, hidden=64, bn_training=True, **DAFF_STEPS),
-    depthwise_mlp_case("steps_of_irffn", grid=(26, 33), channels=13, hidden=98, bn_training=True, **IRFFN_STEPS),
 ]
 
 
