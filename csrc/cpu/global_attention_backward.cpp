@@ -114,16 +114,9 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t hea
   if (p.dq || p.dk || p.dv || p.result || p.bias_sums)
     run_tasks(p.partials * heads, k.scratch_attention_backward(&p),
               [&](int64_t task, void* memory) { k.attention_backward(&p, task, memory); });
-  if (found.wants(kProj) || found.wants(kProjBias)) {
-    fk_linear_backward b = {};
-    b.x = results.array;
-    b.grad = grad;
-    b.low_precision = a.low_precision;
-    b.rows = rows;
-    b.n = a.out;
-    b.k = a.value_channels;
-    run_linear_backward(&b, found, {kProj, kProjBias});
-  }
+  if (found.wants(kProj) || found.wants(kProjBias))
+    linear_weight_gradients(results.array, grad, rows, a.out, a.value_channels, a.low_precision, {kProj, kProjBias},
+                            found);
   if (prepares && wants_queries) {
     const fk_array input = view(*t[kQ], "q");
     fk_linear_backward b = {};

@@ -130,6 +130,18 @@ Temporary run_linear(const fk_array& x, const fk_norm& norm, int64_t rows_per_im
   return to;
 }
 
+void linear_weight_gradients(const fk_array& x, const fk_array& grad, int64_t rows, int64_t n, int64_t k,
+                             bool low_precision, const LinearWeights& weights, Gradients& found) {
+  fk_linear_backward p = {};
+  p.x = x;
+  p.grad = grad;
+  p.low_precision = low_precision;
+  p.rows = rows;
+  p.n = n;
+  p.k = k;
+  run_linear_backward(&p, found, weights);
+}
+
 Temporary linear_input_gradients(const fk_array& grad, const fk_linear& to_input, int64_t rows, int64_t n, int64_t k,
                                  bool low_precision, Gradients& found) {
   Temporary to = temporary(rows, k, low_precision);

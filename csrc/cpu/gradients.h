@@ -70,6 +70,9 @@ struct LinearWeights {
 };
 // What of `p` the shape alone decides, the partial sums of these weights, and the step itself.
 void run_linear_backward(fk_linear_backward* p, Gradients& found, const LinearWeights& weights);
+// The gradients of a linear's weight and bias alone: it reads x [rows, k], the gradient of its results is [rows, n].
+void linear_weight_gradients(const fk_array& x, const fk_array& grad, int64_t rows, int64_t n, int64_t k,
+                             bool low_precision, const LinearWeights& weights, Gradients& found);
 // The gradient [rows, k] of what a linear reads, of the products' type, from that of its results [rows, n].
 Temporary linear_input_gradients(const fk_array& grad, const fk_linear& to_input, int64_t rows, int64_t n, int64_t k,
                                  bool low_precision, Gradients& found);

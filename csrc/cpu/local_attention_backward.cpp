@@ -277,14 +277,8 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::string
       in_map = temporary(pixels, a.value_channels, a.low_precision);
       windows.scatter(p.result, a.value_channels * (a.low_precision ? 2 : 4), in_map.tensor.mutable_data_ptr());
     }
-    fk_linear_backward b = {};
-    b.x = in_map.array;
-    b.grad = grad;
-    b.low_precision = a.low_precision;
-    b.rows = pixels;
-    b.n = a.out;
-    b.k = a.value_channels;
-    run_linear_backward(&b, found, {kProj, kProjBias});
+    linear_weight_gradients(in_map.array, grad, pixels, a.out, a.value_channels, a.low_precision, {kProj, kProjBias},
+                            found);
   }
   if (wants_projection) projection_gradients(a, windows, t, projection, found);
   return found.finish();

@@ -54,34 +54,25 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::option
   if (!passes) return found.finish();
   // Backwards through both norms.
   const float* slopes = b.inputs;
-  if (norms[1].kind != FK_NO_NORM) {
+  auto through = [&](int i, size_t weight_at, size_t bias_at, float* of_statistics) {
+    if (norms[i].kind == FK_NO_NORM) return;
     NormGradients out;
-    float* through = memory.take<float>(rows * n);
+    float* inputs = memory.take<float>(rows * n);
     std::vector<double> weight, bias;
-    out.x = through;
+    out.x = inputs;
     out.weight = &weight;
     out.bias = &bias;
-    norm_gradients(maps[1], norms[1], false, slopes, n, 1, e.batch, 0, all, n, out);
-    found.set(kNormWeight, weight);
-    found.set(kNormBias, bias);
-    slopes = through;
-  }
+    out.statistics = of_statistics;
+    norm_gradients(maps[i], norms[i], of_statistics != nullptr, slopes, n, 1, e.batch, 0, all, n, out);
+    found.set(weight_at, weight);
+    found.set(bias_at, bias);
+    slopes = inputs;
+  };
+  through(1, kNormWeight, kNormBias, nullptr);
   std::vector<float> of_statistics(static_cast<size_t>(2 * e.batch), 0.0f);
-  if (norms[0].kind != FK_NO_NORM) {
-    NormGradients out;
-    float* through = memory.take<float>(rows * n);
-    std::vector<double> weight, bias;
-    out.x = through;
-    out.weight = &weight;
-    out.bias = &bias;
-    out.statistics = of_statistics.data();
-    norm_gradients(maps[0], norms[0], true, slopes, n, 1, e.batch, 0, all, n, out);
-    found.set(kInNormWeight, weight);
-    found.set(kInNormBias, bias);
-    std::vector<double> values(of_statistics.begin(), of_statistics.end());
-    found.set(kStatistics, values);
-    slopes = through;
-  }
+  through(0, kInNormWeight, kInNormBias, of_statistics.data());
+  if (norms[0].kind != FK_NO_NORM)
+    found.set(kStatistics, std::vector<double>(of_statistics.begin(), of_statistics.end()));
   if (!found.wants(kX)) return found.finish();
   fk_pool_backward s = {};
   s.forward = p;

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Tensors = Sequence["Tensor | None"]
@@ -43,6 +44,28 @@ class BackwardBackend(Protocol):
     def run_backward(
         self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
     ) -> list[Tensor]: ...
+
+
+class GradientKernels:
+    """The `BackwardBackend` part of a backend with kernels for every gradient; one that refuses some says which.
+
+    Attributes:
+        backward: the operator `name_backward` and its overload.
+    """
+
+    backward: ClassVar[tuple[str, str]]
+
+    def supports_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
+    ) -> list[str]:
+        return []
+
+    def run_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
+    ) -> list[Tensor]:
+        name, overload = self.backward
+        kernels = getattr(getattr(torch.ops.fastvit, name), overload)
+        return list(kernels(list(grads), list(tensors), list(needs), *static))
 
 
 @dataclass(eq=False)

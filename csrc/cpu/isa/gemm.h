@@ -29,30 +29,16 @@ struct Ahead {
   int64_t step;
 };
 
-// out[MR][kPanel] (+)= A[MR][k] * panel[k][kPanel]. `a` is row-major with `lda` between rows; with `Transposed` it is
-// column-major with `lda` between values of K.
-template <int MR, bool Transposed>
-static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, const float* panel, int64_t k,
-                                                   float* out, int64_t ldo, bool accumulate, Ahead ahead) {
-  vf c[MR][FK_NV];
+// The sums of a tile. Loops over them are unrolled at once: else the compiler keeps them on the stack.
+template <int MR>
+FK_INLINE void clear_sums(vf (&c)[MR][FK_NV]) {
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < FK_NV; ++j) c[i][j] = splat(0.0f);
-  const float* row[5];
-  for (int i = 0; i < (MR + 2) / 3; ++i) row[i] = a + 3 * i * lda;
-  for (int64_t p = 0; p < k; ++p) {
-    __builtin_prefetch(ahead.at + p * ahead.step, 0, 2);
-    vf b[FK_NV];
-#pragma GCC unroll 4
-    for (int j = 0; j < FK_NV; ++j) b[j] = load(panel + p * kPanel + j * FK_VL);
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      vf x = splat(Transposed ? a[p * lda + i] : row[i / 3][(i % 3) * lda + p]);
-#pragma GCC unroll 4
-      for (int j = 0; j < FK_NV; ++j) c[i][j] += x * b[j];
-    }
-  }
+}
+template <int MR>
+FK_INLINE void store_sums(const vf (&c)[MR][FK_NV], float* out, int64_t ldo, bool accumulate) {
   if (accumulate) {
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i)
@@ -69,16 +55,37 @@ static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, 
   }
 }
 
+// out[MR][kPanel] (+)= A[MR][k] * panel[k][kPanel]. `a` is row-major with `lda` between rows; with `Transposed` it is
+// column-major with `lda` between values of K.
+template <int MR, bool Transposed>
+static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, const float* panel, int64_t k,
+                                                   float* out, int64_t ldo, bool accumulate, Ahead ahead) {
+  vf c[MR][FK_NV];
+  clear_sums(c);
+  const float* row[5];
+  for (int i = 0; i < (MR + 2) / 3; ++i) row[i] = a + 3 * i * lda;
+  for (int64_t p = 0; p < k; ++p) {
+    __builtin_prefetch(ahead.at + p * ahead.step, 0, 2);
+    vf b[FK_NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < FK_NV; ++j) b[j] = load(panel + p * kPanel + j * FK_VL);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      vf x = splat(Transposed ? a[p * lda + i] : row[i / 3][(i % 3) * lda + p]);
+#pragma GCC unroll 4
+      for (int j = 0; j < FK_NV; ++j) c[i][j] += x * b[j];
+    }
+  }
+  store_sums(c, out, ldo, accumulate);
+}
+
 #if FK_NATIVE_BF16
 // The same on bf16 pairs: panel[k / 2][kPanel][2]; k is even. A transposed operand is packed as [k / 2][lda / 2][2].
 template <int MR, bool Transposed>
 static __attribute__((noinline)) void tile_product(const bf16* a, int64_t lda, const bf16* panel, int64_t k, float* out,
                                                    int64_t ldo, bool accumulate, Ahead ahead) {
-  __m512 c[MR][FK_NV];
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < FK_NV; ++j) c[i][j] = _mm512_setzero_ps();
+  vf c[MR][FK_NV];
+  clear_sums(c);
   const bf16* row[5];
   for (int i = 0; i < (MR + 2) / 3; ++i) row[i] = a + 3 * i * lda;
   for (int64_t p = 0; p < k; p += 2) {
@@ -91,23 +98,10 @@ static __attribute__((noinline)) void tile_product(const bf16* a, int64_t lda, c
       __builtin_memcpy(&pair, Transposed ? a + (p / 2) * lda + 2 * i : row[i / 3] + (i % 3) * lda + p, 4);
       __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-      for (int j = 0; j < FK_NV; ++j) c[i][j] = _mm512_dpbf16_ps(c[i][j], x, (__m512bh)b[j]);
+      for (int j = 0; j < FK_NV; ++j) c[i][j] = (vf)_mm512_dpbf16_ps((__m512)c[i][j], x, (__m512bh)b[j]);
     }
   }
-  if (accumulate) {
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < FK_NV; ++j) {
-        float* to = out + i * ldo + j * FK_VL;
-        store(to, load(to) + (vf)c[i][j]);
-      }
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < FK_NV; ++j) store(out + i * ldo + j * FK_VL, (vf)c[i][j]);
-  }
+  store_sums(c, out, ldo, accumulate);
 }
 #endif
 

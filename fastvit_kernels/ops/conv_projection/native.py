@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.conv_projection.reference import BRANCHES, Static, branch
 from fastvit_kernels.ops.native import cpu_reasons, cuda_reasons
-from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 
 # What the C++ kernels take; they hold a row of the padded map.
 _MOST_PADDING = 64
 
 
-class Cpu:
+class Cpu(GradientKernels):
     """C++ for the CPU: LayerNorm, the three depthwise convolutions, BN and the three linears in one pass over x."""
 
     name = "cpu"
+    backward = "conv_projection_backward", "native"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         reasons = cpu_reasons(tensors, static.dtype)
@@ -28,16 +27,6 @@ class Cpu:
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.conv_projection.default(tensors, packed, *static))
-
-    def supports_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[str]:
-        return []
-
-    def run_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[Tensor]:
-        return list(torch.ops.fastvit.conv_projection_backward.native(list(grads), list(tensors), list(needs), *static))
 
 
 # Of the CUDA kernels: a branch's channels, which stay in registers, its filter's side, and its stride.

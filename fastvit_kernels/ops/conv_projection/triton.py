@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.conv_projection.reference import Static
-from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 from fastvit_kernels.ops.triton_support import norm_gradient_reasons, reasons
 
 
-class Triton:
+class Triton(GradientKernels):
     """Depthwise convolutions gathered on the way into the tensor cores, all three branches in one launch."""
 
     name = "triton"
+    backward = "conv_projection_backward", "triton"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         return reasons(tensors, static.dtype)
@@ -29,11 +30,6 @@ class Triton:
         x = tensors[0]
         assert x is not None
         return norm_gradient_reasons(x.shape[-1]) if static.norm_eps is not None else []
-
-    def run_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[Tensor]:
-        return list(torch.ops.fastvit.conv_projection_backward.triton(grads, tensors, needs, *static))
 
 
 def launch(tensors: Tensors, static: Static) -> Outputs:

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from fastvit_kernels.ops.depthwise_conv.reference import Static
 from fastvit_kernels.ops.native import cpu_reasons
-from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 
 # What the C++ kernels of the gradients take; they hold a row of the padded map.
 _MOST_PADDING = 64
 
 
-class Cpu:
+class Cpu(GradientKernels):
     """C++ for the CPU: taps are read where the map lies, normalised pixels from the cache."""
 
     name = "cpu"
+    backward = "depthwise_conv_backward", "native"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         return cpu_reasons(tensors, static.dtype)
@@ -32,8 +33,3 @@ class Cpu:
         if static.padding > _MOST_PADDING:
             return [f"padding {static.padding}: the kernels of the gradients take at most {_MOST_PADDING}"]
         return []
-
-    def run_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[Tensor]:
-        return list(torch.ops.fastvit.depthwise_conv_backward.native(grads, tensors, needs, *static))

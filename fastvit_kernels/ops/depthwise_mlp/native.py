@@ -9,15 +9,16 @@ from torch import Tensor
 
 from fastvit_kernels.ops.depthwise_mlp.reference import BATCH_NORMS, Static
 from fastvit_kernels.ops.native import MOST_SHARED_MEMORY, cpu_reasons, cuda_reasons
-from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 
 _LARGEST_KERNEL = 7
 
 
-class Cpu:
+class Cpu(GradientKernels):
     """C++ for the CPU: bands of the map walk the hidden channels in chunks, which stay in the cache."""
 
     name = "cpu"
+    backward = "depthwise_mlp_backward", "native"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         reasons = cpu_reasons(tensors, static.dtype)
@@ -47,11 +48,6 @@ class Cpu:
             if static.summary == "statistics":
                 reasons.append("bn3 takes batch statistics in front of the result's")
         return reasons
-
-    def run_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[Tensor]:
-        return list(torch.ops.fastvit.depthwise_mlp_backward.native(list(grads), list(tensors), list(needs), *static))
 
 
 # Of the CUDA kernels: the result's channels, which stay in registers, and the filter's side.

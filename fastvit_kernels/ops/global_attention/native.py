@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.global_attention.reference import Static
 from fastvit_kernels.ops.native import cpu_reasons
-from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 
 
-class Cpu:
+class Cpu(GradientKernels):
     """C++ for the CPU: scores never leave the cache; output projection and residual ride on the same tile."""
 
     name = "cpu"
+    backward = "global_attention_backward", "native"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         return cpu_reasons(tensors, static.dtype)
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.global_attention.default(tensors, packed, *static))
-
-    def supports_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[str]:
-        return []
-
-    def run_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[Tensor]:
-        return list(torch.ops.fastvit.global_attention_backward.native(grads, tensors, needs, *static))

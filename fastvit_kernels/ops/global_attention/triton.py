@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.global_attention.reference import Static
-from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 from fastvit_kernels.ops.triton_support import norm_gradient_reasons, reasons
 
 _WIDEST_HEAD = 256
 
 
-class Triton:
+class Triton(GradientKernels):
     """Norm, projection of the queries, online softmax and, where it fits, the output projection in one launch."""
 
     name = "triton"
+    backward = "global_attention_backward", "triton"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         found = reasons(tensors, static.dtype)
@@ -37,11 +38,6 @@ class Triton:
         q, query_norm = tensors[0], static.norm == "layer"
         assert q is not None
         return norm_gradient_reasons(q.shape[-1]) if query_norm else []
-
-    def run_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[Tensor]:
-        return list(torch.ops.fastvit.global_attention_backward.triton(grads, tensors, needs, *static))
 
 
 def launch(tensors: Tensors, static: Static) -> Outputs:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.head_tokens.reference import Static
-from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 from fastvit_kernels.ops.triton_support import norm_gradient_reasons, reasons
 
 
-class Triton:
+class Triton(GradientKernels):
     """Normalised rows and their sums in one launch; the linear; its pieces' norm and activation in a third."""
 
     name = "triton"
+    backward = "head_tokens_backward", "triton"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         x = tensors[0]
@@ -25,16 +26,6 @@ class Triton:
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return (torch.ops.fastvit.head_tokens.triton(tensors, *static),)
-
-    def supports_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[str]:
-        return []
-
-    def run_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[Tensor]:
-        return list(torch.ops.fastvit.head_tokens_backward.triton(grads, tensors, needs, *static))
 
 
 def launch(tensors: Tensors, static: Static) -> Outputs:

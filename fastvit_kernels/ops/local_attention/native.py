@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.local_attention.reference import Static
 from fastvit_kernels.ops.native import MOST_SHARED_MEMORY, cpu_reasons, cuda_reasons
-from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 
 
-class Cpu:
+class Cpu(GradientKernels):
     """C++ for the CPU: windows are gathered, projected, attended and put back by one task each, in the cache."""
 
     name = "cpu"
+    backward = "local_attention_backward", "native"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         return cpu_reasons(tensors, static.dtype)
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.local_attention.default(tensors, packed, *static))
-
-    def supports_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[str]:
-        return []
-
-    def run_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[Tensor]:
-        return list(torch.ops.fastvit.local_attention_backward.native(grads, tensors, needs, *static))
 
 
 # Of the CUDA kernels: pixels of a window that stay on chip together, channels of a head, pixels of a window's side.

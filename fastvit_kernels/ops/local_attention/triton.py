@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.local_attention.reference import Static
-from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 from fastvit_kernels.ops.triton_support import norm_gradient_reasons, reasons
 
 _WIDEST_HEAD = 256
 
 
-class Triton:
+class Triton(GradientKernels):
     """Windows read where they lie in the map; where one is one tile, norm and projection are in the same launch."""
 
     name = "triton"
+    backward = "local_attention_backward", "triton"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         found = reasons(tensors, static.dtype)
@@ -41,11 +42,6 @@ class Triton:
         x = tensors[0]
         assert x is not None
         return norm_gradient_reasons(x.shape[-1]) if static.norm == "layer" else []
-
-    def run_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[Tensor]:
-        return list(torch.ops.fastvit.local_attention_backward.triton(grads, tensors, needs, *static))
 
 
 def launch(tensors: Tensors, static: Static) -> Outputs:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.native import cpu_reasons
-from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 from fastvit_kernels.ops.patch_embedding.reference import Static
 
 # Measured at the stages of PVTv2-B1 (batch 8, fp32 and bf16): up to a quarter of a million values the kernels of the
@@ -16,10 +16,11 @@ from fastvit_kernels.ops.patch_embedding.reference import Static
 _LARGEST_WEIGHT = 300_000
 
 
-class Cpu:
+class Cpu(GradientKernels):
     """C++ for the CPU: each pixel's neighbourhood is gathered in the cache; the LayerNorm runs on finished rows."""
 
     name = "cpu"
+    backward = "patch_embedding_backward", "native"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         return cpu_reasons(tensors, static.dtype)
@@ -38,8 +39,3 @@ class Cpu:
         if weight.numel() > _LARGEST_WEIGHT:
             reasons.append(f"a weight of {weight.numel()} values: beyond {_LARGEST_WEIGHT} recomputing is faster")
         return reasons
-
-    def run_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[Tensor]:
-        return list(torch.ops.fastvit.patch_embedding_backward.native(grads, tensors, needs, *static))

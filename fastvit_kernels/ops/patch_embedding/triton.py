@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 from fastvit_kernels.ops.patch_embedding.reference import Static
 from fastvit_kernels.ops.triton_support import norm_gradient_reasons, reasons
 
 
-class Triton:
+class Triton(GradientKernels):
     """A product whose rows are gathered from the map, channels first or last; the LayerNorm runs on finished rows."""
 
     name = "triton"
+    backward = "patch_embedding_backward", "triton"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         return reasons(tensors, static.dtype)
@@ -30,11 +31,6 @@ class Triton:
         assert x is not None and weight is not None
         found = norm_gradient_reasons(weight.shape[0]) if static.norm_eps is not None else []
         return found + (norm_gradient_reasons(x.shape[-1]) if static.in_norm_eps is not None else [])
-
-    def run_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[Tensor]:
-        return list(torch.ops.fastvit.patch_embedding_backward.triton(grads, tensors, needs, *static))
 
 
 def launch(tensors: Tensors, static: Static) -> Outputs:

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 from fastvit_kernels.ops.pointwise_mlp.reference import Static
 from fastvit_kernels.ops.triton_support import norm_gradient_reasons, reasons
 
 
-class Triton:
+class Triton(GradientKernels):
     """LayerNorm, linear and activation in one launch, linear and residual in another."""
 
     name = "triton"
+    backward = "pointwise_mlp_backward", "triton"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         return reasons(tensors, static.dtype)
@@ -29,11 +30,6 @@ class Triton:
         x = tensors[0]
         assert x is not None
         return norm_gradient_reasons(x.shape[-1]) if static.norm_eps is not None else []
-
-    def run_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[Tensor]:
-        return list(torch.ops.fastvit.pointwise_mlp_backward.triton(grads, tensors, needs, *static))
 
 
 def launch(tensors: Tensors, static: Static) -> Outputs:

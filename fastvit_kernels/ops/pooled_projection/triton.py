@@ -7,31 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 from fastvit_kernels.ops.pooled_projection.reference import Static
 from fastvit_kernels.ops.triton_support import reasons
 
 
-class Triton:
+class Triton(GradientKernels):
     """Squares are averaged and normalised on the way out; their statistics and the linear are launches of their own."""
 
     name = "triton"
+    backward = "pooled_projection_backward", "triton"
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         return reasons(tensors, static.dtype)
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return (torch.ops.fastvit.pooled_projection.triton(tensors, *static),)
-
-    def supports_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[str]:
-        return []
-
-    def run_backward(
-        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
-    ) -> list[Tensor]:
-        return list(torch.ops.fastvit.pooled_projection_backward.triton(grads, tensors, needs, *static))
 
 
 def launch(tensors: Tensors, static: Static) -> Outputs:
