@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 # Appended to the commands, for example `make test ARGS="-k attention"` or `make demo ARGS="--image cat.jpg"`.
 ARGS ?=
+# At most; each takes about 3 GiB.
+TEST_PROCESSES ?= 4
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -24,13 +26,13 @@ help:
 	@echo 'make lint    formatting, static checks and types'
 	@echo 'make format  rewrite the sources in the project style'
 	@echo 'make clean   remove everything that make created'
-	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX_URL=$(TORCH_INDEX_URL) ARGS=$(ARGS)'
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH_INDEX_URL=$(TORCH_INDEX_URL) ARGS=$(ARGS) TEST_PROCESSES=$(TEST_PROCESSES)'
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/fastvit-kernels demo $(ARGS)
 
 test: $(VENV)/test.stamp $(VENV)/hosts.stamp
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses $(TEST_PROCESSES) --dist loadgroup $(ARGS)
 
 bench: $(VENV)/bench.stamp
 	$(BIN)/fastvit-kernels bench $(ARGS)

@@ -15,6 +15,14 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("fastvit_kernels.testing")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several processes share the tests file by file, or folder by folder where one build serves all files."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            shared = item.path.parent if item.path.parent.name in ("cuda", "packaging") else item.path
+            item.add_marker(pytest.mark.xdist_group(str(shared)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _rounded_bfloat16():
     """Triton's interpreter rounds to bf16 like a GPU."""
