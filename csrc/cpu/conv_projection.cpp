@@ -110,7 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packe
                                        std::vector<int64_t> stride, std::vector<int64_t> padding, ScalarType dtype) {
   const Options o = {norm_eps, bn_eps, height, width, prefix, stride, padding, dtype};
   const Projection p = check(t, packed, o);
-  fk_conv_projection c = {};
+  const auto call = std::make_shared<fk_conv_projection>();
+  fk_conv_projection& c = *call;
   const Tensor block = prepare(p, packed, &c);
   set_geometry(p, o, *t[0], &c);
   set_bands(p, false, &c);
@@ -121,9 +122,13 @@ std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packe
     out[i] = empty({p.batch, prefix + b.out_h * b.out_w, p.branch[i].out}, dtype);
     b.out = out[i].mutable_data_ptr();
   }
-  const fk_table& k = kernels();
-  run_tasks(p.batch * c.tasks_per_image, k.scratch_conv_projection(&c),
-            [&](int64_t task, void* memory) { k.conv_projection(&c, task, memory); });
+  perform(
+      [call, block] {
+        const fk_table& k = kernels();
+        run_tasks(call->batch * call->tasks_per_image, k.scratch_conv_projection(call.get()),
+                  [&](int64_t task, void* memory) { k.conv_projection(call.get(), task, memory); });
+      },
+      {&c.x.data, &c.branch[0].out, &c.branch[1].out, &c.branch[2].out}, {out[0], out[1], out[2]});
   return {out[0], out[1], out[2]};
 }
 

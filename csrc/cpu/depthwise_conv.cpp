@@ -58,7 +58,8 @@ void choose_tiles(fk_depthwise_conv* p) {
 Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps, double bn_eps, bool,
            int64_t height, int64_t width, int64_t stride, int64_t padding, ScalarType dtype) {
   const Convolution c = check(t, packed, norm_eps, bn_eps, height, width, stride, padding);
-  fk_depthwise_conv p = {};
+  const auto call = std::make_shared<fk_depthwise_conv>();
+  fk_depthwise_conv& p = *call;
   const Tensor block = prepare(c, packed, &p);
   p.x = view(*t[kX], "x");
   p.batch = c.batch;
@@ -76,10 +77,14 @@ Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> nor
   p.out = out.mutable_data_ptr();
   p.out_dtype = kernel_dtype(out_dtype);
   choose_tiles(&p);
-  const fk_table& k = kernels();
   const int64_t tasks = c.batch * blocks(p.out_h, p.rows_per_task) * blocks(p.out_w, p.columns_per_task);
-  run_tasks(tasks, k.scratch_depthwise_conv(&p),
-            [&](int64_t task, void* memory) { k.depthwise_conv(&p, task, memory); });
+  perform(
+      [call, block, tasks] {
+        const fk_table& k = kernels();
+        run_tasks(tasks, k.scratch_depthwise_conv(call.get()),
+                  [&](int64_t task, void* memory) { k.depthwise_conv(call.get(), task, memory); });
+      },
+      {&p.x.data, &p.residual.data, &p.out}, {out});
   return out;
 }
 

@@ -124,21 +124,71 @@ void choose_tiles(fk_depthwise_mlp* p) {
   p->sums_per_image = blocks(pixels, p->pixels_per_sum);
 }
 
+// A call as it is repeated, with memory of its own between its steps.
+struct Call {
+  fk_depthwise_mlp p = {};
+  fk_norm out_norm = {};
+  int64_t pixels = 0;
+  bool wants_statistics = false, wants_mean = false;
+  const void* statistics = nullptr;  // of the norm in front
+  void* summary = nullptr;
+  Tensor block, partial, raw;
+
+  bool normed() const { return out_norm.kind == FK_GROUP_NORM; }
+  void run();
+  void write_mean(const std::vector<double>& means) const;
+};
+
+void Call::run() {
+  const fk_table& k = kernels();
+  std::vector<float> groups;
+  set_group_statistics(&p.norm, statistics, p.x, p.batch, p.prefix, pixels, p.channels, &groups);
+  const bool wants_moments = wants_statistics || normed();
+  Moments moments(wants_moments ? p.batch : 0, p.sums_per_image);
+  p.moments = wants_moments ? moments.data() : nullptr;
+  std::vector<double> means(wants_mean ? static_cast<size_t>(p.batch * p.sums_per_image * p.project.n) : 0);
+  p.means = wants_mean ? means.data() : nullptr;
+  run_tasks(p.batch * p.tasks_per_image * p.slices, k.scratch_depthwise_mlp(&p),
+            [&](int64_t task, void* memory) { k.depthwise_mlp(&p, task, memory); });
+  if (p.slices > 1)
+    run_tasks(p.batch * p.sums_per_image, 0, [&](int64_t task, void*) { k.depthwise_mlp_sum(&p, task); });
+  if (wants_statistics && !normed()) moments.write(pixels, p.project.n, summary);
+  std::vector<float> out_groups;
+  if (normed()) set_group_statistics(&out_norm, moments.finish(pixels, p.project.n), &out_groups);
+  if (wants_mean) write_mean(means);
+  if (!normed()) return;
+
+  const int64_t tasks_per_image = blocks(pixels, kMomentRows);
+  Moments result(wants_statistics ? p.batch : 0, tasks_per_image);
+  const fk_group_norm_rows g = {p.raw,
+                                p.residual,
+                                p.out,
+                                p.out_dtype,
+                                out_norm,
+                                pixels,
+                                p.prefix,
+                                p.project.n,
+                                kMomentRows,
+                                tasks_per_image,
+                                wants_statistics ? result.data() : nullptr};
+  run_tasks(p.batch * tasks_per_image, 0, [&](int64_t task, void*) { k.group_norm_rows(&g, task); });
+  if (wants_statistics) result.write(pixels, p.project.n, summary);
+}
+
 // Mean over the pixels of the branch, behind its norm if it has one, from the sums of the tasks.
-Tensor mean_of_branch(const Mlp& m, const fk_depthwise_mlp& p, int64_t pixels, const fk_norm& norm) {
-  Tensor out = empty({m.batch, m.out}, ScalarType::Float);
-  float* to = static_cast<float*>(out.mutable_data_ptr());
-  for (int64_t image = 0; image < m.batch; ++image)
-    for (int64_t n = 0; n < m.out; ++n) {
+void Call::write_mean(const std::vector<double>& means) const {
+  const int64_t out = p.project.n;
+  float* to = static_cast<float*>(summary);
+  for (int64_t image = 0; image < p.batch; ++image)
+    for (int64_t n = 0; n < out; ++n) {
       double mean = 0.0;
-      for (int64_t sum = 0; sum < p.sums_per_image; ++sum)
-        mean += p.means[(image * p.sums_per_image + sum) * m.out + n];
+      for (int64_t sum = 0; sum < p.sums_per_image; ++sum) mean += means[(image * p.sums_per_image + sum) * out + n];
       mean /= static_cast<double>(pixels);
-      if (norm.kind == FK_GROUP_NORM)
-        mean = (mean - norm.groups[2 * image]) * norm.groups[2 * image + 1] * norm.weight[n] + norm.bias[n];
-      to[image * m.out + n] = static_cast<float>(mean);
+      if (normed())
+        mean = (mean - out_norm.groups[2 * image]) * out_norm.groups[2 * image + 1] * out_norm.weight[n] +
+               out_norm.bias[n];
+      to[image * out + n] = static_cast<float>(mean);
     }
-  return out;
 }
 
 }  // namespace
@@ -146,9 +196,9 @@ Tensor mean_of_branch(const Mlp& m, const fk_depthwise_mlp& p, int64_t pixels, c
 Outputs forward(TensorList& t, const std::optional<Tensor>& packed, const Options& o,
                 std::optional<ScalarType> wanted) {
   const Mlp m = check(t, packed, o);
-  fk_depthwise_mlp p = {};
-  fk_norm out_norm;
-  const Tensor block = prepare(m, packed, &p, &out_norm);
+  const auto call = std::make_shared<Call>();
+  fk_depthwise_mlp& p = call->p;
+  call->block = prepare(m, packed, &p, &call->out_norm);
   const ScalarType out_dtype = wanted.value_or(promoted(o.dtype, t[kResidual]));
   Tensor out = empty({m.batch, m.tokens, m.out}, out_dtype);
   p.x = view(*t[kX], "x");
@@ -164,47 +214,24 @@ Outputs forward(TensorList& t, const std::optional<Tensor>& packed, const Option
   p.channels = m.channels;
   p.prefix = o.prefix;
   p.kernel = m.kernel;
-  const int64_t pixels = o.height * o.width;
-  std::vector<float> groups, out_groups;
-  set_group_statistics(&p.norm, t[kStatistics], p.x, m.batch, o.prefix, pixels, m.channels, &groups);
   choose_tiles(&p);
-  const bool normed = out_norm.kind == FK_GROUP_NORM;
-  const bool wants_statistics = o.summary == "statistics", wants_mean = o.summary == "mean";
-  Moments moments(wants_statistics || normed ? m.batch : 0, p.sums_per_image);
-  p.moments = wants_statistics || normed ? moments.data() : nullptr;
-  std::vector<double> means(wants_mean ? static_cast<size_t>(m.batch * p.sums_per_image * m.out) : 0);
-  p.means = wants_mean ? means.data() : nullptr;
-  Tensor raw = normed ? empty({m.batch, pixels, m.out}, ScalarType::Float) : no_statistics();
-  p.raw = normed ? static_cast<float*>(raw.mutable_data_ptr()) : nullptr;
-  const fk_table& k = kernels();
-  Tensor partial =
-      p.slices > 1 ? empty({p.slices, m.batch * pixels, p.sums_stride}, ScalarType::Float) : no_statistics();
-  p.partial = p.slices > 1 ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr;
-  run_tasks(m.batch * p.tasks_per_image * p.slices, k.scratch_depthwise_mlp(&p),
-            [&](int64_t task, void* memory) { k.depthwise_mlp(&p, task, memory); });
-  if (p.slices > 1)
-    run_tasks(m.batch * p.sums_per_image, 0, [&](int64_t task, void*) { k.depthwise_mlp_sum(&p, task); });
-  Tensor summary = wants_statistics && !normed ? moments.tensor(pixels, m.out) : no_statistics();
-  if (normed) set_group_statistics(&out_norm, moments.finish(pixels, m.out), &out_groups);
-  if (wants_mean) summary = mean_of_branch(m, p, pixels, out_norm);
-  if (!normed) return {out, summary, raw};
-
-  const int64_t tasks_per_image = blocks(pixels, kMomentRows);
-  Moments result(wants_statistics ? m.batch : 0, tasks_per_image);
-  const fk_group_norm_rows g = {p.raw,
-                                p.residual,
-                                p.out,
-                                p.out_dtype,
-                                out_norm,
-                                pixels,
-                                o.prefix,
-                                m.out,
-                                kMomentRows,
-                                tasks_per_image,
-                                wants_statistics ? result.data() : nullptr};
-  run_tasks(m.batch * tasks_per_image, 0, [&](int64_t task, void*) { k.group_norm_rows(&g, task); });
-  if (wants_statistics) summary = result.tensor(pixels, m.out);
-  return {out, summary, raw};
+  const int64_t pixels = call->pixels = o.height * o.width;
+  call->statistics = group_statistics(p.norm, t[kStatistics], m.batch);
+  call->wants_statistics = o.summary == "statistics";
+  call->wants_mean = o.summary == "mean";
+  Tensor summary = call->wants_statistics ? empty({m.batch, 2}, ScalarType::Float)
+                   : call->wants_mean     ? empty({m.batch, m.out}, ScalarType::Float)
+                                          : no_statistics();
+  if (call->wants_statistics || call->wants_mean) call->summary = summary.mutable_data_ptr();
+  call->raw = call->normed() ? empty({m.batch, pixels, m.out}, ScalarType::Float) : no_statistics();
+  p.raw = call->normed() ? static_cast<float*>(call->raw.mutable_data_ptr()) : nullptr;
+  if (p.slices > 1) {
+    call->partial = empty({p.slices, m.batch * pixels, p.sums_stride}, ScalarType::Float);
+    p.partial = static_cast<float*>(call->partial.mutable_data_ptr());
+  }
+  perform([call] { call->run(); }, {&p.x.data, &p.residual.data, &p.out, &call->statistics, &call->summary},
+          {out, summary});
+  return {out, summary, call->raw};
 }
 
 namespace {

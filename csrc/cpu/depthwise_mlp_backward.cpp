@@ -431,7 +431,7 @@ std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, cons
     }();
     fk_norm with_groups = norm;
     std::vector<float> groups;
-    set_group_statistics(&with_groups, std::nullopt, raw, m.batch, 0, b.pixels, m.out, &groups);
+    set_group_statistics(&with_groups, nullptr, raw, m.batch, 0, b.pixels, m.out, &groups);
     std::vector<double> weight, bias;
     NormGradients out;
     out.x = again->raw.mutable_data_ptr();

@@ -44,7 +44,8 @@ Tensor describe_hidden(const Mlp& m, const Options& o, const TensorList& t, Memo
     p->norm = norm_of(packer, m.norm, m.norm_weight, m.norm_bias, m.norm_eps, m.channels);
     p->expand = packer.linear(m.expand, m.expand_bias, m.hidden, m.channels, m.low_precision);
   });
-  set_group_statistics(&p->norm, t[kStatistics], p->x, m.batch, o.prefix, o.height * o.width, m.channels, groups);
+  set_group_statistics(&p->norm, group_statistics(p->norm, t[kStatistics], m.batch), p->x, m.batch, o.prefix,
+                       o.height * o.width, m.channels, groups);
   const int64_t panel = kernels().panel;
   pack_filter(m, blocks(m.hidden, panel) * panel, memory, p);
   return block;

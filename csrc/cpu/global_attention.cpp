@@ -73,7 +73,13 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, int64
                                std::string norm, double norm_eps, bool add_query_input, bool return_statistics,
                                ScalarType dtype) {
   const Attention a = check(t, packed, heads, norm, norm_eps, add_query_input, dtype);
-  fk_global_attention p = {};
+  struct Call {
+    fk_global_attention p = {};
+    const void* statistics = nullptr;
+    void* summary = nullptr;
+  };
+  const auto call = std::make_shared<Call>();
+  fk_global_attention& p = call->p;
   const Tensor block = prepare(a, packed, &p);
   const ScalarType out_dtype = promoted(dtype, t[kResidual]);
   Tensor out = empty({a.batch, a.queries, a.out}, out_dtype);
@@ -99,12 +105,11 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, int64
   p.scale = static_cast<float>(scale);
   p.low_precision = a.low_precision;
   p.add_query_input = add_query_input;
-  std::vector<float> groups;
   if (p.norm.kind == FK_GROUP_NORM) {
     if (p.q_stride != a.q_channels) t[kQ] = torch::stable::contiguous(*t[kQ]);
     p.q = view(*t[kQ], "q");
     p.q_stride = a.q_channels;
-    set_group_statistics(&p.norm, t[kStatistics], p.q, a.batch, 0, a.queries, a.q_channels, &groups);
+    call->statistics = group_statistics(p.norm, t[kStatistics], a.batch);
   }
   // An image's queries are cut evenly; with enough images no cut is needed for balance.
   const int64_t widest = std::max(a.value_channels, a.q_channels);
@@ -112,12 +117,23 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, int64
   const int64_t most = std::min<int64_t>(224, std::max<int64_t>(32, cached));
   p.rows_per_task = rows_per_image_task(a.batch, a.queries, most);
   p.tasks_per_image = blocks(a.queries, p.rows_per_task);
-  Moments moments(return_statistics ? a.batch : 0, p.tasks_per_image);
-  p.moments = return_statistics ? moments.data() : nullptr;
-  const fk_table& k = kernels();
-  run_tasks(a.batch * p.tasks_per_image, k.scratch_global_attention(&p),
-            [&](int64_t task, void* memory) { k.global_attention(&p, task, memory); });
-  return {out, return_statistics ? moments.tensor(a.queries, a.out) : no_statistics()};
+  Tensor summary = return_statistics ? empty({a.batch, 2}, ScalarType::Float) : no_statistics();
+  if (return_statistics) call->summary = summary.mutable_data_ptr();
+  const int64_t out_channels = a.out;
+  perform(
+      [call, block, return_statistics, out_channels] {
+        fk_global_attention& p = call->p;
+        std::vector<float> groups;
+        set_group_statistics(&p.norm, call->statistics, p.q, p.batch, 0, p.queries, p.q_channels, &groups);
+        Moments moments(return_statistics ? p.batch : 0, p.tasks_per_image);
+        p.moments = return_statistics ? moments.data() : nullptr;
+        const fk_table& k = kernels();
+        run_tasks(p.batch * p.tasks_per_image, k.scratch_global_attention(&p),
+                  [&](int64_t task, void* memory) { k.global_attention(&p, task, memory); });
+        if (return_statistics) moments.write(p.queries, out_channels, call->summary);
+      },
+      {&p.q.data, &p.k.data, &p.v.data, &p.residual.data, &p.out, &call->statistics, &call->summary}, {out, summary});
+  return {out, summary};
 }
 
 namespace {

@@ -47,7 +47,8 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t hea
   fk_attention_backward p = {};
   p.q = view(*t[kQ], "q");
   p.q_stride = a.channels;
-  set_group_statistics(&q.norm, t[kStatistics], p.q, a.batch, 0, a.queries, a.q_channels, &q.groups);
+  set_group_statistics(&q.norm, group_statistics(q.norm, t[kStatistics], a.batch), p.q, a.batch, 0, a.queries,
+                       a.q_channels, &q.groups);
   p.k = rows_view(&t[kK], "k", &p.k_stride);
   p.dk_stride = t[kK]->size(2);
   p.dk = found.data(kK);

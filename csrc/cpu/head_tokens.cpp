@@ -63,20 +63,26 @@ Tensor prepare(const Heads& e, const std::optional<Tensor>& packed, fk_head_toke
 Tensor run(TensorList t, std::optional<Tensor> packed, int64_t heads, std::optional<double> norm_eps,
            double head_norm_eps, ScalarType dtype) {
   const Heads e = check(t, packed, heads, norm_eps, head_norm_eps, dtype);
-  fk_head_tokens p = {};
+  const auto call = std::make_shared<fk_head_tokens>();
+  fk_head_tokens& p = *call;
   const Tensor block = prepare(e, packed, &p);
   Tensor out = empty({e.batch, e.tokens + heads, e.channels}, dtype);
   p.x = view(*t[kX], "x");
   p.out = out.mutable_data_ptr();
   p.out_dtype = kernel_dtype(dtype);
   set_geometry(e, &p);
-  const fk_table& k = kernels();
   const int64_t tasks = e.batch * p.tasks_per_image;
-  Tensor sums = empty({tasks, blocks(e.channels, k.lanes) * k.lanes}, ScalarType::Float);
+  Tensor sums = empty({tasks, padded_channels(e.channels)}, ScalarType::Float);
   p.sums = static_cast<float*>(sums.mutable_data_ptr());
-  run_tasks(tasks, k.scratch_normalize_tokens(&p),
-            [&](int64_t task, void* memory) { k.normalize_tokens(&p, task, memory); });
-  run_tasks(e.batch, k.scratch_head_tokens(&p), [&](int64_t image, void* memory) { k.head_tokens(&p, image, memory); });
+  perform(
+      [call, block, sums, tasks] {
+        const fk_table& k = kernels();
+        run_tasks(tasks, k.scratch_normalize_tokens(call.get()),
+                  [&](int64_t task, void* memory) { k.normalize_tokens(call.get(), task, memory); });
+        run_tasks(call->batch, k.scratch_head_tokens(call.get()),
+                  [&](int64_t image, void* memory) { k.head_tokens(call.get(), image, memory); });
+      },
+      {&p.x.data, &p.out}, {out});
   return out;
 }
 

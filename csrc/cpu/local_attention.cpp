@@ -87,7 +87,13 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
                                int64_t height, int64_t width, int64_t window, int64_t heads, double scale,
                                std::string pad, bool return_statistics, ScalarType dtype) {
   const Attention a = check(t, packed, norm, norm_eps, height, width, window, heads, pad, dtype);
-  fk_local_attention p = {};
+  struct Call {
+    fk_local_attention p = {};
+    const void* statistics = nullptr;
+    void* summary = nullptr;
+  };
+  const auto call = std::make_shared<Call>();
+  fk_local_attention& p = call->p;
   const Tensor block = prepare(a, packed, &p);
   const ScalarType out_dtype = promoted(dtype, t[kResidual]);
   Tensor out = empty({a.batch, a.tokens, a.out}, out_dtype);
@@ -108,19 +114,29 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
   p.scale = static_cast<float>(scale);
   p.masked = pad == "mask";
   p.low_precision = a.low_precision;
-  std::vector<float> groups;
-  set_group_statistics(&p.norm, t[kStatistics], p.x, a.batch, 0, a.tokens, a.in_channels, &groups);
+  call->statistics = group_statistics(p.norm, t[kStatistics], a.batch);
   const int64_t windows = blocks(height, window) * blocks(width, window);
   const int64_t widest = a.in_channels + 3 * a.channels + a.value_channels;
   const int64_t rows = std::min<int64_t>(224, 2 * kCacheBytes / (4 * widest));
   p.windows_per_task = rows_per_image_task(a.batch, windows, std::max<int64_t>(1, rows / a.area));
   p.tasks_per_image = blocks(windows, p.windows_per_task);
-  Moments moments(return_statistics ? a.batch : 0, p.tasks_per_image);
-  p.moments = return_statistics ? moments.data() : nullptr;
-  const fk_table& k = kernels();
-  run_tasks(a.batch * p.tasks_per_image, k.scratch_local_attention(&p),
-            [&](int64_t task, void* memory) { k.local_attention(&p, task, memory); });
-  return {out, return_statistics ? moments.tensor(a.tokens, a.out) : no_statistics()};
+  Tensor summary = return_statistics ? empty({a.batch, 2}, ScalarType::Float) : no_statistics();
+  if (return_statistics) call->summary = summary.mutable_data_ptr();
+  const int64_t tokens = a.tokens, out_channels = a.out;
+  perform(
+      [call, block, return_statistics, tokens, out_channels] {
+        fk_local_attention& p = call->p;
+        std::vector<float> groups;
+        set_group_statistics(&p.norm, call->statistics, p.x, p.batch, 0, tokens, p.in_channels, &groups);
+        Moments moments(return_statistics ? p.batch : 0, p.tasks_per_image);
+        p.moments = return_statistics ? moments.data() : nullptr;
+        const fk_table& k = kernels();
+        run_tasks(p.batch * p.tasks_per_image, k.scratch_local_attention(&p),
+                  [&](int64_t task, void* memory) { k.local_attention(&p, task, memory); });
+        if (return_statistics) moments.write(tokens, out_channels, call->summary);
+      },
+      {&p.x.data, &p.k.data, &p.v.data, &p.residual.data, &p.out, &call->statistics, &call->summary}, {out, summary});
+  return {out, summary};
 }
 
 namespace {

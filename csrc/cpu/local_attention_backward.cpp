@@ -136,7 +136,8 @@ void project(const Attention& a, const Windows& windows, const Tensor& x, const 
   to->apart = a.norm == FK_GROUP_NORM || windows.padded();
   fk_norm norm = to->norm;
   if (to->apart) {
-    set_group_statistics(&to->norm, statistics, to->input, a.batch, 0, a.tokens, a.in_channels, &to->groups);
+    set_group_statistics(&to->norm, group_statistics(to->norm, statistics, a.batch), to->input, a.batch, 0, a.tokens,
+                         a.in_channels, &to->groups);
     to->rows = run_linear(to->input, to->norm, a.tokens, {}, pixels, a.in_channels, a.in_channels, a.low_precision);
     if (windows.padded()) to->rows = windows.gather(to->rows.array, a.in_channels);
     to->input = to->rows.array;

@@ -24,21 +24,24 @@ std::vector<double> Moments::finish(int64_t rows, int64_t columns) const {
   return found;
 }
 
-Tensor Moments::tensor(int64_t rows, int64_t columns) const {
-  Tensor out = empty({images_, 2}, ScalarType::Float);
-  float* to = static_cast<float*>(out.mutable_data_ptr());
-  for (double value : finish(rows, columns)) *to++ = static_cast<float>(value);
-  return out;
+void Moments::write(int64_t rows, int64_t columns, void* to) const {
+  float* next = static_cast<float*>(to);
+  for (double value : finish(rows, columns)) *next++ = static_cast<float>(value);
 }
 
-void set_group_statistics(fk_norm* norm, const std::optional<Tensor>& given, const fk_array& x, int64_t images,
-                          int64_t skipped, int64_t rows, int64_t columns, std::vector<float>* memory) {
+const void* group_statistics(const fk_norm& norm, const std::optional<Tensor>& given, int64_t images) {
+  if (norm.kind != FK_GROUP_NORM || !given.has_value()) return nullptr;
+  const fk_array array = view(given, "norm_statistics", {images, 2});
+  STD_TORCH_CHECK(array.dtype == FK_F32, "norm_statistics: expected float32");
+  return array.data;
+}
+
+void set_group_statistics(fk_norm* norm, const void* given, const fk_array& x, int64_t images, int64_t skipped,
+                          int64_t rows, int64_t columns, std::vector<float>* memory) {
   if (norm->kind != FK_GROUP_NORM) return;
   std::vector<double> statistics;
-  if (given.has_value()) {
-    const fk_array array = view(given, "norm_statistics", {images, 2});
-    STD_TORCH_CHECK(array.dtype == FK_F32, "norm_statistics: expected float32");
-    const float* from = static_cast<const float*>(array.data);
+  if (given) {
+    const float* from = static_cast<const float*>(given);
     statistics.assign(from, from + 2 * images);
   } else {
     const int64_t tasks_per_image = blocks(rows, kMomentRows);

@@ -18,17 +18,20 @@ class Moments {
   double* data() { return sums_.data(); }
   // Mean and biased variance of each image, which has this many rows.
   std::vector<double> finish(int64_t rows, int64_t columns) const;
-  Tensor tensor(int64_t rows, int64_t columns) const;
+  // The same as float32 [images, 2].
+  void write(int64_t rows, int64_t columns, void* to) const;
 
  private:
   int64_t images_, tasks_per_image_;
   std::vector<double> sums_;
 };
 
-// Sets the norm's statistics of each image: given as [images, 2] (mean, variance), or those of x [images, skipped +
-// rows, columns] without the skipped rows. `memory` holds them.
-void set_group_statistics(fk_norm* norm, const std::optional<Tensor>& given, const fk_array& x, int64_t images,
-                          int64_t skipped, int64_t rows, int64_t columns, std::vector<float>* memory);
+// The statistics that a caller gave as [images, 2] (mean, variance); null: none, or there is no such norm.
+const void* group_statistics(const fk_norm& norm, const std::optional<Tensor>& given, int64_t images);
+// Sets the norm's statistics of each image: those `given`, or those of x [images, skipped + rows, columns] without the
+// skipped rows. `memory` holds them.
+void set_group_statistics(fk_norm* norm, const void* given, const fk_array& x, int64_t images, int64_t skipped,
+                          int64_t rows, int64_t columns, std::vector<float>* memory);
 
 // The same from statistics at hand.
 void set_group_statistics(fk_norm* norm, const std::vector<double>& statistics, std::vector<float>* memory);

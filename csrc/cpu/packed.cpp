@@ -27,21 +27,61 @@ int64_t offset(const Tensor& tensor, int64_t index) {
   return at;
 }
 
-uint64_t sample(uint64_t state, const Tensor& tensor) {
-  const int64_t n = tensor.numel();
-  const bool wide = tensor.scalar_type() == ScalarType::Float;
-  const char* data = static_cast<const char*>(tensor.const_data_ptr());
-  const bool row_major = tensor.is_contiguous();
-  state = mix(state, static_cast<uint64_t>(n) * 2 + wide);
-  for (int i = 0; n > 0 && i < kSamples; ++i) {
-    const int64_t index = (n - 1) * i / (kSamples - 1);
-    const int64_t at = row_major ? index : offset(tensor, index);
-    uint32_t bits = 0;
-    std::memcpy(&bits, data + at * (wide ? 4 : 2), wide ? 4 : 2);
-    state = mix(state, bits);
+// Where a few elements of each weight lie.
+class Samples {
+ public:
+  explicit Samples(uint64_t key) : key_(key) {}
+
+  void add(const std::optional<Tensor>& tensor) {
+    if (!tensor.has_value()) {
+      found_.push_back({nullptr, 1});
+      return;
+    }
+    const int64_t n = tensor->numel();
+    const bool wide = tensor->scalar_type() == ScalarType::Float;
+    const char* data = static_cast<const char*>(tensor->const_data_ptr());
+    const bool row_major = tensor->is_contiguous();
+    weights_.push_back({*tensor, data});
+    found_.push_back({nullptr, static_cast<uint64_t>(n) * 2 + wide});
+    for (int i = 0; n > 0 && i < kSamples; ++i) {
+      const int64_t index = (n - 1) * i / (kSamples - 1);
+      found_.push_back({data + (row_major ? index : offset(*tensor, index)) * (wide ? 4 : 2), wide ? 4u : 2u});
+    }
   }
-  return state;
-}
+
+  // Whether all weights still lie there, so that it is safe to read them.
+  bool in_place() const {
+    return std::all_of(weights_.begin(), weights_.end(),
+                       [](const Weight& w) { return w.tensor.const_data_ptr() == w.data; });
+  }
+
+  uint64_t mixed() const {
+    uint64_t state = key_;
+    for (const Sample& s : found_) {
+      uint64_t bits = s.value;
+      if (s.address) {
+        bits = 0;
+        std::memcpy(&bits, s.address, s.value);
+      }
+      state = mix(state, bits);
+    }
+    return state;
+  }
+
+ private:
+  struct Weight {
+    Tensor tensor;
+    const void* data;
+  };
+  struct Sample {
+    const char* address;  // null: `value` is all there is
+    uint64_t value;       // else the bytes there
+  };
+
+  uint64_t key_;
+  std::vector<Weight> weights_;
+  std::vector<Sample> found_;
+};
 
 }  // namespace
 
@@ -221,8 +261,14 @@ uint64_t identify(std::initializer_list<int64_t> key, TensorList& tensors, size_
   look();
   uint64_t state = mix(0x66617374766974ull, kernels().panel * 2 + kernels().low_precision);
   for (int64_t value : key) state = mix(state, static_cast<uint64_t>(value));
-  for (size_t i = first; i < last; ++i) state = tensors[i].has_value() ? sample(state, *tensors[i]) : mix(state, 1);
-  if (carries(packed, state)) return state;
+  Samples samples(state);
+  for (size_t i = first; i < last; ++i) samples.add(tensors[i]);
+  state = samples.mixed();
+  const bool packs = !carries(packed, state);
+  if (recording() && packs) give_up_recording();
+  if (recording() && !packs)
+    record_weights([samples, state] { return samples.in_place() && samples.mixed() == state; });
+  if (!packs) return state;
   bool copied = false;
   for (size_t i = first; i < last; ++i)
     if (tensors[i].has_value() && !tensors[i]->is_contiguous()) {

@@ -6,7 +6,7 @@
 
 #include <functional>
 
-#include "support.h"
+#include "plan.h"
 
 namespace fk {
 

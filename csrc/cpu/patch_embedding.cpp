@@ -99,7 +99,8 @@ Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> nor
       check(t, packed, {norm_eps, in_norm_eps, stride, padding, activation, bn_after_activation, bn_eps, dtype});
   Weights w;
   const Tensor block = prepare(e, packed, &w);
-  fk_patch_embedding p = geometry(e, t, stride, padding);
+  const auto call = std::make_shared<fk_patch_embedding>(geometry(e, t, stride, padding));
+  fk_patch_embedding& p = *call;
   p.out_dtype = kernel_dtype(out_dtype);
   p.linear = w.linear;
   p.in_norm = w.in_norm;
@@ -112,9 +113,14 @@ Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> nor
   const int64_t rows = e.batch * p.out_h * p.out_w;
   const int64_t cached = kCacheBytes / (4 * std::max<int64_t>(1, w.linear.k + e.out));
   p.rows_per_task = rows_per_task(rows, std::min<int64_t>(224, std::max<int64_t>(28, cached)));
-  const fk_table& k = kernels();
-  run_tasks(blocks(rows, p.rows_per_task), k.scratch_patch_embedding(&p),
-            [&](int64_t task, void* memory) { k.patch_embedding(&p, task, memory); });
+  const int64_t tasks = blocks(rows, p.rows_per_task);
+  perform(
+      [call, block, tasks] {
+        const fk_table& k = kernels();
+        run_tasks(tasks, k.scratch_patch_embedding(call.get()),
+                  [&](int64_t task, void* memory) { k.patch_embedding(call.get(), task, memory); });
+      },
+      {&p.x.data, &p.out}, {out});
   return out;
 }
 

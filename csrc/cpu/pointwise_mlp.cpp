@@ -63,7 +63,8 @@ Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> nor
   Tensor out = empty(shape, out_dtype);
   if (t[7].has_value()) check_same_shape(*t[7], out, "residual");
 
-  fk_pointwise_mlp p = {};
+  const auto call = std::make_shared<fk_pointwise_mlp>();
+  fk_pointwise_mlp& p = *call;
   p.x = view(x, "x");
   p.residual = t[7].has_value() ? view(*t[7], "residual") : absent();
   p.out = out.mutable_data_ptr();
@@ -77,9 +78,13 @@ Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> nor
   // Normalised rows and running sums of a block stay in a part of L2.
   const int64_t cached = kCacheBytes / (8 * std::max<int64_t>(1, std::max(m.channels, m.out)));
   p.rows_per_task = rows_per_task(p.rows, std::min<int64_t>(224, std::max<int64_t>(28, cached)));
-  const fk_table& k = kernels();
-  run_tasks(blocks(p.rows, p.rows_per_task), k.scratch_pointwise_mlp(&p),
-            [&](int64_t task, void* memory) { k.pointwise_mlp(&p, task, memory); });
+  perform(
+      [call, block] {
+        const fk_table& k = kernels();
+        run_tasks(blocks(call->rows, call->rows_per_task), k.scratch_pointwise_mlp(call.get()),
+                  [&](int64_t task, void* memory) { k.pointwise_mlp(call.get(), task, memory); });
+      },
+      {&p.x.data, &p.residual.data, &p.out}, {out});
   return out;
 }
 

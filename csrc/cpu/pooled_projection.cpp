@@ -80,30 +80,41 @@ Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> in_
            std::optional<double> norm_eps, int64_t height, int64_t width, int64_t kernel, bool ceil_mode,
            ScalarType dtype) {
   const Projection e = check(t, packed, in_norm_eps, norm_eps, height, width, kernel, ceil_mode, dtype);
-  fk_pooled_projection p = {};
+  struct Call {
+    fk_pooled_projection p = {};
+    const void* statistics = nullptr;
+  };
+  const auto call = std::make_shared<Call>();
+  fk_pooled_projection& p = call->p;
   const Tensor block = prepare(e, packed, &p);
   set_geometry(e, *t[kX], height, width, kernel, ceil_mode, &p);
   const int64_t rows = p.pooled_h * p.pooled_w;
   Tensor out = empty({e.batch, rows, e.out}, dtype);
   p.out = out.mutable_data_ptr();
   p.out_dtype = kernel_dtype(dtype);
-  std::vector<float> in_groups, groups;
-  set_group_statistics(&p.in_norm, t[kStatistics], p.x, e.batch, 0, height * width, e.channels, &in_groups);
-  const bool normalizes = p.norm.kind == FK_GROUP_NORM;
-  std::vector<double> statistics;
-  const Tensor pooled = pool(&p, normalizes, &statistics);
-  if (normalizes) set_group_statistics(&p.norm, statistics, &groups);
+  call->statistics = group_statistics(p.in_norm, t[kStatistics], e.batch);
 
   const int64_t cached = kCacheBytes / (4 * e.channels);
   p.rows_per_task = std::min(rows, std::min<int64_t>(224, std::max<int64_t>(28, cached)));
   p.tasks_per_image = blocks(rows, p.rows_per_task);
   // Where an image has few pooled pixels, threads share them and take different columns of the weight.
   const int64_t threads = torch::stable::get_num_threads(), tasks = e.batch * p.tasks_per_image;
-  const fk_table& k = kernels();
-  const int64_t panels = blocks(e.out, k.panel);
+  const int64_t panels = blocks(e.out, kernels().panel);
   p.panel_groups = tasks >= 4 * threads ? 1 : std::max<int64_t>(1, std::min(panels, threads));
-  run_tasks(tasks * p.panel_groups, k.scratch_pooled_projection(&p),
-            [&](int64_t task, void* memory) { k.pooled_projection(&p, task, memory); });
+  perform(
+      [call, block, tasks] {
+        fk_pooled_projection& p = call->p;
+        std::vector<float> in_groups, groups;
+        set_group_statistics(&p.in_norm, call->statistics, p.x, p.batch, 0, p.height * p.width, p.channels, &in_groups);
+        const bool normalizes = p.norm.kind == FK_GROUP_NORM;
+        std::vector<double> statistics;
+        const Tensor pooled = pool(&p, normalizes, &statistics);
+        if (normalizes) set_group_statistics(&p.norm, statistics, &groups);
+        const fk_table& k = kernels();
+        run_tasks(tasks * p.panel_groups, k.scratch_pooled_projection(&p),
+                  [&](int64_t task, void* memory) { k.pooled_projection(&p, task, memory); });
+      },
+      {&p.x.data, &p.out, &call->statistics}, {out});
   return out;
 }
 

@@ -29,11 +29,12 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::option
   std::vector<float> groups[2];
   fk_array maps[3] = {view(raw, "pooled")};
   Tensor held[2];
-  set_group_statistics(&norms[0], t[kStatistics], p.x, e.batch, 0, height * width, n, &groups[0]);
+  set_group_statistics(&norms[0], group_statistics(norms[0], t[kStatistics], e.batch), p.x, e.batch, 0, height * width,
+                       n, &groups[0]);
   for (int i = 0; i < 2; ++i) {
     maps[i + 1] = maps[i];
     if (norms[i].kind == FK_NO_NORM) continue;
-    if (i == 1) set_group_statistics(&norms[1], std::nullopt, maps[1], e.batch, 0, all, n, &groups[1]);
+    if (i == 1) set_group_statistics(&norms[1], nullptr, maps[1], e.batch, 0, all, n, &groups[1]);
     const Temporary normed = run_linear(maps[i], norms[i], all, {}, rows, n, n, false);
     held[i] = normed.tensor;
     maps[i + 1] = normed.array;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastvit_kernels.nn.calls import Calls, Name, Step
+from fastvit_kernels.nn.program import Program
 from fastvit_kernels.ops import library, packing
 from fastvit_kernels.ops.operator import Operator
 from fastvit_kernels.ops.packing import PackedWeights
@@ -19,19 +21,6 @@ from fastvit_kernels.ops.packing import PackedWeights
 _DEPENDS_ON_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 # Arguments with which an operator that may draw random numbers draws none.
 _SWITCHED_OFF = {"train": False, "p": 0.0, "dropout_p": 0.0}
-
-
-class _Name(str):
-    """A variable of the program."""
-
-
-class _Step(NamedTuple):
-    function: Callable[..., Any]
-    args: Any
-    kwargs: dict[str, Any]
-    results: list[_Name | None]
-    is_tuple: bool
-
 
 _Layout = tuple[tuple[int, ...], tuple[int, ...], int]
 
@@ -50,7 +39,7 @@ class Recording(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Tensor], constants: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.obstacle: str | None = None
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
         self._names = WeakTensorKeyDictionary()
         self._views = WeakTensorKeyDictionary()
         self._layouts: dict[str, _Layout] = {}
@@ -61,7 +50,7 @@ class Recording(TorchDispatchMode):
         self._count = 0
         for constant in constants:
             self._bind(constant)
-        self._inputs = [self._names.setdefault(x, _Name(f"x{number}")) for number, x in enumerate(inputs)]
+        self._inputs = [self._names.setdefault(x, Name(f"x{number}")) for number, x in enumerate(inputs)]
         self._layouts |= {self._names[x]: _layout(x) for x in inputs}
         self._lasting = {t.untyped_storage().data_ptr() for t in self._names}
 
@@ -87,15 +76,15 @@ class Recording(TorchDispatchMode):
         """The calls so far as a program with this result; None (see `obstacle`) when they cannot be repeated."""
         leaves, structure = tree_flatten(output)
         results = [self._template(leaf) for leaf in leaves]
-        if self.obstacle is None and any(isinstance(r, _Name) and r in self._bound for r in results):
+        if self.obstacle is None and any(isinstance(r, Name) and r in self._bound for r in results):
             self.obstacle = "the result is a parameter"
         if self.obstacle is not None:
             return None
         restructure = partial(tree_unflatten, treespec=structure)
-        source = self._source(results)
-        used = {name for step in self._steps for name in _names_in((step.args, step.kwargs))}
+        used = {name for step in self._steps for name in step.reads}
         read = [t for name, t in self._bound.items() if name in used and isinstance(t, Tensor)]
-        return Program(source, self._bound, [*read, *self._sources], self._weights, restructure)
+        calls = Calls(self._steps, self._inputs, self._bound, results)
+        return Program(calls, [*read, *self._sources], self._weights, restructure)
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         leaves = tree_flatten((args, kwargs, out))[0]
@@ -115,15 +104,15 @@ class Recording(TorchDispatchMode):
             self.obstacle = f"{func} returns values to Python"
         elif func._schema.is_mutable:
             self._check_writes(func, named_args)
-        elif self._note_views(func, args, outs):
-            return
+        elif (len(outs) == 1 and args and outs[0] is args[0]) or self._note_views(func, args, outs):
+            return  # handed on, or looked at in another shape
         function, call_args = self._function(func, args)
         templates = [self._template(value) for value in call_args]
         named = {key: self._template(value) for key, value in kwargs.items()}
         if self.obstacle is None:
             results = [None if o is None else self._name(o) for o in outs]
             is_tuple = function is library.repeat or isinstance(out, (tuple, list))
-            self._steps.append(_Step(function, templates, named, results, is_tuple))
+            self._steps.append(Step(function, templates, named, results, is_tuple))
 
     def _note_views(self, func: Any, args: tuple[Any, ...], outs: list[Any]) -> bool:
         """Whether the call only made views of its first argument (or handed it on).
@@ -186,94 +175,21 @@ class Recording(TorchDispatchMode):
             if layout == self._layouts[root]:
                 return root
             name = self._name(t)
-            self._steps.append(_Step(torch.as_strided, [root, *layout], {}, [name], False))
+            self._steps.append(Step(torch.as_strided, [root, *layout], {}, [name], False))
         if name is None and self.obstacle is None:
             self.obstacle = f"a tensor {list(t.shape)} comes from neither the inputs nor the module"
         return name
 
-    def _name(self, t: Tensor) -> _Name:
+    def _name(self, t: Tensor) -> Name:
         self._count += 1
-        name: _Name = self._names.setdefault(t, _Name(f"t{self._count}"))
+        name: Name = self._names.setdefault(t, Name(f"t{self._count}"))
         self._layouts.setdefault(name, _layout(t))
         return name
 
     def _bind(self, t: Tensor) -> None:
-        name = _Name(f"c{len(self._bound)}")
+        name = Name(f"c{len(self._bound)}")
         if self._names.setdefault(t, name) is name:
             self._bound[name] = t
-
-    def _source(self, results: list[Any]) -> str:
-        """The program's text. Variables are deleted behind their last use, so memory is what it was in the module."""
-        last_use: dict[str, int] = {}
-        for number, step in enumerate(self._steps):
-            last_use |= dict.fromkeys(_names_in((step.args, step.kwargs, step.results)), number)
-        kept = {*self._bound, *_names_in(results)}
-        expiring: list[list[str]] = [[] for _ in self._steps]
-        for variable, number in last_use.items():
-            if variable not in kept:
-                expiring[number].append(variable)
-        lines = [f"def program({', '.join(dict.fromkeys(self._inputs))}):"]
-        for step, names in zip(self._steps, expiring, strict=True):
-            call = ", ".join([*map(self._text, step.args), *(f"{k}={self._text(v)}" for k, v in step.kwargs.items())])
-            targets = ", ".join("_" if r is None else r for r in step.results)
-            comma = "," if step.is_tuple and len(step.results) == 1 else ""
-            lines.append(f"    {targets}{comma} = {self._constant(step.function)}({call})")
-            if names:
-                lines.append(f"    del {', '.join(names)}")
-        lines.append(f"    return [{', '.join(map(self._text, results))}]")
-        return "\n".join(lines)
-
-    def _text(self, template: Any) -> str:
-        if isinstance(template, _Name):
-            return template
-        if type(template) is list:
-            return f"[{', '.join(map(self._text, template))}]"
-        if template is None or isinstance(template, (bool, int)):
-            return repr(template)
-        return self._constant(template)
-
-    def _constant(self, value: Any) -> str:
-        name = f"v{len(self._bound)}"
-        self._bound[name] = value
-        return name
-
-
-class Program:
-    """The calls of one recording.
-
-    Args:
-        source: the text of its function `program`.
-        bound: what the names in it stand for.
-        sources: tensors that it reads, or of which it holds views.
-        weights: tensors of which it holds the packed form.
-        restructure: makes the output of the list that `program` returns.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        bound: dict[str, Any],
-        sources: list[Tensor],
-        weights: list[Tensor],
-        restructure: Callable[[list[Any]], Any],
-    ) -> None:
-        namespace = dict(bound)
-        exec(compile(source, "<recorded calls>", "exec"), namespace)
-        self._run = namespace["program"]
-        self._restructure = restructure
-        self._sources = list({id(t): t for t in sources}.values())
-        self._places = _places(self._sources)
-        self._weights = list({id(t): t for t in weights}.values())
-        self._versions = packing.versions(self._weights)
-
-    def valid(self) -> bool:
-        """Whether the sources, the weights among them, lie where and as they did, and the weights besides have not been
-        written to."""
-        return packing.versions(self._weights) == self._versions and _places(self._sources) == self._places
-
-    def run(self, inputs: Sequence[Tensor]) -> Any:
-        """The recorded output's structure with the results of calling everything again on other inputs."""
-        return self._restructure(self._run(*inputs))
 
 
 def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -283,17 +199,9 @@ def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     return {**defaults, **dict(zip((a.name for a in arguments), args, strict=False)), **kwargs}
 
 
-def _places(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
-    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
-
-
 def _layout(t: Tensor) -> _Layout:
     return tuple(t.shape), t.stride(), int(t.storage_offset())
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:
     return a.dtype is b.dtype and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-
-
-def _names_in(template: Any) -> list[_Name]:
-    return [leaf for leaf in tree_flatten(template)[0] if isinstance(leaf, _Name)]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastvit_kernels.nn.recording import Program, Recording
+from fastvit_kernels.nn.program import Program
+from fastvit_kernels.nn.recording import Recording
 from fastvit_kernels.nn.watch import Watch
 from fastvit_kernels.ops import dispatch
 from fastvit_kernels.ops.arguments import autocast_is_on
@@ -108,8 +109,11 @@ class Repeater:
         finally:
             torch.set_autocast_cache_enabled(cached)
         program = recording.program(output)
-        if program is not None and not _same(_run(program, inputs), output):
-            program = None
+        if program is not None:
+            with _without_autocast():
+                program.plan(_tensors(inputs))
+            if not _same(_run(program, inputs), output):
+                program = None
         if len(records.programs) >= _MOST_PROGRAMS:
             records.programs.clear()
         records.programs[key] = program
@@ -147,6 +151,7 @@ def _key(inputs: tuple[Any, ...]) -> Any:
     """What else a program is made for; None for inputs that no program takes."""
     found: list[Any] = [
         torch.is_inference_mode_enabled(),
+        torch.get_num_threads(),
         torch.get_autocast_dtype("cpu") if autocast_is_on("cpu") else None,
         dispatch.requested_backend(),
     ]
@@ -168,10 +173,13 @@ def _key(inputs: tuple[Any, ...]) -> Any:
     return key
 
 
+def _without_autocast() -> contextlib.AbstractContextManager[Any]:
+    """Its conversions are part of the record."""
+    return torch.autocast("cpu", enabled=False) if autocast_is_on("cpu") else contextlib.nullcontext()
+
+
 def _run(program: Program, inputs: tuple[Any, ...]) -> Any:
-    # Autocast's conversions are part of the record.
-    plain = torch.autocast("cpu", enabled=False) if autocast_is_on("cpu") else contextlib.nullcontext()
-    with plain:
+    with _without_autocast():
         return program.run(_tensors(inputs))
 
 

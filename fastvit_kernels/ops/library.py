@@ -39,6 +39,10 @@ library = Library(NAMESPACE, "DEF")
 library.define("cpu_isa() -> str")
 library.define("cpu_peak(str kind, float seconds) -> float")
 library.define("cpu_bandwidth(float seconds) -> float")
+library.define("plan_begin() -> ()")
+library.define("plan_end(Tensor[] inputs, Tensor[] outputs) -> int")
+library.define("plan_replay(Tensor[] inputs, int plan) -> Tensor[]")
+library.define("plan_forget(int plan) -> ()")
 operators: dict[str, Operator] = {}
 _NATIVE = ("cpu", "cuda")
 _functions: dict[str, Any] = {}

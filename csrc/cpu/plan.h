@@ -1,0 +1,34 @@
+// Several calls of operators as one: a plan has their checked arguments and packed weights, and runs them again on
+// other activations without torch in between.
+//
+// A thread records what it calls between `plan_begin` and `plan_end`. Weights are taken as they lie then; `replay`
+// looks at the fingerprint of each (see `identify`) and does nothing where one has changed.
+#pragma once
+
+#include <functional>
+#include <memory>
+
+#include "support.h"
+
+namespace fk {
+
+// Whether this thread records a plan.
+bool recording();
+
+// Weights that a call found packed, and a function that says whether they still have the fingerprint of then.
+void record_weights(std::function<bool()> unchanged);
+// Weights that it had to pack for itself: no plan can come of that.
+void give_up_recording();
+
+// What a call computes, and the addresses of the pointers (null ones do not count) through which it reads activations
+// and writes the `results`.
+void record_call(std::function<void()> run, std::initializer_list<void*> pointers, std::vector<Tensor> results);
+
+// Compute now, and whenever the plan runs that this thread records.
+template <class Run>
+void perform(const Run& run, std::initializer_list<void*> pointers, const std::vector<Tensor>& results) {
+  run();
+  if (recording()) record_call(run, pointers, results);
+}
+
+}  // namespace fk
