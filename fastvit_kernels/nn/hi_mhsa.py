@@ -102,12 +102,7 @@ class HIMHSA(nn.Module):
         else:
             out = self._fuse(x, norm)
         out = self.proj_drop(out)
-        rows, heads = out[:, : -self.num_heads], out[:, -self.num_heads :].mean(1, keepdim=True)
-        if residual is None:
-            return torch.cat([rows[:, :1] + heads, rows[:, 1:]], dim=1)
-        out = residual + rows
-        out[:, :1] += heads
-        return out
+        return ops.merge_head_tokens(out, num_heads=self.num_heads, residual=residual, backend=self.backend)
 
     def fusion_obstacles(self, norm: nn.LayerNorm | None = None) -> list[str]:
         """Every reason why `forward`, with this `norm`, would call submodules now instead of the fused operators."""

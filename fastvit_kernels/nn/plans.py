@@ -85,8 +85,7 @@ def _is_operator(step: Step, calls: Calls) -> bool:
     return (
         getattr(step.function, "namespace", None) == library.NAMESPACE
         and name in library.operators
-        and isinstance(step.args[1], Name)
-        and step.args[1] in calls.bound
+        and (step.args[1] in calls.bound or not library.operators[name].parameters)
     )
 
 

@@ -937,6 +937,39 @@ HEAD_TOKENS = [
 ]
 
 
+def _merge_head_tokens(
+    maker: Maker,
+    *,
+    batch: int = 2,
+    tokens: int = 7,
+    channels: int = 24,
+    heads: int = 3,
+    residual: bool = True,
+    residual_dtype: torch.dtype | None = None,
+) -> Call:
+    arguments: dict[str, Any] = {"x": maker.activation(batch, tokens + heads, channels), "num_heads": heads}
+    if residual:
+        arguments["residual"] = maker.residual(batch, tokens, channels, dtype=residual_dtype)
+    return Call(ops.merge_head_tokens, arguments)
+
+
+def merge_head_tokens_case(name: str, *tags: str, **options: Any) -> Case:
+    """A call of `merge_head_tokens` with these options of `_merge_head_tokens`."""
+    return Case(name, lambda maker: _merge_head_tokens(maker, **options), frozenset(tags))
+
+
+MERGE_HEAD_TOKENS = [
+    merge_head_tokens_case("plain", "smallest", "inductor"),
+    merge_head_tokens_case("no_residual", residual=False),
+    merge_head_tokens_case("empty_batch", "empty", batch=0),
+    merge_head_tokens_case("one_token", batch=1, tokens=1),
+    merge_head_tokens_case("many_tokens", "drawn", batch=1, tokens=83, channels=21),
+    merge_head_tokens_case("one_head", heads=1),
+    merge_head_tokens_case("fp32_residual", residual_dtype=torch.float32),
+    merge_head_tokens_case("dhvt_tiny_cifar", "published", batch=1, tokens=65, channels=192, heads=4),
+]
+
+
 def _pooled_projection(
     maker: Maker,
     *,
@@ -1013,6 +1046,7 @@ CASES = {
     "global_attention": GLOBAL_ATTENTION,
     "head_tokens": HEAD_TOKENS,
     "local_attention": LOCAL_ATTENTION,
+    "merge_head_tokens": MERGE_HEAD_TOKENS,
     "patch_embedding": PATCH_EMBEDDING,
     "pointwise_mlp": POINTWISE_MLP,
     "pooled_projection": POOLED_PROJECTION,

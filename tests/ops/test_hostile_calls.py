@@ -22,6 +22,7 @@ INTEGERS = {
     "global_attention": {"num_heads": 0},
     "head_tokens": {"num_heads": 0},
     "local_attention": {"height": 2, "width": 3, "window": 4, "num_heads": 5},
+    "merge_head_tokens": {"num_heads": 0},
     "patch_embedding": {"stride": 2, "padding": 3},
     "pooled_projection": {"height": 2, "width": 3, "kernel": 4},
 }

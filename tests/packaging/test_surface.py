@@ -54,6 +54,7 @@ SURFACE = {
         "global_attention",
         "head_tokens",
         "local_attention",
+        "merge_head_tokens",
         "patch_embedding",
         "pointwise_mlp",
         "pooled_projection",
