@@ -1,9 +1,8 @@
 #include "plan.h"
 
 #include <cstring>
-#include <map>
-#include <memory>
-#include <mutex>
+
+#include "registry.h"
 
 namespace fk {
 namespace {
@@ -177,14 +176,8 @@ class Recorder {
 
 thread_local std::unique_ptr<Recorder> recorder;
 
-struct Plans {
-  std::mutex mutex;
-  std::map<int64_t, std::shared_ptr<Plan>> by_number;
-  int64_t latest = 0;
-};
-
-Plans& plans() {
-  static Plans& all = *new Plans;  // never destroyed: what it holds needs torch, which may be gone by then
+Registry<Plan>& plans() {
+  static Registry<Plan>& all = *new Registry<Plan>;  // never destroyed: what it holds needs torch
   return all;
 }
 
@@ -195,34 +188,14 @@ int64_t end(std::vector<Tensor> inputs, std::vector<Tensor> outputs) {
   STD_TORCH_CHECK(recorder, "plan_end: expected plan_begin before it");
   const std::unique_ptr<Recorder> finished = std::move(recorder);
   std::shared_ptr<Plan> plan = outputs.empty() ? nullptr : finished->finish(inputs, outputs);
-  if (!plan) return 0;
-  Plans& all = plans();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  all.by_number[++all.latest] = std::move(plan);
-  return all.latest;
+  return plan ? plans().add(std::move(plan)) : 0;
 }
 
-void forget(int64_t number) {
-  Plans& all = plans();
-  std::shared_ptr<Plan> plan;
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  const auto at = all.by_number.find(number);
-  if (at == all.by_number.end()) return;
-  plan = std::move(at->second);
-  all.by_number.erase(at);
-}
-
-std::shared_ptr<Plan> find(int64_t number) {
-  Plans& all = plans();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  const auto at = all.by_number.find(number);
-  STD_TORCH_CHECK(at != all.by_number.end(), "plan: no such plan");
-  return at->second;
-}
+void forget(int64_t number) { plans().forget(number); }
 
 // The plan's results for other inputs; nothing where another thread runs it just now or a weight has changed.
 std::vector<Tensor> replay(std::vector<Tensor> inputs, int64_t number) {
-  const std::shared_ptr<Plan> plan = find(number);
+  const std::shared_ptr<Plan> plan = plans().find(number, "plan");
   const std::unique_lock<std::mutex> lock(plan->busy, std::try_to_lock);
   if (!lock) return {};
   STD_TORCH_CHECK(inputs.size() == plan->inputs.size(), "inputs: expected ", plan->inputs.size(), ", got ",

@@ -6,11 +6,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastvit_kernels.nn import plans
 from fastvit_kernels.nn.calls import Calls, Name, names_in
 from fastvit_kernels.ops import packing
+
+_unchanged = torch.ops.fastvit.places_unchanged.default
 
 
 class Program:
@@ -34,8 +37,8 @@ class Program:
         self._run = _function(calls)
         self._planned: Callable[..., list[Any]] | None = None
         self._restructure = restructure
-        self._sources = list({id(t): t for t in sources}.values())
-        self._places = _places(self._sources)
+        self._places = torch.ops.fastvit.places_note(list({id(t): t for t in sources}.values()))
+        weakref.finalize(self, torch.ops.fastvit.places_forget, self._places)
         self._weights = list({id(t): t for t in weights}.values())
         self._versions = packing.versions(self._weights)
 
@@ -49,7 +52,7 @@ class Program:
     def valid(self) -> bool:
         """Whether the sources, the weights among them, lie where and as they did, and the weights besides have not been
         written to."""
-        return packing.versions(self._weights) == self._versions and _places(self._sources) == self._places
+        return packing.versions(self._weights) == self._versions and _unchanged(self._places)
 
     def run(self, inputs: Sequence[Tensor]) -> Any:
         """The recorded output's structure with the results of calling everything again on other inputs."""
@@ -105,7 +108,3 @@ def _source(calls: Calls, namespace: dict[str, Any]) -> str:
             lines.append(f"    del {', '.join(names)}")
     lines.append(f"    return [{', '.join(map(text, calls.results))}]")
     return "\n".join(lines)
-
-
-def _places(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
-    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fastvit_kernels import _extension
 from fastvit_kernels.nn.program import Program
 from fastvit_kernels.nn.recording import Recording
 from fastvit_kernels.nn.watch import Watch
@@ -137,7 +138,8 @@ class Repeating(nn.Module):
     def prepare_repetition(self, enabled: bool) -> None:
         """Record the calls of the forward from now on (`enabled`), or forget them and stop."""
         self.__dict__.pop("_repeater", None)
-        if enabled:
+        # Without the C++ part there is nothing to save.
+        if enabled and _extension.parts["cpu"].problem is None:
             self._repeater = Repeater()
 
     def repeat(self, compute: Callable[..., Any], *inputs: Any) -> Any:

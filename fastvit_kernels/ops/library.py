@@ -43,6 +43,9 @@ library.define("plan_begin() -> ()")
 library.define("plan_end(Tensor[] inputs, Tensor[] outputs) -> int")
 library.define("plan_replay(Tensor[] inputs, int plan) -> Tensor[]")
 library.define("plan_forget(int plan) -> ()")
+library.define("places_note(Tensor[] tensors) -> int")
+library.define("places_unchanged(int places) -> bool")
+library.define("places_forget(int places) -> ()")
 operators: dict[str, Operator] = {}
 _NATIVE = ("cpu", "cuda")
 _functions: dict[str, Any] = {}
