@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +42,12 @@ class BackendError(RuntimeError):
 
 @dataclass
 class Decision:
-    """One operator call as `explain` reports it; `measured` are the times that decided, empty where none did."""
+    """One operator call as `explain` reports it.
+
+    `measured` are the times that decided, empty where none did. `gradients` is who computed the call's: the chosen
+    backend, or `"reference"` where they were recomputed through it, for the reasons in `recomputed`; empty where nobody
+    did.
+    """
 
     operator: str
     module: str
@@ -51,6 +56,8 @@ class Decision:
     rejected: dict[str, list[str]]
     channels: int = 0
     measured: str = ""
+    gradients: str = ""
+    recomputed: list[str] = field(default_factory=list)
 
 
 class _State(threading.local):
@@ -109,6 +116,12 @@ def record(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         _state.recorder = previous
+
+
+def latest_decision() -> Decision | None:
+    """That of the call being run, where `explain` listens."""
+    recorder = None if torch.compiler.is_compiling() else _state.recorder
+    return recorder.decisions[-1] if recorder is not None and recorder.decisions else None
 
 
 def requested_backend(backend: str | None = None) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.library import Library
 
 from fastvit_kernels.ops import dispatch
+from fastvit_kernels.ops.dispatch import Decision
 from fastvit_kernels.ops.operator import Backend, BackwardBackend, Operator, Outputs, Tensors
 from fastvit_kernels.ops.packing import PackedWeights
 
@@ -223,13 +224,29 @@ def _passed_on(operator: Operator, grads: Sequence[Tensor], tensors: Tensors, ne
 
 
 def _gradients(
-    operator: Operator, backend: Backend, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
+    operator: Operator,
+    backend: Backend,
+    grads: Sequence[Tensor],
+    tensors: Tensors,
+    needs: Sequence[bool],
+    static: Any,
+    decision: Decision | None,
 ) -> list[Tensor | None]:
-    """By `backend` where it has kernels for these gradients, else recomputed; one entry per tensor."""
+    """By `backend` where it has kernels for these gradients, else recomputed; one entry per tensor.
+
+    Args:
+        decision: told who computed them.
+    """
     if not any(needs):
         return [None] * len(needs)
     grads = row_major(grads)
-    if isinstance(backend, BackwardBackend) and not backend.supports_backward(grads, tensors, needs, static):
+    if isinstance(backend, BackwardBackend):
+        reasons = backend.supports_backward(grads, tensors, needs, static)
+    else:
+        reasons = ["no kernels for gradients"]
+    if decision is not None:
+        decision.gradients, decision.recomputed = "reference" if reasons else backend.name, reasons
+    if isinstance(backend, BackwardBackend) and not reasons:
         remaining = iter(backend.run_backward(grads, tensors, needs, static))
     else:
         recomputing = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward").default
@@ -244,7 +261,7 @@ def _make_function(operator: Operator) -> Any:
         @staticmethod
         def forward(ctx: Any, backend: Backend, static: Any, *tensors: Tensor | None) -> Any:
             ctx.save_for_backward(*tensors)
-            ctx.backend, ctx.static = backend, static
+            ctx.backend, ctx.static, ctx.decision = backend, static, dispatch.latest_decision()
             return _unwrap(backend.run(tensors, None, static))
 
         @staticmethod
@@ -257,7 +274,7 @@ def _make_function(operator: Operator) -> Any:
                 at = _passed_on(operator, grads, tensors, needs)
                 if at is not None:
                     needs[at] = False
-                found = _gradients(operator, ctx.backend, grads, tensors, needs, static)
+                found = _gradients(operator, ctx.backend, grads, tensors, needs, static, ctx.decision)
                 if at is not None:
                     found[at] = grads[0]
             return (None, None, *found)
@@ -321,7 +338,11 @@ def call(
     """Run `operator` on the backend that `dispatch` selects, with autograd when a gradient is needed."""
     chosen = dispatch.select(operator, tensors, static, backend)
     if chosen.name == "reference":
-        return chosen.run(tensors, None, static)
+        outputs = chosen.run(tensors, None, static)
+        decision = dispatch.latest_decision()
+        if decision is not None and any(out.requires_grad for out in outputs):
+            decision.gradients = chosen.name
+        return outputs
     # The CPU kernels read weights only to pack them, and take them in any layout.
     on_cpu = chosen.name == "cpu"
     tensors = dense(tensors, operator.parameters + operator.any_layout if on_cpu else operator.triton_any_layout)
