@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +42,9 @@ class StepMemory(NamedTuple):
 def of_step(training: Training) -> StepMemory:
     """Measure a step that has run before: what compilers and libraries set up once is not a step's."""
     with _without_gradients(training):
-        return StepMemory(allocated_peak(training.step), resident_peak(training.step), saved(training))
+        own = [*training.parameters.values(), *training.buffers.values(), *training.inputs]
+        kept = saved(training.forward, own)
+        return StepMemory(allocated_peak(training.step), resident_peak(training.step), kept)
 
 
 @contextmanager
@@ -113,9 +115,8 @@ def _status(name: str) -> int:
     return int(kilobytes) * 1024
 
 
-def saved(training: Training) -> int:
-    """Bytes of the storages that a forward keeps for its backward, without parameters, buffers and inputs."""
-    own = [*training.parameters.values(), *training.buffers.values(), *training.inputs]
+def saved(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
+    """Bytes of the storages that a forward keeps for its backward, without those of the tensors `own`."""
     known = {t.untyped_storage()._cdata for t in own}
     kept: dict[int, Tensor] = {}
 
@@ -125,6 +126,7 @@ def saved(training: Training) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        outputs = training.forward()
-    del outputs
+        # What was kept may go with the results.
+        results = forward()
+    del results
     return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in known)

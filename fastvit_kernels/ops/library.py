@@ -240,10 +240,7 @@ def _gradients(
     if not any(needs):
         return [None] * len(needs)
     grads = row_major(grads)
-    if isinstance(backend, BackwardBackend):
-        reasons = backend.supports_backward(grads, tensors, needs, static)
-    else:
-        reasons = ["no kernels for gradients"]
+    reasons = dispatch.gradient_reasons(backend, grads, tensors, needs, static)
     if decision is not None:
         decision.gradients, decision.recomputed = "reference" if reasons else backend.name, reasons
     if isinstance(backend, BackwardBackend) and not reasons:
