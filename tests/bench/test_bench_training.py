@@ -63,7 +63,8 @@ def test_memory_of_a_step_by_hand() -> None:
     # Two of the input's size at least, and no more than the backward's few beside them; no gradient is left.
     assert 2 * mapped <= found.allocated <= 5 * mapped
     assert all(leaf.grad is None for leaf in step.leaves)
-    assert found.resident is None or 0 < found.resident < 8 * mapped
+    # The system counts by pages and, of what is not written yet, in larger pieces.
+    assert found.resident is None or found.resident < 16 * mapped
 
 
 def test_allocations_by_hand() -> None:
