@@ -12,13 +12,13 @@ from torch import nn
 from fastvit_kernels import BackendError, use_backend
 from fastvit_kernels.bench import training
 from fastvit_kernels.bench.cases import Case, Outputs, as_outputs, inference
-from fastvit_kernels.bench.gpu.jobs import FORWARD, GRAPH, TRAINING, Job
+from fastvit_kernels.bench.gpu.jobs import BY_NAME, FORWARD, GRAPH, TRAINING, Job
 from fastvit_kernels.bench.peers import Unavailable
 from fastvit_kernels.bench.sdpa import sdpa_attention
 from fastvit_kernels.bench.training import Training
 
-PEERS = ("fastvit", "triton", "cuda", "eager", "sdpa", "compile")
-OURS = ("fastvit", "triton", "cuda")
+OURS = ("fastvit", *BY_NAME)
+PEERS = (*OURS, "eager", "sdpa", "compile")
 # Inference in bf16 throughout; training with weights in fp32, as it is usual.
 VARIANTS = {FORWARD: "cast", TRAINING: "autocast"}
 
@@ -64,7 +64,7 @@ def forward(module: Callable[..., Any], case: Case, variant: str) -> Step:
 def _context(peer: str) -> Callable[[], AbstractContextManager[Any]]:
     if peer == "sdpa":
         return sdpa_attention
-    return (lambda: use_backend(peer)) if peer in ("triton", "cuda") else nullcontext
+    return (lambda: use_backend(BY_NAME[peer])) if peer in BY_NAME else nullcontext
 
 
 def _within(context: Callable[[], AbstractContextManager[Any]], step: Step) -> Step:

@@ -17,7 +17,7 @@ from fastvit_kernels.ops.arguments import autocast_is_on
 from fastvit_kernels.ops.operator import Backend, BackwardBackend, Operator, Outputs, Tensors
 from fastvit_kernels.ops.preference import in_order
 
-BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference", "sdpa")
 
 
 class _Reference(NamedTuple):
@@ -93,7 +93,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every operator called in this block, in this thread, on one backend.
 
     Args:
-        name: `"cuda"`, `"triton"`, `"cpu"`, `"reference"`, or `"auto"` for the default order.
+        name: `"cuda"`, `"triton"`, `"cpu"`, `"reference"`, `"sdpa"`, or `"auto"` for the default order. Operators
+            without `"cuda"` or `"sdpa"` raise; the second, PyTorch's attention, is for the attentions alone.
 
     Raises:
         ValueError: the name is none of these.

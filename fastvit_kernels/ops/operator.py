@@ -84,7 +84,8 @@ class Operator:
         any_layout: positions of activations that the CPU kernels take in any layout.
         triton_any_layout: those that the Triton kernels do.
         residual: position of the activation that is added to the first output, so that their gradients are the same.
-        backends: the alternatives to the reference, most preferred first where no measurement says otherwise.
+        backends: the alternatives to the reference, most preferred first where no measurement says otherwise; `"sdpa"`
+            last.
     """
 
     name: str

@@ -44,7 +44,9 @@ def forget():
 @pytest.mark.parametrize("mode", [FORWARD, TRAINING])
 @pytest.mark.parametrize("suite", [*TINY, "conv_projection"])
 def test_a_row_of_each_peer(suite: str, mode: str) -> None:
-    for peer in ("fastvit", "eager", *(["sdpa"] if find(suite, "", 2).attention else [])):
+    of_attention = ["sdpa"] if find(suite, "", 2).attention else []
+    of_attention += ["fastvit_sdpa"] if suite == "global_attention" else []
+    for peer in ("fastvit", "eager", *of_attention):
         row = _measured(_job(suite, mode, peer))
         assert row.status == OK, row.reason
         assert row.job == _job(suite, mode, peer)
@@ -54,7 +56,8 @@ def test_a_row_of_each_peer(suite: str, mode: str) -> None:
         assert 0 < row.min_ms <= row.p20_ms <= row.p50_ms <= row.p80_ms
         assert 2 <= row.calls <= 3 and row.peak_mb == 3.0
         ran = {entry.split(":")[0] for entry in row.backends.split()}
-        assert (suite in ran if suite in OPERATORS else len(ran) > 1) if peer == "fastvit" else not ran
+        assert (suite in ran if suite in OPERATORS else len(ran) > 1) if peer in OURS else not ran
+        assert peer != "fastvit_sdpa" or row.backends.split(":")[1] == "sdpa"
 
 
 def test_training_runs_our_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
