@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from cuda_cases import OPERATORS, reasons, taken
+from cuda_emulator import EmulatorError
 
 from fastvit_kernels.ops import library, native
 from fastvit_kernels.testing import assert_within_rule
@@ -133,6 +134,20 @@ def test_refuses_rows_beyond_its_arithmetic(emulator):
     tensors = [torch.zeros(shapes[i]) if i in shapes else None for i in range(25)]
     with pytest.raises(RuntimeError, match="x: expected less than 2\\^20 channels"):
         emulator("raw", "depthwise_mlp", tensors, static)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_integers_that_overflow(emulator, name):
+    tensors, static = smallest(name)
+    fields = {field: value for field, value in static._asdict().items() if isinstance(value, (int, list))}
+    fields = {f: v for f, v in fields.items() if not isinstance(v[0] if isinstance(v, list) else v, (bool, float))}
+    assert {"height", "width"} < fields.keys()
+    for field, value in fields.items():
+        for huge in (2**31, 2**61, 2**63 - 1, -1, -(2**63)):
+            changed = static._replace(**{field: [huge, *value[1:]] if isinstance(value, list) else huge})
+            with pytest.raises(RuntimeError) as raised:
+                emulator("raw", name, tensors, changed)
+            assert not isinstance(raised.value, EmulatorError), field
 
 
 def test_refuses_wide_heads_and_windows():
