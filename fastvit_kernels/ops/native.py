@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -83,7 +84,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block can have; `most_shared_memory` in csrc/cuda."""
     if device.type != "cuda" or torch.version.hip is not None:
         return _SHARED_MEMORY
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # whose annotations lack it
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _gpu_problem(device: torch.device) -> str | None:

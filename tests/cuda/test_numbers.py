@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,6 +135,12 @@ def test_refuses_rows_beyond_its_arithmetic(emulator):
     tensors = [torch.zeros(shapes[i]) if i in shapes else None for i in range(25)]
     with pytest.raises(RuntimeError, match="x: expected less than 2\\^20 channels"):
         emulator("raw", "depthwise_mlp", tensors, static)
+
+
+def test_each_gpu_has_its_own_shared_memory(monkeypatch):
+    of_h100 = SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_h100)
+    assert native.shared_memory.__wrapped__(torch.device("cuda", 1)) == 227 * 1024
 
 
 @pytest.mark.parametrize("name", OPERATORS)
