@@ -7,7 +7,7 @@ every gradient counts. The optimiser's step is left out: it is the same for ever
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,8 +33,7 @@ class Training:
 
     Attributes:
         leaves: all parameters, and an operator's inputs: nobody trains an image. Gradients come in this order, which is
-            that of the names (another implementation may have its modules in another order), without the leaves that no
-            output depends on.
+            that of the names: another implementation may have its modules in another order.
 
     Args:
         module: compiled or not.
@@ -68,7 +67,7 @@ class Training:
         """Forward and backward, by `torch.autograd.grad`."""
         outputs = self.forward()
         grads = torch.autograd.grad(outputs, self.leaves, self._slopes(outputs), allow_unused=True)
-        return tuple(g for g in grads if g is not None)
+        return self._complete(grads)
 
     def step(self) -> Outputs:
         """What a training script does: `zero_grad(set_to_none=True)`, forward, `backward()`."""
@@ -76,7 +75,12 @@ class Training:
             leaf.grad = None
         outputs = self.forward()
         torch.autograd.backward(outputs, self._slopes(outputs))
-        return tuple(leaf.grad for leaf in self.leaves if leaf.grad is not None)
+        return self._complete([leaf.grad for leaf in self.leaves])
+
+    def _complete(self, grads: Sequence[Tensor | None]) -> Outputs:
+        """Zeros, without memory of their own, where no output depends on a leaf: some modules have such gradients."""
+        pairs = zip(grads, self.leaves, strict=True)
+        return tuple(leaf.new_zeros(()).expand(leaf.shape) if grad is None else grad for grad, leaf in pairs)
 
     def _slopes(self, outputs: list[Tensor]) -> list[Tensor]:
         """The loss's gradient."""

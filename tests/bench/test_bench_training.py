@@ -175,3 +175,31 @@ def test_ours_with_wrong_gradients_gets_no_time(
 def test_peers_that_only_infer_are_refused(tiny_suite: None) -> None:
     with pytest.raises(UserError, match="nobody runs training by openvino; eager, sdpa, compile, fastvit do"):
         cli.main([*ARGUMENTS, "--peers", "openvino"])
+
+
+class _Unused(nn.Module):
+    """With a parameter in vain, which has a gradient of zero where `connected`."""
+
+    def __init__(self, connected: bool = False) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))
+        self.connected = connected
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.used
+        return y + 0 * self.unused.sum() if self.connected else y
+
+
+def test_no_gradient_counts_as_zero() -> None:
+    def fused(module: nn.Module) -> nn.Module:
+        module.connected = True
+        return module
+
+    case = Case("unused", "unused", 2, lambda: Cost(1, 1, 1), _Unused, lambda: (torch.randn(2, 4),), fused)
+    plain, ours = (
+        Training(module, case, "fp32").step()
+        for module in (training.stock(case, "fp32"), case.fuse(training.stock(case, "fp32")))
+    )
+    assert [tuple(g.shape) for g in plain] == [tuple(g.shape) for g in ours] == [(2, 4), (3,), (4,)]
+    training.check(case, "fp32", ours)
+    training.check(case, "fp32", plain)
