@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BASELINE = "eager"
 OURS = "fastvit"
 HEADER = ("peer", "median", "p20 - p80", "min", "x floor", "vs eager", "error")
-MEMORY = ("peak MB", "resident MB", "saved MB")
+TRAINING_HEADER = ("peer", "median", "p20 - p80", "x floor", "vs eager", "peak MB", "saved MB", "error")
 FORMATS = (".png", ".svg")
 _OURS_COLOUR, _OTHERS_COLOUR, _INK = "#d9480f", "#9aa5b1", "#1f2933"
 _COLUMNS = 2
@@ -70,22 +70,24 @@ class Group:
 
     @property
     def header(self) -> tuple[str, ...]:
-        """`HEADER`, and for training steps `MEMORY`."""
-        return HEADER + MEMORY if self.rows[0].mode == "training" else HEADER
+        """`HEADER` or `TRAINING_HEADER`."""
+        return TRAINING_HEADER if self.rows[0].mode == "training" else HEADER
 
     def cells(self, row: Row) -> tuple[str, ...]:
         """A timed row as `header` has it."""
-        memory = (row.peak_mb, row.resident_mb, row.saved_mb)[: len(self.header) - len(HEADER)]
-        return (
-            row.label,
-            f"{row.p50_ms:.4g}",
-            f"{row.p20_ms:.4g} - {row.p80_ms:.4g}",
-            f"{row.min_ms:.4g}",
-            f"{row.floor_multiple:.2f}",
-            "" if (speedup := self.speedup(row)) is None else f"{speedup:.2f}x",
-            f"{row.error:.1e}",
-            *("" if size is None else f"{size:.4g}" for size in memory),
-        )
+        speedup = self.speedup(row)
+        found = {
+            "peer": row.label,
+            "median": f"{row.p50_ms:.4g}",
+            "p20 - p80": f"{row.p20_ms:.4g} - {row.p80_ms:.4g}",
+            "min": f"{row.min_ms:.4g}",
+            "x floor": f"{row.floor_multiple:.2f}",
+            "vs eager": "" if speedup is None else f"{speedup:.2f}x",
+            "error": f"{row.error:.1e}",
+            "peak MB": "" if row.peak_mb is None else f"{row.peak_mb:.4g}",
+            "saved MB": "" if row.saved_mb is None else f"{row.saved_mb:.4g}",
+        }
+        return tuple(found[name] for name in self.header)
 
 
 def groups(records: Iterable[tuple[Row, Conditions]]) -> list[Group]:
