@@ -81,6 +81,18 @@ def test_rows_may_begin_anywhere(emulator, name, case, precision):
     assert all(torch.equal(a, f) for a, f in zip(aligned, found, strict=True))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("name", "case", "precision"), taken([FP32], lambda case: "smallest" in case.tags))
+def test_what_is_not_finite_shows_where_it_should(emulator, name, case, precision, value):
+    tensors, static = raw_call(case.call(precision))
+    tensors[0] = tensors[0].clone()
+    tensors[0].view(-1)[tensors[0].numel() // 2] = value
+    wanted = [output.isfinite() for output in library.operators[name].reference(tensors, static)]
+    found = [output.isfinite() for output in emulator("raw", name, tensors, static)]
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+    assert not wanted[0].all()
+
+
 def test_what_is_refused():
     """A reason too many would empty the tests above."""
     refused = {
