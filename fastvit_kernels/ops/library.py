@@ -46,6 +46,8 @@ library.define("cpu_bandwidth(float seconds) -> float")
 operators: dict[str, Operator] = {}
 _NATIVE = ("cpu", "cuda")
 _functions: dict[str, Any] = {}
+# By the helper operator's name and the backend.
+_statistics: dict[tuple[str, str], Any] = {}
 _cpu_ops: dict[str, Any] = {}
 
 
@@ -65,6 +67,7 @@ def define_statistics(name: str, static_schema: str, fake: Callable[..., Tensor]
     """Define a helper operator `fastvit::name(Tensor?[] tensors, ...) -> Tensor` that only has C++ kernels."""
     _define(f"{name}(Tensor?[] tensors, {static_schema}) -> Tensor")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    _statistics[name, "cpu"] = getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def define_triton_statistics(
@@ -81,6 +84,18 @@ def define_triton_statistics(
     torch.library.register_fake(f"{NAMESPACE}::{overload}", fake, lib=library)
     for key in ("CPU", "CUDA"):
         library.impl(overload, run, key)
+    name = f"{operator.name}_statistics"
+    _statistics[name, "triton"] = getattr(getattr(torch.ops, NAMESPACE), name).triton
+
+
+def statistics_by_kernels(operator: Operator, tensors: Tensors, static: Any, backend: str | None) -> Tensor | None:
+    """The batch's statistics, from the kernels of the backend that runs this call; None where it has none for them."""
+    chosen = dispatch.select(operator, tensors, static, backend).name
+    kernels = _statistics.get((f"{operator.name}_statistics", chosen))
+    if kernels is None:
+        return None
+    found: Tensor = kernels(dense(tensors, operator.triton_any_layout if chosen == "triton" else ()), *static)
+    return found
 
 
 def register(
