@@ -30,7 +30,7 @@ from torch.library import Library
 
 from fastvit_kernels.ops import dispatch
 from fastvit_kernels.ops.dispatch import Decision
-from fastvit_kernels.ops.operator import Backend, BackwardBackend, Operator, Outputs, Tensors
+from fastvit_kernels.ops.operator import Backend, BackwardBackend, GradientKernels, Operator, Outputs, Tensors
 from fastvit_kernels.ops.packing import PackedWeights
 
 NAMESPACE = "fastvit"
@@ -272,11 +272,13 @@ def _gradients(
     needs: Sequence[bool],
     static: Any,
     decision: Decision | None,
+    outputs: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:
     """By `backend` where it has kernels for these gradients, else recomputed; one entry per tensor.
 
     Args:
         decision: told who computed them.
+        outputs: those of the forward, where the backend reads them.
     """
     if not any(needs):
         return [None] * len(needs)
@@ -285,7 +287,7 @@ def _gradients(
     if decision is not None:
         decision.gradients, decision.recomputed = "reference" if reasons else backend.name, reasons
     if isinstance(backend, BackwardBackend) and not reasons:
-        remaining = iter(backend.run_backward(grads, tensors, needs, static))
+        remaining = iter(backend.run_backward([*grads, *outputs], tensors, needs, static))
     else:
         recomputing = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward").default
         remaining = iter(recomputing(grads, list(tensors), needs, *static))
@@ -298,21 +300,24 @@ def _make_function(operator: Operator) -> Any:
 
         @staticmethod
         def forward(ctx: Any, backend: Backend, static: Any, *tensors: Tensor | None) -> Any:
-            ctx.save_for_backward(*tensors)
+            outputs = backend.run(tensors, None, static)
+            kept = outputs if isinstance(backend, GradientKernels) and backend.reads_outputs(static) else ()
+            ctx.save_for_backward(*tensors, *kept)
             ctx.backend, ctx.static, ctx.decision = backend, static, dispatch.latest_decision()
-            return _unwrap(backend.run(tensors, None, static))
+            return _unwrap(outputs)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            tensors, static = ctx.saved_tensors, ctx.static
-            needs = [bool(n) for n in ctx.needs_input_grad[2:]]
+            needs, static = [bool(n) for n in ctx.needs_input_grad[2:]], ctx.static
+            saved = ctx.saved_tensors
+            tensors, outputs = saved[: len(needs)], saved[len(needs) :]
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 found = recompute_gradients(operator.reference, grads, tensors, needs, static, create_graph=True)
             else:
                 at = _passed_on(operator, grads, tensors, needs)
                 if at is not None:
                     needs[at] = False
-                found = _gradients(operator, ctx.backend, grads, tensors, needs, static, ctx.decision)
+                found = _gradients(operator, ctx.backend, grads, tensors, needs, static, ctx.decision, outputs)
                 if at is not None:
                     found[at] = grads[0]
             return (None, None, *found)

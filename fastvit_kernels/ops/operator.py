@@ -34,7 +34,8 @@ class BackwardBackend(Protocol):
 
     `supports_backward` lists every reason it cannot compute the wanted ones, beyond those of `supports`. `run_backward`
     returns one fresh dense tensor for each tensor that `needs` asks for, in order, of its shape and dtype. `grads` are
-    the row-major gradients of the outputs, `tensors` those of the forward.
+    the row-major gradients of the outputs, where `GradientKernels.reads_outputs` with the outputs themselves behind
+    them; `tensors` those of the forward.
     """
 
     def supports_backward(
@@ -54,6 +55,10 @@ class GradientKernels:
     """
 
     backward: ClassVar[tuple[str, str]]
+
+    def reads_outputs(self, static: Any) -> bool:
+        """Whether the kernels need the outputs: they take them behind their gradients, or run the forward again."""
+        return False
 
     def supports_backward(
         self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any

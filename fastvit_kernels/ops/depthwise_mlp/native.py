@@ -26,6 +26,9 @@ class Cpu(GradientKernels):
             reasons.append("bn2 stands between the activation and the inner residual")
         return reasons
 
+    def reads_outputs(self, static: Static) -> bool:
+        return static.summary == "statistics"
+
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.depthwise_mlp.default(tensors, packed, *static))
 
@@ -39,9 +42,9 @@ class Cpu(GradientKernels):
             reasons.append(f"dw_weight: {dw_weight.shape[-1]} taps a side, more than {_LARGEST_KERNEL}")
         if any(needs[first + 2] or needs[first + 3] for first in BATCH_NORMS):
             reasons.append("a gradient of running statistics is wanted")
-        if static.training and static.bn_after_activation:
-            # Almost always more exact than the reference, but single sums cancel worse than the numerics rule allows.
-            reasons.append("bn1 and bn2 take batch statistics behind their activations")
+        if static.training and static.bn_after_activation and static.dtype is torch.float32:
+            # As exact as the reference, but single sums cancel worse than the numerics rule allows.
+            reasons.append("bn1 and bn2 take batch statistics behind their activations in float32")
         if static.training and tensors[20] is not None:
             if static.out_norm_eps is not None:
                 reasons.append("bn3 takes batch statistics in front of another norm")

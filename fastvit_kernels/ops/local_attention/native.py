@@ -19,6 +19,9 @@ class Cpu(GradientKernels):
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         return cpu_reasons(tensors, static.dtype)
 
+    def reads_outputs(self, static: Static) -> bool:
+        return static.return_statistics
+
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.local_attention.default(tensors, packed, *static))
 
