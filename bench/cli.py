@@ -13,9 +13,9 @@ import torch
 
 from fastvit_kernels.bench import report, results
 from fastvit_kernels.bench.measure import Plan
-from fastvit_kernels.bench.peers import PEERS
+from fastvit_kernels.bench.modes import MODES, Mode
 from fastvit_kernels.bench.run import run
-from fastvit_kernels.bench.suites import BATCHES, SUITES, USUAL_BATCHES
+from fastvit_kernels.bench.suites import BATCHES, SUITES
 from fastvit_kernels.demo.errors import UserError
 
 DEFAULT_SUITES = ("cvt_13",)
@@ -60,7 +60,7 @@ def _seconds(text: str) -> float:
 
 def _run_parser() -> argparse.ArgumentParser:
     plan = Plan()
-    usual = [name for name, peer in PEERS.items() if not peer.optional]
+    usual = {name: " ".join(_usual_peers(mode)) for name, mode in MODES.items()}
     parser = argparse.ArgumentParser(
         prog="fastvit-kernels bench",
         description="Every peer on the same calls, in turn: first its error against fp64, then its time. "
@@ -69,17 +69,25 @@ def _run_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--suite", nargs="+", choices=SUITES, default=DEFAULT_SUITES, help="default: cvt_13", metavar="NAME")
     add("--case", default="*", metavar="PATTERN", help="only these of a suite's shapes, such as 'cvt_13-224-*'")
-    usual_batches, batches = (" ".join(map(str, sizes)) for sizes in (USUAL_BATCHES, BATCHES))
+    add(
+        "--mode",
+        choices=MODES,
+        default="inference",
+        help="a forward, or forward and backward; with memory columns for the latter. Default: %(default)s",
+    )
+    usual_batches = "; ".join(f"{name}: {' '.join(map(str, mode.batches))}" for name, mode in MODES.items())
     add(
         "--batch",
         nargs="+",
         type=_positive,
-        default=USUAL_BATCHES,
         metavar="N",
-        help=f"default: {usual_batches}; all that the suites are meant for, some of which take minutes: {batches}",
+        help=f"default for {usual_batches}. All that the suites are meant for, some of which take minutes: "
+        + " ".join(map(str, BATCHES)),
     )
     add("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="default: both")
-    add("--peers", nargs="+", choices=PEERS, default=usual, metavar="NAME", help=f"default: {' '.join(usual)}")
+    names = list(dict.fromkeys(name for mode in MODES.values() for name in mode.peers))
+    default = "; ".join(f"{name}: {peers}" for name, peers in usual.items())
+    add("--peers", nargs="+", choices=names, metavar="NAME", help=f"default for {default}")
     add("--rounds", type=_positive, default=plan.rounds, metavar="N", help="at most; default: %(default)s")
     add("--seconds", type=_seconds, default=plan.seconds, help="of timing per case; default: %(default)g")
     add("--threads", type=_positive, default=torch.get_num_threads(), metavar="N", help="default: %(default)s")
@@ -101,9 +109,15 @@ def _report_parser() -> argparse.ArgumentParser:
 def _list() -> int:
     for name, suite in SUITES.items():
         print(f"suite {name}: {' '.join(case.name for case in suite(1))}")
-    for peer in PEERS.values():
-        print(f"peer {peer.name}: {' '.join(peer.variants)}{' (when asked for)' if peer.optional else ''}")
+    for mode in MODES.values():
+        for peer in mode.peers.values():
+            asked = " (when asked for)" if peer.optional else ""
+            print(f"{mode.name} peer {peer.name}: {' '.join(peer.variants)}{asked}")
     return 0
+
+
+def _usual_peers(mode: Mode) -> list[str]:
+    return [name for name, peer in mode.peers.items() if not peer.optional]
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -111,27 +125,32 @@ def _run(options: argparse.Namespace) -> int:
         return _list()
     from rich.console import Console
 
+    mode = MODES[options.mode]
+    names = options.peers or _usual_peers(mode)
+    absent = [name for name in names if name not in mode.peers]
+    if absent:
+        raise UserError(f"--peers: nobody runs {mode.name} by {', '.join(absent)}; {', '.join(mode.peers)} do")
+    peers = [mode.peers[name] for name in names]
     console = Console()
     threads = 1 if options.cpu_time else options.threads
     clock = time.process_time if options.cpu_time else time.perf_counter
     plan = replace(Plan(), rounds=options.rounds, seconds=options.seconds, clock=clock)
-    peers = [PEERS[name] for name in options.peers]
     complete = True
     measured = 0
     for name in options.suite:
-        for batch in options.batch:
+        for batch in options.batch or mode.batches:
             # The cases serve both dtypes: their weights, fp64 results and exported graphs are made once.
             cases = [case for case in SUITES[name](batch) if fnmatchcase(case.name, options.case)]
             measured += len(cases)
             for dtype in options.dtype if cases else []:
                 with console.status("") as status:
-                    rows, conditions = run(cases, dtype, peers, threads, plan, status.update)
-                path = options.output / results.file_name(name, dtype, batch, conditions)
+                    rows, conditions = run(cases, dtype, peers, threads, plan, status.update, mode)
+                path = options.output / results.file_name(name, mode.name, dtype, batch, conditions)
                 results.write(path, rows, conditions)
                 for group in report.groups((row, conditions) for row in rows):
                     console.print(report.render(group))
                 console.print(f"{path}\n")
-                complete &= all(row.status == results.OK for row in rows if PEERS[row.peer].ours)
+                complete &= all(row.status == results.OK for row in rows if mode.peers[row.peer].ours)
     if not measured:
         raise UserError(f"--case {options.case}: no such case in {' '.join(options.suite)}")
     return 0 if complete else 1

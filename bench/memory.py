@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastvit_kernels.bench import training
 from fastvit_kernels.bench.cases import Case
+from fastvit_kernels.bench.training import Training
 
 # Peers take turns but keep what their runtimes hold: memory for about as many copies of the stock module's own need.
 HOLDERS = 3
@@ -52,6 +55,17 @@ def stock_bytes(case: Case) -> int:
     return memory.peak
 
 
+def training_bytes(case: Case) -> int:
+    """What a step of the stock module in fp32 takes at once, its parameters, inputs and gradients included."""
+    shapes = replace(case, device="meta", _remembered={})
+    step = Training(training.stock(shapes, "fp32"), shapes, "fp32")
+    with _Peak() as memory:
+        memory.add([*step.parameters.values(), *step.buffers.values(), *step.inputs])
+        outputs = step.forward()
+        torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
+    return memory.peak
+
+
 def machine_bytes() -> int:
     """Physical memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -59,7 +73,16 @@ def machine_bytes() -> int:
 
 def shortage(case: Case) -> str | None:
     """Why this machine's memory is too small for measuring peers on this case; None where it is not."""
-    needed, there = HOLDERS * stock_bytes(case), machine_bytes()
+    return _shortage(HOLDERS * stock_bytes(case))
+
+
+def shortage_in_training(case: Case) -> str | None:
+    """The same for its training steps. The largest is the one in fp64, all other gradients are kept beside it."""
+    return _shortage(HOLDERS * training_bytes(case))
+
+
+def _shortage(needed: int) -> str | None:
+    there = machine_bytes()
     if needed <= there:
         return None
     gib = 2**30

@@ -18,6 +18,7 @@ from fastvit_kernels.bench.plain_cmt import to_map, to_tokens
 
 B0: dict[str, Any] = {"dims": (32, 64, 160, 256), "depths": (2, 2, 2, 2)}
 VARIANTS: dict[str, dict[str, Any]] = {
+    "pvt_v2_b1": {"depths": (2, 2, 2, 2), "ratios": (8, 8, 4, 4), "eps": 1e-6},
     "pvt_v2_b2": {"depths": (3, 4, 6, 3), "ratios": (8, 8, 4, 4), "eps": 1e-6},
     "mit_b0": {**B0, "eps": 1e-5},
     "segformer_b0": {**B0, "eps": 1e-5, "decoder_dim": 256, "num_classes": 150},

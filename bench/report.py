@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BASELINE = "eager"
 OURS = "fastvit"
 HEADER = ("peer", "median", "p20 - p80", "min", "x floor", "vs eager", "error")
+TRAINING_HEADER = ("peer", "median", "p20 - p80", "x floor", "vs eager", "peak MB", "saved MB", "error")
 FORMATS = (".png", ".svg")
 _OURS_COLOUR, _OTHERS_COLOUR, _INK = "#d9480f", "#9aa5b1", "#1f2933"
 _COLUMNS = 2
@@ -37,7 +38,8 @@ class Group:
         case = first.suite if first.case == first.suite else f"{first.suite} {first.case}"
         threads = f"{where.threads} thread{'' if where.threads == 1 else 's'}"
         clock = "" if where.clock == "wall" else f", {where.clock} time"
-        return f"{case}, {first.dtype}, batch {first.batch}, {threads}{clock} (ms)"
+        mode = "" if first.mode == "inference" else f"{first.mode} step, "
+        return f"{case}, {mode}{first.dtype}, batch {first.batch}, {threads}{clock} (ms)"
 
     @property
     def limits(self) -> str:
@@ -66,17 +68,26 @@ class Group:
                 reasons.setdefault(f"{row.status}: {row.reason}", []).append(row.label)
         return [f"{', '.join(labels)} {reason}" for reason, labels in reasons.items()]
 
+    @property
+    def header(self) -> tuple[str, ...]:
+        """`HEADER` or `TRAINING_HEADER`."""
+        return TRAINING_HEADER if self.rows[0].mode == "training" else HEADER
+
     def cells(self, row: Row) -> tuple[str, ...]:
-        """A timed row as `HEADER` has it."""
-        return (
-            row.label,
-            f"{row.p50_ms:.4g}",
-            f"{row.p20_ms:.4g} - {row.p80_ms:.4g}",
-            f"{row.min_ms:.4g}",
-            f"{row.floor_multiple:.2f}",
-            "" if (speedup := self.speedup(row)) is None else f"{speedup:.2f}x",
-            f"{row.error:.1e}",
-        )
+        """A timed row as `header` has it."""
+        speedup = self.speedup(row)
+        found = {
+            "peer": row.label,
+            "median": f"{row.p50_ms:.4g}",
+            "p20 - p80": f"{row.p20_ms:.4g} - {row.p80_ms:.4g}",
+            "min": f"{row.min_ms:.4g}",
+            "x floor": f"{row.floor_multiple:.2f}",
+            "vs eager": "" if speedup is None else f"{speedup:.2f}x",
+            "error": f"{row.error:.1e}",
+            "peak MB": "" if row.peak_mb is None else f"{row.peak_mb:.4g}",
+            "saved MB": "" if row.saved_mb is None else f"{row.saved_mb:.4g}",
+        }
+        return tuple(found[name] for name in self.header)
 
 
 def groups(records: Iterable[tuple[Row, Conditions]]) -> list[Group]:
@@ -84,7 +95,7 @@ def groups(records: Iterable[tuple[Row, Conditions]]) -> list[Group]:
 
     def key(record: tuple[Row, Conditions]) -> tuple[object, ...]:
         row, conditions = record
-        return row.suite, row.case, row.dtype, row.batch, conditions
+        return row.suite, row.case, row.mode, row.dtype, row.batch, conditions
 
     listed = [list(items) for _, items in groupby(records, key)]
     return [Group([row for row, _ in items], items[0][1]) for items in listed]
@@ -116,7 +127,7 @@ def _table(group: Group) -> Table:
     from rich.table import Table
 
     drawn = Table(box=box.SIMPLE, padding=0)
-    for name in HEADER:
+    for name in group.header:
         # Long labels wrap in a narrow terminal, figures never do.
         drawn.add_column(name, justify="left" if name == "peer" else "right", no_wrap=name != "peer", overflow="fold")
     for row in group.ranked:
@@ -129,7 +140,7 @@ def markdown(found: Sequence[Group]) -> str:
     blocks = []
     for group in found:
         lines = [f"**{group.title}** ({group.limits})", ""]
-        lines += [_pipes(HEADER), _pipes(["---", *["---:"] * (len(HEADER) - 1)])]
+        lines += [_pipes(group.header), _pipes(["---", *["---:"] * (len(group.header) - 1)])]
         for row in group.ranked:
             cells = group.cells(row)
             lines.append(_pipes([f"**{cell}**" if cell else "" for cell in cells] if row.peer == OURS else cells))

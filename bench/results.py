@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 OK, UNAVAILABLE, FAILED = "ok", "unavailable", "failed"
+_MODES_IN_NAMES = {"inference": "infer", "training": "train"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Row:
 
     `status` is `ok`; or `unavailable` or `failed` with its `reason` and without times. Times are milliseconds of one
     call over `rounds` rounds of `calls` calls. `error` is relative L2 against fp64 where the rule was kept.
+
+    Of a training step only, in 1e6 bytes: `peak_mb` of tensors that it holds at once beside parameters, inputs and
+    their gradients; `resident_mb` that the process grows by in the step; `saved_mb` of tensors that the forward keeps
+    for the backward.
     """
 
     suite: str
@@ -60,6 +65,10 @@ class Row:
     least_mb: float | None = None
     floor_ms: float | None = None
     floor_multiple: float | None = None
+    mode: str = "inference"
+    peak_mb: float | None = None
+    resident_mb: float | None = None
+    saved_mb: float | None = None
 
     @property
     def label(self) -> str:
@@ -77,11 +86,11 @@ def _parse(kind: str, text: str) -> Any:
     return _KINDS[kind.removesuffix(" | None")](text)
 
 
-def file_name(suite: str, dtype: str, batch: int, conditions: Conditions) -> str:
+def file_name(suite: str, mode: str, dtype: str, batch: int, conditions: Conditions) -> str:
     """Names a file by its condition, as in `cvt_13-infer-fp32-batch8-amd-epyc-2threads.csv`."""
     cpu = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", conditions.cpu.lower())).strip("-")
     clock = "" if conditions.clock == "wall" else f"-{conditions.clock}"
-    return f"{suite}-infer-{dtype}-batch{batch}-{cpu}-{conditions.threads}threads{clock}.csv"
+    return f"{suite}-{_MODES_IN_NAMES[mode]}-{dtype}-batch{batch}-{cpu}-{conditions.threads}threads{clock}.csv"
 
 
 def write(path: Path, rows: Iterable[Row], conditions: Conditions) -> None:
@@ -118,5 +127,9 @@ def read(path: Path) -> list[tuple[Row, Conditions]]:
 
 
 def record_of(kind: type[Record], cells: Mapping[str, str]) -> Record:
-    """A dataclass from the cells of a line; those that are not its fields are left out."""
-    return kind(**{field.name: _parse(str(field.type), cells[field.name]) for field in fields(kind)})  # type: ignore[arg-type]
+    """A dataclass from the cells of a line; those that are not its fields are left out.
+
+    Fields that have a default may be missing: older files do not have them all.
+    """
+    wanted = [field for field in fields(kind) if field.default is MISSING or field.name in cells]  # type: ignore[arg-type]
+    return kind(**{field.name: _parse(str(field.type), cells[field.name]) for field in wanted})

@@ -13,9 +13,11 @@ from dataclasses import replace
 import torch
 
 from fastvit_kernels import environment
-from fastvit_kernels.bench import gate, machine, memory, roofline
-from fastvit_kernels.bench.cases import VARIANTS, Case
+from fastvit_kernels.bench import machine, roofline
+from fastvit_kernels.bench.cases import Case
+from fastvit_kernels.bench.flops import Cost
 from fastvit_kernels.bench.measure import Plan, Times, interleave
+from fastvit_kernels.bench.modes import INFERENCE, Mode
 from fastvit_kernels.bench.peers import Peer, Runner, Unavailable
 from fastvit_kernels.bench.results import FAILED, OK, UNAVAILABLE, Conditions, Row
 from fastvit_kernels.bench.roofline import Roofline
@@ -36,7 +38,13 @@ def thread_count(threads: int) -> Iterator[None]:
 
 
 def run(
-    cases: Sequence[Case], dtype: str, peers: Sequence[Peer], threads: int, plan: Plan, say: Say
+    cases: Sequence[Case],
+    dtype: str,
+    peers: Sequence[Peer],
+    threads: int,
+    plan: Plan,
+    say: Say,
+    mode: Mode = INFERENCE,
 ) -> tuple[list[Row], Conditions]:
     """Measure every peer on every case in one dtype.
 
@@ -47,6 +55,7 @@ def run(
         threads: for all peers and for the roofline.
         plan: rounds, time limit, clock.
         say: told what is going on.
+        mode: what a call is; the peers are its own.
 
     Raises:
         ValueError: CPU time is asked for with several threads.
@@ -59,28 +68,29 @@ def run(
     with thread_count(threads):
         limits = roofline.measure()
         for case in cases:
-            rows += _run_case(case, dtype, peers, threads, plan, say)
+            rows += _run_case(case, dtype, peers, threads, plan, say, mode)
             limits = limits.best(roofline.measure())
     by_name = {case.name: case for case in cases}
-    rows = [_with_floor(row, by_name[row.case], limits) for row in rows]
+    rows = [_with_floor(row, mode.cost(by_name[row.case].cost), limits) for row in rows]
     return rows, _conditions(dtype, threads, "cpu" if cpu_time else "wall", limits)
 
 
-def _run_case(case: Case, dtype: str, peers: Sequence[Peer], threads: int, plan: Plan, say: Say) -> list[Row]:
+def _run_case(
+    case: Case, dtype: str, peers: Sequence[Peer], threads: int, plan: Plan, say: Say, mode: Mode
+) -> list[Row]:
     # Compiled code of earlier cases counts towards Dynamo's limit of recompilations.
     torch._dynamo.reset()
     rows: list[Row] = []
     runners: dict[int, Runner] = {}
-    shortage = memory.shortage(case)
+    shortage = mode.shortage(case)
     for peer in peers:
-        for variant in (v for v in VARIANTS[dtype] if v in peer.variants):
+        for variant in (v for v in mode.variants[dtype] if v in peer.variants):
+            row = Row(case.suite, case.name, dtype, case.batch, peer.name, variant, OK, mode=mode.name)
             if shortage is not None:
-                row = Row(case.suite, case.name, dtype, case.batch, peer.name, variant, UNAVAILABLE)
-                rows.append(replace(row, reason=shortage))
+                rows.append(replace(row, status=UNAVAILABLE, reason=shortage))
                 continue
             say(f"{case.title} {dtype} batch {case.batch}: preparing {peer.name} ({variant})")
-            row = Row(case.suite, case.name, dtype, case.batch, peer.name, variant, OK)
-            row, runner = admit(row, case, peer, threads)
+            row, runner = admit(row, case, peer, threads, mode)
             if runner is not None:
                 runners[len(rows)] = runner
             rows.append(row)
@@ -93,7 +103,7 @@ def _run_case(case: Case, dtype: str, peers: Sequence[Peer], threads: int, plan:
     return rows
 
 
-def admit(row: Row, case: Case, peer: Peer, threads: int) -> tuple[Row, Runner | None]:
+def admit(row: Row, case: Case, peer: Peer, threads: int, mode: Mode = INFERENCE) -> tuple[Row, Runner | None]:
     """Prepare a peer, run it once and judge its results; without a runner the row says why there is none."""
     try:
         runner = peer.prepare(case, row.variant, threads)
@@ -106,10 +116,13 @@ def admit(row: Row, case: Case, peer: Peer, threads: int) -> tuple[Row, Runner |
         reason = _short(f"{type(error).__name__}: {first_line}")
         return replace(row, status=FAILED if peer.ours else UNAVAILABLE, reason=reason), None
     try:
-        verdict = gate.check(case, row.variant, outputs, ours=peer.ours)
+        verdict = mode.judge(case, row.variant, outputs, peer.ours)
     except NumericsError as error:
         return replace(row, status=FAILED, reason=_short(str(error))), None
-    return replace(row, error=verdict.error, error_allowed=verdict.allowed), runner
+    row = replace(row, error=verdict.error, error_allowed=verdict.allowed)
+    # What was returned is no part of what the next call takes.
+    del outputs
+    return mode.remark(row, runner), runner
 
 
 def _short(text: str) -> str:
@@ -128,12 +141,12 @@ def _with_times(row: Row, times: Times) -> Row:
     )
 
 
-def _with_floor(row: Row, case: Case, limits: Roofline) -> Row:
-    floor = 1e3 * limits.floor(case.cost, row.dtype)
+def _with_floor(row: Row, cost: Cost, limits: Roofline) -> Row:
+    floor = 1e3 * limits.floor(cost, row.dtype)
     return replace(
         row,
-        gflop=case.cost.flops / 1e9,
-        least_mb=case.cost.nbytes(roofline.DTYPES[row.dtype].itemsize) / 1e6,
+        gflop=cost.flops / 1e9,
+        least_mb=cost.nbytes(roofline.DTYPES[row.dtype].itemsize) / 1e6,
         floor_ms=floor,
         floor_multiple=None if row.p50_ms is None else row.p50_ms / floor,
     )

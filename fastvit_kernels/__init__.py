@@ -4,7 +4,7 @@ from fastvit_kernels import _extension, ops
 from fastvit_kernels.accelerate import Report, accelerate, restore
 from fastvit_kernels.environment import Info, info
 from fastvit_kernels.explain import Explanation, explain
-from fastvit_kernels.ops.dispatch import BackendError, use_backend
+from fastvit_kernels.ops.dispatch import BackendError, use_backend, use_recompute
 
 __all__ = [
     "BackendError",
@@ -17,6 +17,7 @@ __all__ = [
     "ops",
     "restore",
     "use_backend",
+    "use_recompute",
 ]
 
 _extension.load()

@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     command("tune", _tune, "launch configurations of the Triton kernels, measured on this GPU")
     explain = command("explain", _explain, "which backend runs each operator of a model, and why not another")
     explain.add_argument("--model", default="cvt_13", help="default: %(default)s")
+    explain.add_argument(
+        "--training", action="store_true", help="the model trains: which backend computes the gradients as well"
+    )
     explain.add_argument("--size", type=_positive, default=224, help="side of the input, pixels; default: %(default)s")
     return parser
 
@@ -143,9 +146,10 @@ def _explain(options: argparse.Namespace) -> int:
     from fastvit_kernels import explain
     from fastvit_kernels.models import create_model
 
-    x = torch.randn(1, 3, options.size, options.size).to(memory_format=torch.channels_last)
+    # Batch statistics of a single image may be of a single value.
+    x = torch.randn(1 + options.training, 3, options.size, options.size).to(memory_format=torch.channels_last)
     try:
-        print(explain(create_model(options.model).eval(), x))
+        print(explain(create_model(options.model).train(options.training), x, training=options.training))
     except ValueError as error:
         # An unknown model, or an image too small for it.
         raise UserError(str(error).replace("name: ", "--model: ", 1)) from error

@@ -175,5 +175,6 @@ def info() -> Info:
             "cuda": _cuda_backend(cuda),
             "cpu": isa,
             "reference": Availability(True, "plain PyTorch"),
+            "sdpa": Availability(True, "PyTorch's attention, where it was measured faster or is asked for by name"),
         },
     )

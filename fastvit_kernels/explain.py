@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils import _pytree as pytree
 
 from fastvit_kernels import integrations
 from fastvit_kernels.integrations import own
@@ -28,11 +29,12 @@ class Remark(NamedTuple):
 
 @dataclass
 class Explanation:
-    """What happened in one forward. `str()` is a readable account.
+    """What happened in one forward, and in its backward if asked for. `str()` is a readable account.
 
     Attributes:
         decisions: operator calls with module path, input, chosen backend, each other backend's reasons and, where times
-            of this device decided, those, in order; equal calls of one module appear once.
+            of this device decided, those, in order; equal calls of one module appear once. Behind a backward also who
+            computed the gradients, and why they were recomputed through the reference where they were.
         unfused: modules that could run fused operators and called their submodules, in whole or in part.
         not_accelerated: modules that `accelerate` knows and that are not accelerated; what would keep it from doing so.
     """
@@ -50,21 +52,25 @@ class Explanation:
         return "\n\n".join(parts)
 
 
-def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
-    """Call `model(*inputs, **kwargs)` once, without gradients, and say which backend ran each fused operator and why.
+def explain(model: nn.Module, *inputs: Any, training: bool = False, **kwargs: Any) -> Explanation:
+    """Call `model(*inputs, **kwargs)` once and say which backend ran each fused operator and why.
 
-    Modes, buffers (batch-norm statistics too) and random number generators are afterwards what they were before. A
-    compiled model runs uncompiled. Operator calls of other threads, such as `nn.DataParallel` makes, are not seen.
+    Modes, buffers (batch-norm statistics too), gradients and random number generators are afterwards what they were
+    before. A compiled model runs uncompiled. Operator calls of other threads, such as `nn.DataParallel` makes, are not
+    seen.
 
     Args:
-        model: any module.
+        model: any module, in the mode that is to be explained.
         *inputs, **kwargs: what it is called with.
+        training: also go back through the model, and say who computes the gradients of its parameters. Without it
+            nothing is recorded for a backward.
 
     Returns:
         The decisions, the modules that ran unfused, and those that `accelerate` would replace.
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
+        ValueError: with `training`, none of its results depends on a parameter that needs a gradient.
         BackendError: as the call itself, when a chosen backend cannot run an operator.
     """
     if not isinstance(model, nn.Module):
@@ -74,15 +80,36 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     while isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
         model = inner
     recorder = Recorder()
-    with _unchanged(model), _paths(model, recorder), record(recorder), torch.no_grad():
+    with _unchanged(model), _paths(model, recorder), record(recorder), torch.set_grad_enabled(training):
         explanation = Explanation()
         with torch.compiler.set_stance("force_eager"):
-            model(*inputs, **kwargs)
+            results = model(*inputs, **kwargs)
+            if training:
+                _go_back(model, results)
+                _join_repeated(recorder.decisions)
         _remark(model, explanation)
     for decision in recorder.decisions:
         if decision not in explanation.decisions:
             explanation.decisions.append(decision)
     return explanation
+
+
+def _go_back(model: nn.Module, results: Any) -> None:
+    """Run the backward of everything that the model returned; no `.grad` is touched."""
+    outputs = [leaf for leaf in pytree.tree_leaves(results) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not outputs or not wanted:
+        raise ValueError(
+            "training: expected a model whose results depend on parameters that need a gradient, got "
+            f"{len(wanted)} such parameters and {len(outputs)} such results"
+        )
+    torch.autograd.grad(outputs, wanted, [torch.ones_like(out) for out in outputs], allow_unused=True)
+
+
+def _join_repeated(decisions: list[Decision]) -> None:
+    """Calls that activation checkpointing repeated are listed once, with their gradients."""
+    known = [replace(decision, gradients="", recomputed=[]) for decision in decisions if decision.gradients]
+    decisions[:] = [decision for decision in decisions if decision.gradients or decision not in known]
 
 
 @contextmanager
@@ -156,12 +183,18 @@ def _decision_table(decisions: list[Decision]) -> str:
     """One row per decision; the other backends' reasons, mostly the same for many rows, as numbered notes below."""
     notes: dict[str, int] = {}
     rows = []
+    trained = any(decision.gradients for decision in decisions)
     for decision in decisions:
         parts = [f"{name}: {', '.join(reasons)}" for name, reasons in decision.rejected.items()]
+        if decision.recomputed:
+            parts.append(f"gradients by {decision.chosen}: {', '.join(decision.recomputed)}")
         why = "; ".join([*parts, f"measured: {decision.measured}"] if decision.measured else parts)
         number = notes.setdefault(why, len(notes) + 1)
-        rows.append((decision.module or "(model)", decision.operator, decision.shape, decision.chosen, f"[{number}]"))
-    table = text_table(("module", "operator", "input", "backend", "why not the others"), rows)
+        gradients = (decision.gradients or "-",) if trained else ()
+        ran = (decision.module or "(model)", decision.operator, decision.shape, decision.chosen, *gradients)
+        rows.append((*ran, f"[{number}]"))
+    header = ("module", "operator", "input", "backend", *(("gradients",) if trained else ()), "why not the others")
+    table = text_table(header, rows)
     return "\n".join([table, *(f"[{number}] {why}" for why, number in notes.items())])
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "fastvit_emulated"
+# Bytes of shared memory of a block.
+A100 = 163 * 1024
 _FLAGS = (
     *("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
@@ -120,7 +122,7 @@ class Emulator:
 
 def _serve(library: str) -> None:
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    functions = {"operator": _operator, "raw": _raw, "fault": _fault}
+    functions = {"operator": _operator, "raw": _raw, "freed": _freed, "fault": _fault}
     while True:
         try:
             name, args = pickle.load(sys.stdin.buffer)
@@ -152,8 +154,16 @@ def _operators(library: str) -> object:
     return torch.ops.fastvit_emulated
 
 
-def _raw(library: str, name: str, tensors: list, static: tuple) -> list:
+def _raw(library: str, name: str, tensors: list, static: tuple, shared_memory: int = A100) -> list:
+    """A call on a device whose blocks have so many bytes of shared memory."""
+    ctypes.CDLL(library).fk_emulator_shared_memory(shared_memory)
     return list(getattr(_operators(library), name)(tensors, None, *static))
+
+
+def _freed(library: str, name: str, index: int, tensors: list, static: tuple) -> list:
+    """A call whose tensor of this index has lost its memory."""
+    tensors[index].untyped_storage().resize_(0)
+    return _raw(library, name, tensors, static)
 
 
 def _operator(library: str, name: str, case: str, precision: object, seed: int, changes: dict, orders: tuple) -> list:

@@ -33,6 +33,11 @@ def test_explain_names_the_backend_of_every_operator(capsys):
     assert "reference" in out
 
 
+def test_explain_names_who_computes_the_gradients(capsys):
+    assert cli.main(["explain", "--model", "pvt_v2_b0", "--size", "32", "--training"]) == 0
+    assert "gradients" in capsys.readouterr().out.splitlines()[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils.checkpoint import checkpoint
 
 import fastvit_kernels
 from fastvit_kernels import _extension, ops
@@ -150,3 +151,74 @@ def test_an_error_of_the_model_leaves_nothing_behind(tiny_cvt):
         fastvit_kernels.explain(model)
     assert not torch_module._global_forward_hooks and not torch_module._global_forward_pre_hooks
     assert all(map(torch.equal, model.buffers(), buffers))
+
+
+def _small_cmt():
+    return create_model(
+        "cmt_ti", 7, depths=(1, 1, 1, 1), embed_dims=(8, 16, 16, 16), num_heads=(1, 2, 2, 2), img_size=64
+    )
+
+
+def test_who_computes_the_gradients_of_a_training_model():
+    model, image = _small_cmt().train(), torch.randn(2, 3, 64, 64)
+    before = copy.deepcopy(model.state_dict())
+    explanation = fastvit_kernels.explain(model, image, training=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for decision in explanation.decisions:
+        assert decision.chosen == usual() and decision.gradients in (usual(), "reference")
+        recomputed = decision.gradients != decision.chosen
+        assert bool(decision.recomputed) == recomputed
+    attention = next(decision for decision in explanation.decisions if decision.operator == "global_attention")
+    assert attention.gradients == usual()
+    lines = str(explanation).splitlines()
+    assert "gradients" in lines[0]
+    # Without a backward there is nothing to tell.
+    assert "gradients" not in str(fastvit_kernels.explain(model, image)).splitlines()[0]
+
+
+class _Mlp(nn.Module):
+    def __init__(self, frozen=()):
+        super().__init__()
+        self.first, self.second = PointwiseMLP(8, 16), PointwiseMLP(8, 16)
+        for name in frozen:
+            self.get_submodule(name).requires_grad_(False)
+
+    def forward(self, x):
+        return {"out": self.second(self.first(x)), "note": "text"}
+
+
+def test_gradients_of_frozen_parts_are_nobodys():
+    x = torch.randn(2, 5, 8)
+    first, second = fastvit_kernels.explain(_Mlp(["first"]), x, training=True).decisions
+    assert (first.gradients, second.gradients) == ("", usual())
+    text = str(fastvit_kernels.explain(_Mlp(["first"]), x, training=True))
+    assert f" {usual()} " in text and " - " in text
+    with fastvit_kernels.use_backend("reference"):
+        first, second = fastvit_kernels.explain(_Mlp(["first"]), x, training=True).decisions
+    assert (first.gradients, second.gradients) == ("", "reference") and not second.recomputed
+    with pytest.raises(ValueError, match="training: expected a model .* got 0 such parameters and 0 such results"):
+        fastvit_kernels.explain(_Mlp(["first", "second"]), x, training=True)
+
+
+@pytest.mark.skipif(not _extension.parts["cpu"].loaded, reason="built without the CPU kernels")
+def test_reasons_for_recomputed_gradients_are_told(monkeypatch):
+    (kernels,) = (backend for backend in operators["pointwise_mlp"].backends if backend.name == "cpu")
+    monkeypatch.setattr(type(kernels), "supports_backward", lambda *arguments: ["it is Sunday"])
+    explanation = fastvit_kernels.explain(_Mlp(), torch.randn(2, 5, 8), training=True)
+    assert [d.gradients for d in explanation.decisions] == ["reference"] * 2
+    assert [d.recomputed for d in explanation.decisions] == [["it is Sunday"]] * 2
+    assert "gradients by cpu: it is Sunday" in str(explanation)
+
+
+def test_checkpointed_calls_are_listed_once():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.mlp = nn.Linear(8, 8), PointwiseMLP(8, 16)
+
+        def forward(self, x):
+            return checkpoint(self.mlp, self.stem(x), use_reentrant=False)
+
+    (decision,) = fastvit_kernels.explain(Checkpointed(), torch.randn(2, 5, 8), training=True).decisions
+    assert (decision.module, decision.gradients) == ("mlp", usual())

@@ -16,6 +16,8 @@ MODELS = ("cvt_13", "hat_net_small", "cmt_s", "pvt_v2_b2", "dhvt_small_imagenet_
 # Suites of operators, by the operator that they call.
 OPERATORS = {name: "global_attention" if name == "query_attention" else name for name in SUITES}
 OPERATORS = {name: operator for name, operator in OPERATORS.items() if operator in library.operators}
+# Peers that are ours by one backend.
+BY_NAME = {"triton": "triton", "cuda": "cuda", "fastvit_sdpa": "sdpa"}
 BATCHES = (1, 64, 256)
 FORWARD, TRAINING = "forward", "training"
 MODES = (FORWARD, TRAINING)
@@ -73,11 +75,11 @@ def all_jobs() -> list[Job]:
         _of(MODELS, (64,), (TRAINING,), quick),
         _of(MODELS, (1,), (FORWARD,), quick),
         _of(MODELS, (64,), (FORWARD,), compiled),
-        _of(OPERATORS, (64,), (FORWARD,), (*quick, "triton", "cuda")),
-        _of(OPERATORS, (64,), (TRAINING,), (*quick, "triton", "cuda")),
+        _of(OPERATORS, (64,), (FORWARD,), (*quick, *BY_NAME)),
+        _of(OPERATORS, (64,), (TRAINING,), (*quick, *BY_NAME)),
         _of(MODELS, (64,), (TRAINING,), compiled),
         _of(MODELS, (1,), (FORWARD,), compiled),
-        _of(OPERATORS, (1, 256), MODES, (*quick, "triton", "cuda")),
+        _of(OPERATORS, (1, 256), MODES, (*quick, *BY_NAME)),
         _of(MODELS, (256,), MODES, quick),
         _of(MODELS, (1,), (TRAINING,), quick),
         _of(MODELS, (256,), MODES, compiled),
@@ -101,8 +103,9 @@ def takes_part(peer: str, suite: str, case: Case) -> bool:
     """Whether a peer is another one there: without attention, `sdpa` is `eager`."""
     if peer == "sdpa":
         return case.attention
-    if peer in ("triton", "cuda"):
-        # Where there is one of them only, `fastvit` runs it.
+    if peer in BY_NAME:
         backends = library.operators[OPERATORS[suite]].backends if suite in OPERATORS else []
-        return {"triton", "cuda"} <= {backend.name for backend in backends}
+        found = {backend.name for backend in backends} & set(BY_NAME.values())
+        # Where there is one of them only, `fastvit` runs it.
+        return BY_NAME[peer] in found and len(found) > 1
     return True

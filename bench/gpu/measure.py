@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Collection
@@ -10,20 +9,19 @@ from dataclasses import dataclass, replace
 
 import numpy
 import torch
-from torch import Tensor
 
-from fastvit_kernels.bench import gate
+from fastvit_kernels.bench import gate, training
 from fastvit_kernels.bench.cases import Case, Outputs
 from fastvit_kernels.bench.flops import Cost
 from fastvit_kernels.bench.gpu.device import Device, Run
 from fastvit_kernels.bench.gpu.jobs import FORWARD, GRAPH, TRAINING, Find, Job
-from fastvit_kernels.bench.gpu.peers import OURS, VARIANTS, Training, prepare, stock
+from fastvit_kernels.bench.gpu.peers import OURS, VARIANTS, prepare
 from fastvit_kernels.bench.gpu.rows import Row
 from fastvit_kernels.bench.peers import Unavailable
 from fastvit_kernels.bench.results import FAILED, OK, UNAVAILABLE
 from fastvit_kernels.bench.roofline import Roofline
 from fastvit_kernels.ops import dispatch
-from fastvit_kernels.testing.numerics import FACTOR, NumericsError, relative_l2
+from fastvit_kernels.testing.numerics import NumericsError
 
 # Gradients are judged on so many images: those in fp64 take a multiple of the memory.
 JUDGED = 8
@@ -109,34 +107,13 @@ def judge(job: Job, case: Case, device: Device, find: Find) -> tuple[gate.Verdic
         step = prepare(job, judged)
         with dispatch.record(recorder):
             grads = step()
-        verdict = _check_gradients(judged, grads)
+        verdict = training.check(judged, VARIANTS[TRAINING], grads)
     ran = {f"{d.operator}:{d.chosen}:{d.channels}" for d in recorder.decisions} if job.peer in OURS else set()
     return verdict, ran
 
 
 def _check_forward(job: Job, case: Case, outputs: Outputs) -> gate.Verdict:
     return gate.check(case, VARIANTS[FORWARD], outputs, ours=job.peer in OURS)
-
-
-def _check_gradients(case: Case, found: Outputs) -> gate.Verdict:
-    """All gradients as one vector: single ones of a whole model hang on too few numbers, or are zero but for noise."""
-    variant = VARIANTS[TRAINING]
-    low = case.remember(("gradients", variant), lambda: Training(stock(case, TRAINING), case, variant)())
-    exact = case.remember(("gradients", "exact"), lambda: _exact_gradients(case))
-    shapes = [[tuple(g.shape) for g in grads] for grads in (found, exact)]
-    if shapes[0] != shapes[1]:
-        raise NumericsError(f"gradients: got {shapes[0]}, expected {shapes[1]}")
-    vectors = [torch.cat([g.double().flatten() for g in grads]) for grads in (found, exact, low)]
-    rule = FACTOR * relative_l2(vectors[2], vectors[1]) + torch.finfo(torch.bfloat16).eps
-    verdict = gate.Verdict(relative_l2(vectors[0], vectors[1]), rule)
-    if not verdict.error <= verdict.allowed:
-        raise NumericsError(f"gradients: relative L2 error {verdict.error:.2e}, allowed {verdict.allowed:.2e}")
-    return verdict
-
-
-def _exact_gradients(case: Case) -> tuple[Tensor, ...]:
-    module = copy.deepcopy(stock(case, TRAINING)).double()
-    return Training(module, case, "fp32", torch.float64)()
 
 
 def made(find: Find, job: Job, device: Device) -> Case:
@@ -159,7 +136,7 @@ def repeated(device: Device, step: Run, plan: Plan, cold: bool) -> list[float]:
 def with_limits(row: Row, cost: Cost, limits: Roofline) -> Row:
     """The row with its arithmetic and least traffic, and how near it comes to the device's limits."""
     if row.mode == TRAINING:
-        cost = of_training(cost)
+        cost = training.cost(cost)
     floor = 1e3 * limits.floor(cost, row.dtype)
     nbytes = cost.nbytes(torch.bfloat16.itemsize)
     row = replace(row, gflop=cost.flops / 1e9, least_mb=nbytes / 1e6, floor_ms=floor)
@@ -171,11 +148,6 @@ def with_limits(row: Row, cost: Cost, limits: Roofline) -> Row:
         tflops=cost.flops / row.p50_ms / 1e9,
         tbs=nbytes / row.p50_ms / 1e9,
     )
-
-
-def of_training(cost: Cost) -> Cost:
-    """Forward and backward: three products for one; inputs and outputs, and their gradients, are moved once."""
-    return Cost(3 * cost.macs, 2 * cost.weights, 2 * cost.activations)
 
 
 def _short(text: str) -> str:

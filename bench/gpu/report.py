@@ -24,6 +24,7 @@ _MARKERS = {
     "fastvit": ("o", 6),
     "triton": ("^", 4),
     "cuda": ("s", 4),
+    "fastvit_sdpa": ("D", 4),
     "eager": ("o", 4),
     "sdpa": ("^", 4),
     "compile": ("s", 4),

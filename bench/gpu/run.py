@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -30,6 +30,7 @@ from fastvit_kernels.testing.numerics import NumericsError
 
 Say = Callable[[str], None]
 MakeWorker = Callable[[], Worker]
+Kind = TypeVar("Kind", Row, CheckRow)
 
 _START, _CHECK = 120.0, 120.0
 # What a row may take at most, and what the first of its kind is expected to take.
@@ -224,7 +225,8 @@ def _check(
     return found
 
 
-def _known(records: Iterable[tuple[CheckRow, Conditions]], conditions: Conditions, retry: bool) -> list[CheckRow]:
+def _known(records: Iterable[tuple[Kind, Conditions]], conditions: Conditions, retry: bool) -> list[Kind]:
+    """What was measured or checked under these conditions and need not be again."""
     return [row for row, other in records if conditions.repeats(other) and not (retry and row.status == FAILED)]
 
 
@@ -239,13 +241,9 @@ def _measure(
 ) -> dict[Job, Row]:
     """The rows that there are, from now or before."""
     path = files.rows_file(request.output, conditions.device)
-    records = files.read(path) if path.exists() else []
+    known = _known(files.read(path), conditions, request.retry) if path.exists() else []
     wanted = set(request.jobs)
-    found = {
-        row.job: row
-        for row, other in records
-        if row.job in wanted and conditions.repeats(other) and not (request.retry and row.status == FAILED)
-    }
+    found = {row.job: row for row in known if row.job in wanted}
     say(f"{len(request.jobs)} rows, {len(found)} of them done before")
     for job in request.jobs:
         if job in found or budget.left < budget.expected(job):

@@ -31,7 +31,6 @@ Suite = Callable[[int], list[Case]]
 
 BATCHES = (1, 8, 64)
 """The batch sizes that every suite is meant for; the last takes minutes and gigabytes for a whole model."""
-USUAL_BATCHES = BATCHES[:2]
 
 
 def _of_cvt(case: Callable[[Stage, int], Case], batch: int) -> list[Case]:

@@ -1,4 +1,4 @@
-"""The suite `cmt_s`: a whole classifier; and the stages of CMT-S."""
+"""The suites `cmt_xs` and `cmt_s`: whole classifiers; and the stages of CMT-S."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.suites import depthwise_conv, depthwise_mlp, patch_embedding, query_attention
 from fastvit_kernels.bench.suites.models import accelerated, images, ours
 
-MODELS = ("cmt_s",)
+MODELS = ("cmt_xs", "cmt_s")
 
 
 def cases(name: str, batch: int) -> list[Case]:

@@ -1,4 +1,4 @@
-"""The suite `dhvt_small_imagenet_patch16`: a whole classifier; and the blocks that it is made of."""
+"""The suites `dhvt_tiny_imagenet_patch16` and `dhvt_small_imagenet_patch16`: whole classifiers; and their blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.suites import depthwise_mlp, head_tokens, query_attention
 from fastvit_kernels.bench.suites.models import accelerated, images, ours
 
-MODELS = ("dhvt_small_imagenet_patch16",)
+MODELS = ("dhvt_tiny_imagenet_patch16", "dhvt_small_imagenet_patch16")
 
 
 def cases(name: str, batch: int) -> list[Case]:

@@ -1,4 +1,4 @@
-"""The suites `pvt_v2_b2`, `mit_b0` and `segformer_b0`: whole models; and the stages of the first two."""
+"""The suites `pvt_v2_b1`, `pvt_v2_b2`, `mit_b0` and `segformer_b0`: whole models; and stages of PVTv2-B2 and MiT-B0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastvit_kernels.bench.suites import depthwise_mlp, patch_embedding, query_a
 from fastvit_kernels.bench.suites.models import IMAGE, accelerated, images, ours
 from fastvit_kernels.bench.suites.transformers_twins import pyramid_twin
 
-MODELS = ("pvt_v2_b2", "mit_b0", "segformer_b0")
+MODELS = ("pvt_v2_b1", "pvt_v2_b2", "mit_b0", "segformer_b0")
 # SegFormer's images are larger than a classifier's.
 SIZES = {"segformer_b0": 512}
 STAGES = ("pvt_v2_b2", "mit_b0")

@@ -29,11 +29,11 @@ void ChannelNorm::set_statistics(int64_t channel, double of, double variance) {
 }
 
 void ChannelNorm::set_gradients(const std::vector<double>& alone, const std::vector<double>& times,
-                                const std::vector<double>& values, double count) {
+                                const std::vector<double>& values, double count, int64_t channel) {
   for (size_t c = 0; c < alone.size(); ++c) {
     const double centre = values[c] / count, slope = times[c] / count - centre * alone[c] / count;
-    grad_mean[c] = static_cast<float>(alone[c] / count - centre * slope);
-    grad_slope[c] = static_cast<float>(slope);
+    grad_mean[channel + c] = static_cast<float>(alone[c] / count - centre * slope);
+    grad_slope[channel + c] = static_cast<float>(slope);
   }
 }
 

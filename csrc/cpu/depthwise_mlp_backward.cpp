@@ -8,8 +8,8 @@ namespace {
 
 using Needs = std::vector<bool>;
 
-// Tasks that a call is cut into at least, where it can be, and groups of images at most.
-constexpr int64_t kTasks = 8, kMostGroups = 32;
+// Tasks that a call is cut into at least, where it can be, groups of images at most, and pixels that products need.
+constexpr int64_t kTasks = 8, kMostGroups = 32, kFewPixels = 400;
 
 // Sums over all pixels, per hidden channel and per weight.
 struct Sums {
@@ -35,21 +35,46 @@ struct Backward {
   bool of_batch(int norm) const { return training && m.bn[norm].present(); }
 };
 
+constexpr int64_t kRowsPerTask = 64;
+// `body` for each of so many rows.
+template <class Body>
+void for_rows(int64_t rows, const Body& body) {
+  run_tasks(blocks(rows, kRowsPerTask), 0, [&](int64_t task, void*) {
+    for (int64_t row = task * kRowsPerTask; row < std::min(rows, (task + 1) * kRowsPerTask); ++row) body(row);
+  });
+}
+
 // The gradient of the result without prefix rows in fp32, with what comes by way of the summary: means over the pixels,
-// or mean and variance of the image.
-float* gather(Backward* b, const fk_array& grad, const fk_array& summary, const Outputs* forward) {
+// or mean and variance of the image, which `results` brings.
+float* gather(Backward* b, const fk_array& grad, const fk_array& summary,
+              const std::optional<std::tuple<Tensor, Tensor>>& results) {
   const Mlp& m = b->m;
   const int64_t width = m.out, rows = b->pixels;
   float* map = b->memory.take<float>(m.batch * rows * width);
-  const fk_array out = forward ? view(forward->out, "out") : absent();
-  const fk_array statistics = forward ? view(forward->summary, "summary") : absent();
+  const fk_array out = results ? view(std::get<0>(*results), "out") : absent();
+  const fk_array statistics = results ? view(std::get<1>(*results), "summary") : absent();
+  if (results && b->o.prefix == 0) {
+    fk_statistics_backward p = {};
+    p.grad = grad;
+    p.out = out;
+    p.statistics = static_cast<const float*>(statistics.data);
+    p.slopes = static_cast<const float*>(summary.data);
+    p.images = m.batch;
+    p.rows = rows;
+    p.columns = width;
+    p.rows_per_task = kRowsPerTask;
+    p.to = map;
+    run_tasks(blocks(m.batch * rows, kRowsPerTask), 0,
+              [&](int64_t task, void*) { kernels().statistics_backward(&p, task); });
+    return map;
+  }
   const double n = static_cast<double>(rows * width);
-  run_tasks(m.batch * rows, 0, [&](int64_t row, void*) {
+  for_rows(m.batch * rows, [&](int64_t row) {
     const int64_t image = row / rows, at = (image * m.tokens + b->o.prefix + row % rows) * width;
     float* to = map + row * width;
     read_values(grad, at, width, to);
     if (!summary.data) return;
-    if (!forward) {
+    if (!results) {
       for (int64_t c = 0; c < width; ++c) to[c] += element(summary, image * width + c) / static_cast<float>(rows);
       return;
     }
@@ -69,7 +94,7 @@ void residual_gradient(Backward* b, const fk_array& grad, const float* map) {
   Tensor& out = b->found[kResidual] = gradient_of(*b->t[kResidual]);
   const Writer writer(out);
   const int64_t width = m.out, prefix = b->o.prefix;
-  run_tasks(m.batch * m.tokens, 0, [&](int64_t row, void*) {
+  for_rows(m.batch * m.tokens, [&](int64_t row) {
     const int64_t image = row / m.tokens, token = row % m.tokens, at = row * width;
     if (map && token >= prefix) return writer.set(at, map + (image * b->pixels + token - prefix) * width, width);
     std::vector<float> values(static_cast<size_t>(width));
@@ -141,7 +166,9 @@ void batch_norm_gradients(Backward* b, float* grad, const fk_array& raw, int64_t
 // How a call is cut: hidden channels at a time, rows at a time, images and hidden channels that share partial sums.
 void choose_tiles(fk_depthwise_mlp_backward* p, int64_t hidden) {
   const int64_t panel = kernels().panel, reach = p->kernel / 2;
-  const int64_t padded = (p->height + 2 * reach) * (p->width + 2 * reach);
+  p->stack = std::max<int64_t>(1, std::min(p->batch, kFewPixels / (p->height * p->width)));
+  const int64_t stacks = blocks(p->batch, p->stack), rows = p->stack * p->height;
+  const int64_t padded = (p->stack * (p->height + reach) + reach) * (p->width + 2 * reach);
   const bool steps = p->store;
   p->chunk = std::max<int64_t>(panel, 64);
   while (!steps && p->chunk < 256 && padded * p->chunk * 2 * 4 <= 128 * 1024) p->chunk *= 2;
@@ -149,9 +176,9 @@ void choose_tiles(fk_depthwise_mlp_backward* p, int64_t hidden) {
   // The arrays of a band and of what it reads, in an L2 cache.
   const int64_t row_bytes = p->width * p->chunk * 4 * 7;
   p->rows_per_band = std::max<int64_t>(2, 640 * 1024 / row_bytes / 2 * 2);
-  const int64_t bands = blocks(p->height, p->rows_per_band);
-  p->rows_per_band = (blocks(p->height, bands) + 1) / 2 * 2;
-  // Tasks are groups of images, each with its own partial sums of the weights' gradients, times slices of the hidden
+  const int64_t bands = blocks(rows, p->rows_per_band);
+  p->rows_per_band = (blocks(rows, bands) + 1) / 2 * 2;
+  // Tasks are groups of stacks, each with its own partial sums of the weights' gradients, times slices of the hidden
   // channels, each with its own partial gradient of the input: as many as threads need, with as little of both as
   // possible. Slices prepare the images once more, so they count for more.
   const int64_t channels = blocks(p->channels, panel) * panel, out = blocks(p->out, panel) * panel;
@@ -161,8 +188,8 @@ void choose_tiles(fk_depthwise_mlp_backward* p, int64_t hidden) {
   p->groups = 0;
   p->slices = 1;
   int64_t most = 0, least = 0;
-  for (int64_t wanted = 1; wanted <= std::min(p->batch, kMostGroups); wanted *= 2) {
-    const int64_t groups = blocks(p->batch, blocks(p->batch, wanted));
+  for (int64_t wanted = 1; wanted <= std::min(stacks, kMostGroups); wanted *= 2) {
+    const int64_t groups = blocks(stacks, blocks(stacks, wanted));
     const int64_t slices = blocks(chunks, blocks(chunks, std::min(chunks, blocks(kTasks, groups))));
     const int64_t tasks = std::min(kTasks, groups * slices), values = groups * weights + slices * inputs;
     if (tasks < most || (tasks == most && values >= least)) continue;
@@ -180,8 +207,8 @@ Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p) {
   const int64_t panel = b->panel, hidden = b->hidden, kinds = FK_SUM_TAPS + b->taps;
   const int64_t channels = blocks(m.channels, panel) * panel, out = blocks(m.out, panel) * panel;
   const bool steps = b->of_batch(0) || b->of_batch(1);
-  const ChannelNorm norm1(m.bn[0], m.hidden, hidden, b->of_batch(0), &b->memory);
-  const ChannelNorm norm2(m.bn[1], m.hidden, hidden, b->of_batch(1), &b->memory);
+  ChannelNorm norm1(m.bn[0], m.hidden, hidden, b->of_batch(0), &b->memory);
+  ChannelNorm norm2(m.bn[1], m.hidden, hidden, b->of_batch(1), &b->memory);
   p->norm1 = norm1.vectors;
   p->norm2 = norm2.vectors;
   char sizing;
@@ -190,7 +217,7 @@ Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p) {
   p->first = 0;
   p->rows = steps ? p->chunk : hidden;
   p->store_bytes = steps ? k.store_depthwise_mlp_backward(p) : 0;
-  p->store = steps ? b->memory.take<char>(m.batch * p->store_bytes) : nullptr;
+  p->store = steps ? b->memory.take<char>(blocks(m.batch, p->stack) * p->store_bytes) : nullptr;
   p->expand_sums =
       p->wants_expand ? b->memory.take<float>(std::max<int64_t>(1, p->groups) * p->rows * channels) : nullptr;
   p->project_sums = p->wants_project ? b->memory.take<float>(std::max<int64_t>(1, p->groups) * p->rows * out) : nullptr;
@@ -238,21 +265,24 @@ Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p) {
               [&](int64_t group, void* memory) { k.depthwise_mlp_backward_step(p, index, group, memory); });
   };
   const double count = static_cast<double>(m.batch * b->pixels);
-  auto averages = [&](const ChannelNorm& norm, int kind) {
-    for (int64_t c = p->first; norm.grad_mean && c < std::min(hidden, p->first + p->rows); ++c) {
-      norm.grad_mean[c] = static_cast<float>(sums.channels[kind * hidden + c] / count);
-      norm.grad_slope[c] = static_cast<float>(sums.channels[(kind + 1) * hidden + c] / count);
-    }
+  // Of the gradient behind a norm, alone and times the normalised value, and of this; the weight's gradient is of the
+  // values around their own mean.
+  auto averages = [&](ChannelNorm* norm, int kind, int64_t rows) {
+    if (!norm->grad_mean) return;
+    double* first = sums.channels.data() + kind * hidden + p->first;
+    auto of = [&](int64_t i) { return std::vector<double>(first + i * hidden, first + i * hidden + rows); };
+    norm->set_gradients(of(0), of(1), of(2), count, p->first);
+    for (int64_t c = 0; c < rows; ++c) first[hidden + c] -= first[2 * hidden + c] / count * first[c];
   };
   step(0);
   for (p->first = 0; p->first < hidden; p->first += p->chunk) {
     const int64_t rows = std::min(p->rows, hidden - p->first);
     step(1);
     add_channels(rows);
-    averages(norm2, FK_SUM_NORM2);
+    averages(&norm2, FK_SUM_NORM2, rows);
     step(2);
     add_channels(rows);
-    averages(norm1, FK_SUM_NORM1);
+    averages(&norm1, FK_SUM_NORM1, rows);
     step(3);
     add_channels(rows);
     add_matrix(p->expand_sums, channels, rows, sums.expand);
@@ -364,7 +394,6 @@ std::vector<Tensor> collect(Backward* b) {
 
 std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, const Needs& needs, const Options& o,
                                  bool training) {
-  STD_TORCH_CHECK(grads.size() == 2, "grads: expected 2 entries, got ", grads.size());
   STD_TORCH_CHECK(needs.size() == kCount, "needs: expected ", static_cast<int64_t>(kCount), " entries");
   Backward b = {t, o, needs, training, check(t, std::nullopt, o), {}, {}, 0, 0, 0, 0};
   const Mlp& m = b.m;
@@ -386,12 +415,15 @@ std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, cons
   b.taps = m.kernel * m.kernel;
 
   const ScalarType out_dtype = promoted(o.dtype, t[kResidual]);
+  auto results = take_results(grads, {m.batch, m.tokens, m.out}, out_dtype);
+  STD_TORCH_CHECK(grads.size() == 2, "grads: expected 2 entries, got ", grads.size());
   STD_TORCH_CHECK(grads[0].scalar_type() == out_dtype, "grads: unexpected dtype");
   const fk_array grad = view(grads[0], "grads", {m.batch, m.tokens, m.out});
   const bool statistics = o.summary == "statistics";
   fk_array summary = absent();
   if (o.summary != "none") {
     summary = view(grads[1], "grads", {m.batch, statistics ? 2 : m.out});
+    STD_TORCH_CHECK(summary.dtype == FK_F32, "grads: expected the summary's in float32");
     if (!any_nonzero(summary)) summary = absent();
   }
   const bool normed = o.out_norm_eps.has_value(), normalises = b.of_batch(2);
@@ -405,13 +437,14 @@ std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, cons
   const bool runs = p.wants_project || p.wants_filter || p.wants_hidden || b.needs_any({kBn2, kBn2 + 1});
   const bool branch = runs || b.needs_any({kProjectBias, kBn3, kBn3 + 1, kOutNormWeight, kOutNormBias});
 
-  // The forward again, as far as its results matter.
+  // The forward again, as far as its results matter and did not come along.
   std::optional<Outputs> again;
-  if ((summary.data && statistics) || (branch && normed)) again = forward(t, std::nullopt, o, std::nullopt);
+  const bool of_statistics = summary.data && statistics;
+  if ((of_statistics && !results) || (branch && normed)) again = forward(t, std::nullopt, o, std::nullopt);
+  if (of_statistics && !results) results = std::make_tuple(again->out, again->summary);
   float* map = nullptr;
-  if (summary.data || normed || normalises)
-    map = gather(&b, grad, summary, summary.data && statistics ? &*again : nullptr);
-  if (needs[kResidual]) residual_gradient(&b, grad, summary.data && statistics ? map : nullptr);
+  if (summary.data || normed || normalises) map = gather(&b, grad, summary, of_statistics ? results : std::nullopt);
+  if (needs[kResidual]) residual_gradient(&b, grad, of_statistics ? map : nullptr);
   if (!branch) return collect(&b);
 
   p.grad = map ? fk_array{map, FK_F32, m.batch * b.pixels * m.out} : grad;

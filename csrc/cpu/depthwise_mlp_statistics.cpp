@@ -74,6 +74,7 @@ Tensor run(TensorList t, std::string norm, double norm_eps, std::string hidden_a
   ChannelNorm norm1(m.bn[0], m.hidden, padded, true, &memory), norm2(m.bn[1], m.hidden, padded, true, &memory);
   p.norm1 = norm1.vectors;
   p.out = 0;
+  p.stack = 1;
   p.chunk = std::min(padded, std::max<int64_t>(panel, 32));
   char sizing;
   p.store = &sizing;

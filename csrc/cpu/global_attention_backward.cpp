@@ -17,7 +17,9 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t hea
                              double norm_eps, bool add_query_input, bool return_statistics, ScalarType dtype) {
   const Attention a = check(t, std::nullopt, heads, norm, norm_eps, add_query_input, dtype);
   STD_TORCH_CHECK(!t[kStatistics].has_value() || a.norm == FK_GROUP_NORM, "norm_statistics: there is no GroupNorm");
-  fk_array grad = grad_view(grads, 0, 2, {a.batch, a.queries, a.out}, promoted(dtype, t[kResidual]));
+  const ScalarType out_dtype = promoted(dtype, t[kResidual]);
+  const auto given = take_results(grads, {a.batch, a.queries, a.out}, out_dtype);
+  fk_array grad = grad_view(grads, 0, 2, {a.batch, a.queries, a.out}, out_dtype);
   view(t[kResidual], "residual", {a.batch, a.queries, a.out});
   t[kQ] = torch::stable::contiguous(*t[kQ]);
   const int64_t rows = a.batch * a.queries;
@@ -25,7 +27,7 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t hea
   Tensor of_result = grads[0];
   if (return_statistics) {
     const fk_array slopes = grad_view(grads, 1, 2, {a.batch, 2}, ScalarType::Float);
-    of_result = with_statistics(grads[0], slopes, a.queries, a.out, [&] {
+    of_result = with_statistics(grads[0], slopes, a.queries, a.out, given, [&] {
       return run(t, std::nullopt, heads, scale, norm, norm_eps, add_query_input, true, dtype);
     });
     grad = view(of_result, "grads");

@@ -381,8 +381,10 @@ enum fk_mlp_sum {
   FK_SUM_FILTERED,
   FK_SUM_NORM2,
   FK_SUM_NORM2_X,
+  FK_SUM_NORM2_HAT,
   FK_SUM_NORM1,
   FK_SUM_NORM1_X,
+  FK_SUM_NORM1_HAT,
   FK_SUM_EXPANDED,
   FK_SUM_TAPS
 };
@@ -404,10 +406,11 @@ struct fk_depthwise_mlp_backward {
   // Gradients of the weights, of the normalised x, and of anything in front of the filter.
   int32_t wants_project, wants_filter, wants_expand, wants_input, wants_hidden;
   int64_t batch, height, width, channels, out, prefix, kernel;
+  int64_t stack;  // images that are worked at together
   int64_t chunk, rows_per_band, groups, slices;
   int64_t first, rows;  // hidden channels that the partial sums are of
-  char* store;          // of each image what steps leave to each other; null: one step does it all
-  int64_t store_bytes;  // of an image
+  char* store;          // of each stack what steps leave to each other; null: one step does it all
+  int64_t store_bytes;  // of a stack
   float* expand_sums;   // per group [rows][C, padded]: gradient of the first linear's weight
   float* project_sums;  // per group [rows][N, padded]: of the second one's, transposed
   double* sums;         // per group [FK_SUM_TAPS + taps][rows]

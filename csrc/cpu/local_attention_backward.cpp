@@ -180,13 +180,15 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::string
                              bool return_statistics, ScalarType dtype) {
   const Attention a = check(t, std::nullopt, norm, norm_eps, height, width, window, heads, pad, dtype);
   STD_TORCH_CHECK(!t[kStatistics].has_value() || a.norm == FK_GROUP_NORM, "norm_statistics: there is no GroupNorm");
-  fk_array grad = grad_view(grads, 0, 2, {a.batch, a.tokens, a.out}, promoted(dtype, t[kResidual]));
+  const ScalarType out_dtype = promoted(dtype, t[kResidual]);
+  const auto given = take_results(grads, {a.batch, a.tokens, a.out}, out_dtype);
+  fk_array grad = grad_view(grads, 0, 2, {a.batch, a.tokens, a.out}, out_dtype);
   view(t[kResidual], "residual", {a.batch, a.tokens, a.out});
   Gradients found(t, needs);
   Tensor of_result = grads[0];
   if (return_statistics) {
     const fk_array slopes = grad_view(grads, 1, 2, {a.batch, 2}, ScalarType::Float);
-    of_result = with_statistics(grads[0], slopes, a.tokens, a.out, [&] {
+    of_result = with_statistics(grads[0], slopes, a.tokens, a.out, given, [&] {
       return run(t, std::nullopt, norm, norm_eps, height, width, window, heads, scale, pad, true, dtype);
     });
     grad = view(of_result, "grads");

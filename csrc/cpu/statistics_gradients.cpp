@@ -8,10 +8,21 @@ bool any_nonzero(const fk_array& x) {
   return false;
 }
 
+std::optional<std::tuple<Tensor, Tensor>> take_results(Grads& grads, const std::vector<int64_t>& shape,
+                                                       ScalarType dtype) {
+  if (grads.size() != 4) return std::nullopt;
+  grad_view(grads, 2, 4, shape, dtype);
+  grad_view(grads, 3, 4, {shape[0], 2}, ScalarType::Float);
+  const std::tuple<Tensor, Tensor> results(grads[2], grads[3]);
+  grads.resize(2);
+  return results;
+}
+
 Tensor with_statistics(const Tensor& grad, const fk_array& slopes, int64_t rows, int64_t columns,
+                       const std::optional<std::tuple<Tensor, Tensor>>& results,
                        const std::function<std::tuple<Tensor, Tensor>()>& forward) {
   if (!any_nonzero(slopes)) return grad;
-  const auto [out, statistics] = forward();
+  const auto [out, statistics] = results ? *results : forward();
   const int64_t images = grad.size(0);
   Tensor sums = empty({images, rows, columns}, ScalarType::Float);
   fk_statistics_backward p = {};

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <tuple>
 
 #include "gradients.h"
@@ -12,9 +13,15 @@ namespace fk {
 
 bool any_nonzero(const fk_array& x);
 
+// A result and its statistics, where they came behind their gradients; `grads` keeps those alone.
+std::optional<std::tuple<Tensor, Tensor>> take_results(Grads& grads, const std::vector<int64_t>& shape,
+                                                       ScalarType dtype);
+
 // The gradient of a result [images, rows, columns] in fp32, with what comes by way of its statistics, whose gradients
-// are `slopes` [images, 2]; `grad` itself where nothing does. `forward` gives result and statistics once more.
+// are `slopes` [images, 2]; `grad` itself where nothing does. Without `results`, result and statistics, `forward` gives
+// them once more.
 Tensor with_statistics(const Tensor& grad, const fk_array& slopes, int64_t rows, int64_t columns,
+                       const std::optional<std::tuple<Tensor, Tensor>>& results,
                        const std::function<std::tuple<Tensor, Tensor>()>& forward);
 
 // Positions of a norm's input and parameters among an operator's tensors.

@@ -35,9 +35,7 @@ const fk_table& choose() {
 fk_array array(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
   const fk_dtype dtype = kernel_dtype(tensor.scalar_type());
-  const void* data = tensor.const_data_ptr();
-  STD_TORCH_CHECK(data || tensor.numel() == 0, name, ": its memory has been freed");
-  return {data, dtype, tensor.numel()};
+  return {data_of(tensor, name), dtype, tensor.numel()};
 }
 
 struct Arena {
@@ -71,12 +69,7 @@ fk_dtype kernel_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float ? FK_F32 : FK_BF16;
 }
 
-fk_activation activation_of(const std::string& name) {
-  const char* const names[] = {"gelu", "quick_gelu", "silu", "relu", "none"};
-  for (int i = 0; i < 5; ++i)
-    if (name == names[i]) return static_cast<fk_activation>(i);
-  STD_TORCH_CHECK(false, "activation: unknown name");
-}
+fk_activation activation_of(const std::string& name) { return static_cast<fk_activation>(activation_index(name)); }
 
 fk_array view(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a dense row-major tensor");
@@ -91,10 +84,7 @@ fk_array view(const std::optional<Tensor>& tensor, const char* name, std::initia
 
 fk_array weight_view(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
   if (!tensor.has_value()) return absent();
-  const auto sizes = tensor->sizes();
-  bool same = sizes.size() == shape.size();
-  for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape.begin()[i];
-  STD_TORCH_CHECK(same, name, ": unexpected shape");
+  check_shape(*tensor, name, shape);
   return array(*tensor, name);
 }
 
@@ -106,15 +96,6 @@ fk_array rows_view(std::optional<Tensor>* tensor, const char* name, int64_t* str
   if (!rows) *tensor = torch::stable::contiguous(t);
   *stride = rows ? t.stride(1) : (*tensor)->size(2);
   return array(**tensor, name);
-}
-
-const Tensor& required(const TensorList& tensors, size_t index, const char* name) {
-  STD_TORCH_CHECK(tensors[index].has_value(), name, ": expected a tensor, got None");
-  return *tensors[index];
-}
-
-void check_count(const TensorList& tensors, size_t expected) {
-  STD_TORCH_CHECK(tensors.size() == expected, "tensors: expected ", expected, " entries, got ", tensors.size());
 }
 
 void check_bias(const TensorList& tensors, size_t bias, size_t weight, const char* name) {
@@ -143,12 +124,6 @@ int64_t rows_per_image_task(int64_t images, int64_t rows, int64_t most) {
 }
 
 int64_t rows_per_task(int64_t rows, int64_t most) { return rows_per_image_task(1, rows, most); }
-
-void check_grid(int64_t tokens, int64_t prefix, int64_t height, int64_t width) {
-  STD_TORCH_CHECK(height > 0 && width > 0 && prefix >= 0 && prefix < tokens && (tokens - prefix) % height == 0 &&
-                      (tokens - prefix) / height == width,
-                  "grid: does not make the tokens of x");
-}
 
 void check_window(int64_t kernel, int64_t stride, int64_t padding, int64_t height, int64_t width,
                   int64_t most_padding) {

@@ -3,22 +3,13 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <atomic>
-#include <optional>
-#include <string>
-#include <vector>
 
+#include "../common/checks.h"
 #include "kernels.h"
 
 namespace fk {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using TensorList = std::vector<std::optional<Tensor>>;
 
 // The kernels for this machine: the best instruction set it has, lowered by FASTVIT_CPU_ISA.
 const fk_table& kernels();
@@ -37,14 +28,10 @@ fk_array rows_view(std::optional<Tensor>* tensor, const char* name, int64_t* str
 // Sizes, strides and paddings beyond this would overflow the kernels' arithmetic.
 constexpr int64_t kMostSize = int64_t{1} << 30;
 
-// A map of height x width behind `prefix` tokens makes all tokens.
-void check_grid(int64_t tokens, int64_t prefix, int64_t height, int64_t width);
 // A filter finds room on the padded map, and its numbers are sane.
 void check_window(int64_t kernel, int64_t stride, int64_t padding, int64_t height, int64_t width,
                   int64_t most_padding = kMostSize);
 
-const Tensor& required(const TensorList& tensors, size_t index, const char* name);
-void check_count(const TensorList& tensors, size_t expected);
 // A bias that no projection would add is a mistake of the caller.
 void check_bias(const TensorList& tensors, size_t bias, size_t weight, const char* name);
 

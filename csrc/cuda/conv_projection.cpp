@@ -9,6 +9,22 @@ constexpr size_t kBranches = 3;
 enum Index { kX, kNormWeight, kNormBias, kFirstBranch };
 enum BranchIndex { kFilter, kBnWeight, kBnBias, kBnMean, kBnVariance, kWeight, kBias, kPerBranch };
 
+// The largest tiles whose block finds room in shared memory, which the three branches share.
+void choose_tiles(ConvProjection& p) {
+  const int64_t most = most_shared_memory();
+  for (int64_t rows = kMostProjectionRows; rows > 0; rows /= 2) {
+    for (ProjectionBranch& b : p.branches) {
+      int64_t side = kMostSide;
+      const auto patch = [&] { return (side - 1) * b.stride + b.kernel; };
+      while (side > 1 && patch() * patch() > rows) --side;
+      b.tile_height = tile_side(b.out_height, side);
+      b.tile_width = tile_side(b.out_width, side);
+    }
+    if (shared_bytes(p) <= most) return;
+  }
+  check_shared_memory(shared_bytes(p));
+}
+
 std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps,
                                        std::vector<double> bn_eps, bool bn_training, int64_t height, int64_t width,
                                        int64_t prefix, std::vector<int64_t> strides, std::vector<int64_t> paddings,
@@ -16,15 +32,13 @@ std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packe
   check_count(t, kFirstBranch + kBranches * kPerBranch);
   STD_TORCH_CHECK(!packed.has_value(), "packed: the CUDA kernels read the weights themselves");
   const Tensor& x = required(t, kX, "x");
-  STD_TORCH_CHECK(x.dim() == 3 && on_device(x), "x: expected 3 dimensions on a CUDA device");
+  check_tokens(x);
   STD_TORCH_CHECK(!bn_training, "bn_training: the CUDA kernels take running statistics");
   STD_TORCH_CHECK(bn_eps.size() == kBranches && strides.size() == kBranches && paddings.size() == kBranches,
                   "bn_eps, stride, padding: expected one for each branch");
-  STD_TORCH_CHECK(height > 0 && width > 0 && prefix >= 0 && height < (int64_t{1} << 31) / width &&
-                      prefix + height * width == x.size(1) && x.size(1) < (int64_t{1} << 31),
-                  "grid: does not make the tokens of x");
+  check_grid(x.size(1), prefix, height, width);
   const int64_t batch = x.size(0), channels = x.size(2);
-  STD_TORCH_CHECK(channels > 0 && channels < (int64_t{1} << 24), "x: unexpected number of channels");
+  STD_TORCH_CHECK(batch * prefix < (int64_t{1} << 30), "x: expected less than 2^30 prefix tokens in all");
 
   ConvProjection p = {};
   Views views(x, dtype);
@@ -54,6 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packe
     const int64_t out_width = (width + 2 * padding - kernel) / stride + 1;
     STD_TORCH_CHECK(height + 2 * padding >= kernel && width + 2 * padding >= kernel,
                     "branch: the filter is larger than the padded map");
+    STD_TORCH_CHECK(out_height * out_width < (int64_t{1} << 30), "branch: expected less than 2^30 results of a sample");
     const int64_t out = own[kWeight]->size(0);
     STD_TORCH_CHECK(out > 0 && out <= 384, "branch: expected a weight of 1 to 384 rows");
     b.filter = views.array(own[kFilter], "conv_weight", {channels, 1, kernel, kernel});
@@ -68,16 +83,11 @@ std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packe
     b.padding = static_cast<int32_t>(padding);
     b.out_height = static_cast<int32_t>(out_height);
     b.out_width = static_cast<int32_t>(out_width);
-    int64_t side = kMostSide;
-    while (((side - 1) * stride + kernel) * ((side - 1) * stride + kernel) > kMostProjectionRows) --side;
-    b.tile_height = tile_side(out_height, side);
-    b.tile_width = tile_side(out_width, side);
     outs.push_back(empty(x, {batch, prefix + out_height * out_width, out}, dtype));
     b.out = outs.back().mutable_data_ptr();
   }
   p.vectors = views.vectors({channels});
-  STD_TORCH_CHECK(shared_bytes(p) <= kMostShared, "conv_projection: a block needs ", shared_bytes(p),
-                  " bytes of shared memory, and has at most ", kMostShared);
+  choose_tiles(p);
   stream.run(p);
   return {outs[0], outs[1], outs[2]};
 }

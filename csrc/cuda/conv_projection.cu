@@ -16,8 +16,6 @@ constexpr int kResultsOfWarp = kTileRows / kWarps;
 // Of the channels in work, factor and shift of the batch norm.
 enum Row { kScale, kShift, kTaps };
 
-__host__ __device__ int parts(int64_t size, int part) { return static_cast<int>((size + part - 1) / part); }
-
 __host__ __device__ int patch_side(const ProjectionBranch& b, int results) {
   return (results - 1) * b.stride + b.kernel;
 }

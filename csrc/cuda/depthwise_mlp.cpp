@@ -25,13 +25,22 @@ enum Index {
   kCount
 };
 
-Activation activation(const std::string& name) {
-  if (name == "gelu") return kGelu;
-  if (name == "quick_gelu") return kQuickGelu;
-  if (name == "silu") return kSilu;
-  if (name == "relu") return kRelu;
-  STD_TORCH_CHECK(name == "none", "activation: unknown name");
-  return kIdentity;
+Activation activation(const std::string& name) { return static_cast<Activation>(activation_index(name)); }
+
+// Values that a block normalises behind the result.
+constexpr int64_t kNormedValues = 8192;
+
+// The largest tile whose block finds room in shared memory, and how many of the result's channels a block makes.
+void choose_tile(DepthwiseMlp& p) {
+  p.columns = tile_side(p.project.out, most_columns(p.dtype));
+  const int64_t most = most_shared_memory();
+  for (int32_t side = kMostSide; side > 0; --side) {
+    p.tile_height = tile_side(p.height, side);
+    p.tile_width = tile_side(p.width, side);
+    const int32_t border = p.kernel - 1;
+    if ((p.tile_height + border) * (p.tile_width + border) <= kPatchRows && shared_bytes(p) <= most) return;
+  }
+  check_shared_memory(shared_bytes(p));
 }
 
 std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::string norm, double norm_eps,
@@ -42,12 +51,9 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
   check_count(t, kCount);
   STD_TORCH_CHECK(!packed.has_value(), "packed: the CUDA kernels read the weights themselves");
   const Tensor& x = required(t, kX, "x");
-  STD_TORCH_CHECK(x.dim() == 3 && on_device(x), "x: expected 3 dimensions on a CUDA device");
-  STD_TORCH_CHECK(
-      !training && !out_norm_eps.has_value() && prefix == 0 && summary != "mean" && bn_eps.size() == 3,
-      "depthwise_mlp: the CUDA kernels have no batch statistics, prefix tokens, norm of the result or mean");
-  STD_TORCH_CHECK(height > 0 && width > 0 && height < (int64_t{1} << 31) / width && height * width == x.size(1),
-                  "grid: does not make the tokens of x");
+  check_tokens(x);
+  STD_TORCH_CHECK(!training && bn_eps.size() == 3, "bn: the CUDA kernels take running statistics of three batch norms");
+  check_grid(x.size(1), prefix, height, width);
   STD_TORCH_CHECK(
       inner_residual == "none" || inner_residual == "before_activation" || inner_residual == "after_activation",
       "inner_residual: unknown name");
@@ -56,8 +62,7 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
   STD_TORCH_CHECK(expand.dim() == 2 && project.dim() == 2 && filter.dim() == 4, "weights: unexpected dimensions");
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
   const int64_t hidden = expand.size(0), out_channels = project.size(0), kernel = filter.size(2);
-  STD_TORCH_CHECK(channels > 0 && hidden > 0 && out_channels > 0 && out_channels <= 384,
-                  "fc2_weight: expected 1 to 384 rows");
+  STD_TORCH_CHECK(hidden > 0 && out_channels > 0, "fc1_weight, fc2_weight: no channels");
   STD_TORCH_CHECK(kernel % 2 == 1 && kernel <= 7, "dw_weight: expected a filter of 1, 3, 5 or 7");
 
   DepthwiseMlp p = {};
@@ -67,6 +72,7 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
   p.batch = static_cast<int32_t>(batch);
   p.height = static_cast<int32_t>(height);
   p.width = static_cast<int32_t>(width);
+  p.prefix = static_cast<int32_t>(prefix);
   p.kernel = static_cast<int32_t>(kernel);
   p.x = views.array(x, "x", {batch, tokens, channels});
   p.norm.kind = norm_kind(norm);
@@ -75,7 +81,7 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
   p.norm.bias = views.array(t[kNormBias], "norm_bias", {channels});
   std::optional<Tensor> statistics;
   if (p.norm.kind == kGroupNorm) {
-    statistics = group_statistics(stream, t[kStatistics], x, 0);
+    statistics = group_statistics(stream, t[kStatistics], x, prefix);
     p.norm.statistics = static_cast<const float*>(statistics->const_data_ptr());
   }
   p.expand = views.linear(expand, t[kExpandBias], "fc1_weight", hidden, channels);
@@ -96,23 +102,64 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
   p.activation = activation(last_activation);
   p.adds_before = inner_residual == "before_activation";
   p.adds_after = inner_residual == "after_activation";
-  p.residual = views.array(t[kResidual], "residual", {batch, tokens, out_channels});
   p.vectors = views.vectors({channels, hidden});
-  int64_t side = kMostSide;
-  while ((side + kernel - 1) * (side + kernel - 1) > kPatchRows) --side;
-  p.tile_height = tile_side(height, side);
-  p.tile_width = tile_side(width, side);
+  choose_tile(p);
   const ScalarType out_dtype = promoted(dtype, t[kResidual]);
-  p.out_dtype = kernel_dtype(out_dtype);
   const Tensor out = empty(x, {batch, tokens, out_channels}, out_dtype);
-  p.out = out.mutable_data_ptr();
-  STD_TORCH_CHECK(shared_bytes(p) <= kMostShared, "depthwise_mlp: a block needs ", shared_bytes(p),
-                  " bytes of shared memory, and has at most ", kMostShared);
-  const bool wants_statistics = summary == "statistics";
-  Tensor moments = empty(x, {wants_statistics ? batch : 0, blocks_per_sample(p), 3}, ScalarType::Float);
-  if (wants_statistics) p.moments = static_cast<float*>(moments.mutable_data_ptr());
+  const Array residual = views.array(t[kResidual], "residual", {batch, tokens, out_channels});
+
+  // A norm of the result waits for all blocks: the residual is added behind it.
+  const bool norms = out_norm_eps.has_value(), wants_statistics = summary == "statistics";
+  const Tensor result = norms ? empty(x, {batch, tokens, out_channels}, dtype) : out;
+  p.out = result.mutable_data_ptr();
+  p.out_dtype = kernel_dtype(norms ? dtype : out_dtype);
+  if (!norms) p.residual = residual;
+  Tensor moments = empty(x, {norms || wants_statistics ? batch : 0, blocks_per_sample(p), 3}, ScalarType::Float);
+  if (norms || wants_statistics) p.moments = static_cast<float*>(moments.mutable_data_ptr());
+  const bool wants_mean = summary == "mean";
+  const Tensor sums = empty(x, {wants_mean ? batch : 0, tiles_per_sample(p), out_channels}, ScalarType::Float);
+  if (wants_mean) p.sums = static_cast<float*>(sums.mutable_data_ptr());
   stream.run(p);
-  return {out, wants_statistics ? merged_statistics(stream, moments, batch) : empty(x, {0}, ScalarType::Float)};
+
+  Norm norm_of_result = {};
+  std::optional<Tensor> statistics_of_result;
+  if (norms) {
+    statistics_of_result = merged_statistics(stream, moments, batch);
+    norm_of_result = {kGroupNorm, views.array(t[kOutNormWeight], "out_norm_weight", {out_channels}),
+                      views.array(t[kOutNormBias], "out_norm_bias", {out_channels}), static_cast<float>(*out_norm_eps),
+                      static_cast<const float*>(statistics_of_result->const_data_ptr())};
+    ResultNorm n = {};
+    n.y = {result.const_data_ptr(), p.dtype};
+    n.norm = norm_of_result;
+    n.residual = residual;
+    n.out = out.mutable_data_ptr();
+    n.dtype = p.dtype;
+    n.out_dtype = kernel_dtype(out_dtype);
+    n.batch = p.batch;
+    n.tokens = static_cast<int32_t>(tokens);
+    n.prefix = p.prefix;
+    n.channels = p.project.out;
+    n.rows_per_block = static_cast<int32_t>(std::max<int64_t>(kNormedValues / out_channels, 1));
+    moments = empty(x, {wants_statistics ? batch : 0, parts(tokens, n.rows_per_block), 3}, ScalarType::Float);
+    if (wants_statistics) n.moments = static_cast<float*>(moments.mutable_data_ptr());
+    stream.run(n);
+  }
+  if (wants_statistics) return {out, merged_statistics(stream, moments, batch)};
+  const Tensor means =
+      empty(x, wants_mean ? std::vector<int64_t>{batch, out_channels} : std::vector<int64_t>{0}, ScalarType::Float);
+  if (wants_mean) {
+    MergeSums m = {};
+    m.sums = p.sums;
+    m.norm = norm_of_result;
+    m.means = static_cast<float*>(means.mutable_data_ptr());
+    m.dtype = p.dtype;
+    m.samples = p.batch;
+    m.parts = static_cast<int32_t>(tiles_per_sample(p));
+    m.columns = p.project.out;
+    m.rows = p.height * p.width;
+    stream.run(m);
+  }
+  return {out, means};
 }
 
 }  // namespace

@@ -20,20 +20,32 @@ __device__ inline unsigned char* shared_memory() {
   return memory;
 }
 
+// Null, or what CUDA says of an error, which must not be found again behind the next launch.
+inline const char* message_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+inline int64_t shared_memory_of_device() {
+  int device = 0, bytes = 0;
+  if (message_of(cudaGetDevice(&device))) return 0;
+  return message_of(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) ? 0 : bytes;
+}
+
 template <class Params>
 const char* launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int64_t shared, void* stream,
                           const Params& params) {
   if (blocks == 0) return nullptr;
   if (blocks > INT32_MAX) return "more blocks than a grid takes";
   if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    const char* problem =
+        message_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    if (problem) return problem;
   }
   kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared), static_cast<cudaStream_t>(stream)>>>(
       params);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return message_of(cudaGetLastError());
 }
 
 }  // namespace fk
@@ -102,6 +114,8 @@ __device__ inline void store(void* data, DType dtype, int64_t index, float value
     static_cast<float*>(data)[index] = value;
 }
 
+// How many parts of this size there are, the last one perhaps smaller.
+__host__ __device__ constexpr int parts(int64_t size, int part) { return static_cast<int>((size + part - 1) / part); }
 __host__ __device__ constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
 
 constexpr int kWarp = 32;

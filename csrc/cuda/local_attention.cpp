@@ -30,12 +30,10 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
   check_count(t, kCount);
   STD_TORCH_CHECK(!packed.has_value(), "packed: the CUDA kernels read the weights themselves");
   const Tensor& x = required(t, kX, "x");
-  STD_TORCH_CHECK(x.dim() == 3 && on_device(x), "x: expected 3 dimensions on a CUDA device");
-  STD_TORCH_CHECK(x.size(2) > 0 && x.size(2) < (int64_t{1} << 24), "x: unexpected number of channels");
+  check_tokens(x);
   STD_TORCH_CHECK(pad == "none" || pad == "mask" || pad == "zero", "pad: unknown name");
   STD_TORCH_CHECK(window > 0 && window <= 64, "window_size: expected 1 to 64");
-  STD_TORCH_CHECK(height > 0 && width > 0 && height < (int64_t{1} << 31) / width && height * width == x.size(1),
-                  "grid: does not make the tokens of x");
+  check_grid(x.size(1), 0, height, width);
   STD_TORCH_CHECK(pad != "none" || (height % window == 0 && width % window == 0),
                   "grid: expected multiples of the window");
   STD_TORCH_CHECK(t[kK].has_value() == t[kV].has_value(), "k, v: expected both or none");
@@ -112,8 +110,7 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
   // The projection needs all heads of a row. Without it heads can go to blocks of their own, which make x anew.
   p.heads_per_block = p.heads;
   if (!p.projection.weight && (!makes || batch * blocks_per_sample(p) < kManyBlocks)) p.heads_per_block = 1;
-  STD_TORCH_CHECK(shared_bytes(p) <= kMostShared, "local_attention: a window needs ", shared_bytes(p),
-                  " bytes of shared memory, a block has at most ", kMostShared);
+  check_shared_memory(shared_bytes(p));
   Tensor moments = empty(x, {return_statistics ? batch : 0, blocks_per_sample(p), 3}, ScalarType::Float);
   if (return_statistics) p.moments = static_cast<float*>(moments.mutable_data_ptr());
   stream.run(p);

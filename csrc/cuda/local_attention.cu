@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 || kValueTiles > 8 ? 
   T* attended = reinterpret_cast<T*>(memory + at.attended);
   T* staging = reinterpret_cast<T*>(memory + at.staging);
 
-  const int area = p.window * p.window, tiles = (area + kTileRows - 1) / kTileRows;
-  const int across = (p.width + p.window - 1) / p.window, down = (p.height + p.window - 1) / p.window;
-  const int groups = (p.heads + p.heads_per_block - 1) / p.heads_per_block;
+  const int area = p.window * p.window, tiles = parts(area, kTileRows);
+  const int across = parts(p.width, p.window), down = parts(p.height, p.window);
+  const int groups = parts(p.heads, p.heads_per_block);
   int64_t index = blockIdx.x;
   const int first_head = static_cast<int>(index % groups) * p.heads_per_block;
   index /= groups;
@@ -274,8 +274,7 @@ const char* launch_for(const LocalAttention& p, void* stream) {
 }  // namespace
 
 int64_t blocks_per_sample(const LocalAttention& p) {
-  const auto parts = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
-  return parts(p.height, p.window) * parts(p.width, p.window) * parts(p.window * p.window, kTileRows) *
+  return int64_t{parts(p.height, p.window)} * parts(p.width, p.window) * parts(p.window * p.window, kTileRows) *
          parts(p.heads, p.heads_per_block);
 }
 

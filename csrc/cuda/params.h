@@ -31,9 +31,6 @@ struct Linear {
   int32_t out, in;
 };
 
-// Shared memory that every supported GPU lets a block have.
-constexpr int64_t kMostShared = 163 * 1024;
-
 // Rows of a tile: the queries of a block, and the keys that it meets at a time.
 constexpr int32_t kTileRows = 64;
 
@@ -70,9 +67,11 @@ struct BatchNorm {
 constexpr int32_t kPatchRows = 128;
 constexpr int32_t kMostSide = 8;
 constexpr int32_t kHiddenChunk = 64;
+// Channels of the result for which a block makes the hidden map once: its accumulators are all there is.
+inline constexpr int32_t most_columns(DType dtype) { return dtype == kF32 ? 512 : 640; }
 
 struct DepthwiseMlp {
-  Array x;  // [B, H * W, expand.in]
+  Array x;  // [B, prefix + H * W, expand.in]
   Norm norm;
   Linear expand, project;
   Array filter, filter_bias;     // [hidden, kernel, kernel], [hidden]
@@ -81,12 +80,33 @@ struct DepthwiseMlp {
   Activation hidden_activation, activation;
   bool adds_before, adds_after;  // the filter's input, to its result before or after the activation
   Array residual;
-  void* out;  // [B, H * W, project.out]
+  void* out;  // [B, prefix + H * W, project.out]; prefix rows are the residual's, or zeros
   DType dtype, out_dtype;
-  int32_t batch, height, width, kernel;
-  int32_t tile_height, tile_width;  // results of a block
+  int32_t batch, height, width, prefix, kernel;
+  int32_t tile_height, tile_width, columns;  // results of a block
   bool vectors;
-  float* moments;  // per block [3]; null: not wanted
+  float* moments;  // per block [3], without prefix rows; null: not wanted
+  float* sums;     // of the results, without the residual, of each tile [B, tiles, project.out]; null: not wanted
+};
+
+// A GroupNorm of a finished map, and what is added behind it.
+struct ResultNorm {
+  Array y;  // [B, tokens, channels]
+  Norm norm;
+  Array residual;
+  void* out;
+  DType dtype, out_dtype;
+  int32_t batch, tokens, prefix, channels;
+  int32_t rows_per_block;
+  float* moments;  // per block [3], without prefix rows; null: not wanted
+};
+
+struct MergeSums {
+  const float* sums;  // [samples, parts, columns]
+  Norm norm;          // a GroupNorm, of the mean
+  float* means;       // [samples, columns]
+  DType dtype;        // the compute dtype, which the norm's weight and bias may have
+  int32_t samples, parts, columns, rows;
 };
 
 // Tokens that a block of a projection may need for its results.
@@ -124,15 +144,21 @@ struct MergeMoments {
   int32_t samples, parts;
 };
 
+// Shared memory that the current device lets a block have; 0 when CUDA does not say.
+int64_t most_shared_memory();
+
 // Every launch returns null, or what CUDA said.
 const char* launch(const LocalAttention& p, void* stream);
 const char* launch(const DepthwiseMlp& p, void* stream);
 const char* launch(const ConvProjection& p, void* stream);
 const char* launch(const Moments& p, void* stream);
 const char* launch(const MergeMoments& p, void* stream);
+const char* launch(const ResultNorm& p, void* stream);
+const char* launch(const MergeSums& p, void* stream);
 
 int64_t blocks_per_sample(const LocalAttention& p);
 int64_t shared_bytes(const LocalAttention& p);
+int64_t tiles_per_sample(const DepthwiseMlp& p);
 int64_t blocks_per_sample(const DepthwiseMlp& p);
 int64_t shared_bytes(const DepthwiseMlp& p);
 int64_t shared_bytes(const ConvProjection& p);

@@ -9,10 +9,11 @@ namespace fk {
 Stream::Stream(const Tensor& tensor) : guard_(nullptr), stream_(nullptr) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this PyTorch was built without CUDA");
   const int32_t device = tensor.get_device_index();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
+  // Last: nobody would delete the guard of a constructor that fails.
   DeviceGuardHandle guard;
   TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device, &guard));
   guard_ = guard;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
 }
 
 Stream::~Stream() {

@@ -1,12 +1,14 @@
 #include "support.h"
 
-#include <algorithm>
-
 namespace fk {
 namespace {
 
 constexpr int64_t kMostParts = 256;
 constexpr int64_t kFewestValues = 4096;
+constexpr int64_t kMostSamples = int64_t{1} << 30;
+constexpr int64_t kMostTokens = int64_t{1} << 30;
+// A tile of 128 such rows has less than 2^31 bytes.
+constexpr int64_t kMostChannels = int64_t{1} << 20;
 
 }  // namespace
 
@@ -30,47 +32,49 @@ ScalarType promoted(ScalarType dtype, const std::optional<Tensor>& residual) {
   return ScalarType::Float;
 }
 
-void check_count(const TensorList& tensors, size_t expected) {
-  STD_TORCH_CHECK(tensors.size() == expected, "tensors: expected ", expected, " entries, got ", tensors.size());
+void check_tokens(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3 && on_device(x), "x: expected 3 dimensions on a CUDA device");
+  STD_TORCH_CHECK(x.size(0) < kMostSamples && x.size(1) < kMostTokens && x.size(2) > 0 && x.size(2) < kMostChannels,
+                  "x: expected less than 2^20 channels, and 2^30 samples and tokens");
 }
 
-const Tensor& required(const TensorList& tensors, size_t index, const char* name) {
-  STD_TORCH_CHECK(tensors[index].has_value(), name, ": expected a tensor, got None");
-  return *tensors[index];
+void check_shared_memory(int64_t bytes) {
+  const int64_t most = most_shared_memory();
+  STD_TORCH_CHECK(bytes <= most, "shared memory: a block needs ", bytes, " bytes of shared memory, and has at most ",
+                  most);
 }
 
 Tensor Views::checked(const std::optional<Tensor>& tensor, const char* name,
                       std::initializer_list<int64_t> shape) const {
-  const auto sizes = tensor->sizes();
-  STD_TORCH_CHECK(sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()), name,
-                  ": unexpected shape");
+  check_shape(*tensor, name, shape);
   STD_TORCH_CHECK(on_device(*tensor) && tensor->get_device_index() == device_, name, ": on another device");
   STD_TORCH_CHECK(tensor->is_contiguous(), name, ": expected a dense row-major tensor");
+  data_of(*tensor, name);
   return *tensor;
 }
 
-Tensor Views::cast(const Tensor& tensor) {
-  if (tensor.scalar_type() == dtype_) return tensor;
-  copies_.push_back(torch::stable::to(tensor, dtype_));
+Tensor Views::cast(const Tensor& tensor, ScalarType dtype) {
+  if (tensor.scalar_type() == dtype) return tensor;
+  copies_.push_back(torch::stable::to(tensor, dtype));
   return copies_.back();
 }
 
 Array Views::array(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
   if (!tensor.has_value()) return {nullptr, kF32};
   const Tensor view = checked(tensor, name, shape);
-  const Tensor read = view.scalar_type() == ScalarType::Float ? view : cast(view);
+  const Tensor read = view.scalar_type() == dtype_ ? view : cast(view, ScalarType::Float);
   return {read.const_data_ptr(), kernel_dtype(read.scalar_type())};
 }
 
 const void* Views::data(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
   if (!tensor.has_value()) return nullptr;
-  pointers_.push_back(cast(checked(tensor, name, shape)).const_data_ptr());
+  pointers_.push_back(cast(checked(tensor, name, shape), dtype_).const_data_ptr());
   return pointers_.back();
 }
 
 Linear Views::linear(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const char* name,
                      int64_t out, int64_t in) {
-  STD_TORCH_CHECK(out < (int64_t{1} << 24) && in < (int64_t{1} << 24), name, ": too many channels");
+  STD_TORCH_CHECK(out < kMostChannels && in < kMostChannels, name, ": too many channels");
   return {data(weight, name, {out, in}), array(bias, name, {out}), static_cast<int32_t>(out), static_cast<int32_t>(in)};
 }
 
@@ -83,10 +87,7 @@ bool Views::vectors(std::initializer_list<int64_t> columns) const {
          });
 }
 
-int32_t tile_side(int64_t side, int64_t most) {
-  const int64_t blocks = (side + most - 1) / most;
-  return static_cast<int32_t>((side + blocks - 1) / blocks);
-}
+int32_t tile_side(int64_t side, int64_t most) { return static_cast<int32_t>(parts(side, parts(side, most))); }
 
 NormKind norm_kind(const std::string& name) {
   STD_TORCH_CHECK(name == "none" || name == "layer" || name == "group", "norm: unknown name");
@@ -121,9 +122,9 @@ Tensor group_statistics(const Stream& stream, const std::optional<Tensor>& given
   p.x = {static_cast<const char*>(x.const_data_ptr()) + skipped * x.size(2) * size_of(dtype), dtype};
   p.sample_stride = x.size(1) * x.size(2);
   p.values = (x.size(1) - skipped) * x.size(2);
-  p.values_per_part = std::max((p.values + kMostParts - 1) / kMostParts, kFewestValues);
+  p.values_per_part = std::max(parts(p.values, kMostParts), kFewestValues);
   p.samples = static_cast<int32_t>(samples);
-  p.parts = static_cast<int32_t>((p.values + p.values_per_part - 1) / p.values_per_part);
+  p.parts = static_cast<int32_t>(parts(p.values, p.values_per_part));
   const Tensor moments = empty(x, {samples, p.parts, 3}, ScalarType::Float);
   p.moments = static_cast<float*>(moments.mutable_data_ptr());
   stream.run(p);

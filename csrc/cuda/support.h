@@ -3,14 +3,8 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <initializer_list>
-#include <optional>
-#include <string>
-#include <vector>
-
+#include "../common/checks.h"
 #include "params.h"
 
 // Where the operators are registered; the tests' emulator has a library of its own.
@@ -20,10 +14,6 @@
 #endif
 
 namespace fk {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using TensorList = std::vector<std::optional<Tensor>>;
 
 // The device of a call made current, and its stream of kernels.
 class Stream {
@@ -51,17 +41,19 @@ DType kernel_dtype(ScalarType dtype);
 // The dtype of `residual + y` for a y in the compute dtype, which is one of the two.
 ScalarType promoted(ScalarType dtype, const std::optional<Tensor>& residual);
 
-void check_count(const TensorList& tensors, size_t expected);
-const Tensor& required(const TensorList& tensors, size_t index, const char* name);
+// Tokens [B, N, C] where the kernels run, of sizes that their 32-bit indices can count.
+void check_tokens(const Tensor& x);
+// That a block of this many bytes of shared memory finds room on the current device.
+void check_shared_memory(int64_t bytes);
 
 // The tensors of one call as kernels see them. Copies in another dtype live as long as this.
 class Views {
  public:
-  explicit Views(const Tensor& first, ScalarType dtype) : device_(first.get_device_index()), dtype_(dtype) {}
+  Views(const Tensor& first, ScalarType dtype) : device_(first.get_device_index()), dtype_(dtype) {}
 
-  // A dense row-major tensor in the compute dtype or in fp32; another dtype is cast to the compute dtype.
+  // A dense row-major tensor in the compute dtype or in fp32; a third dtype is cast to fp32.
   Array array(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape);
-  // The same in the compute dtype.
+  // One that is cast to the compute dtype.
   const void* data(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape);
   Linear linear(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const char* name, int64_t out,
                 int64_t in);
@@ -70,7 +62,7 @@ class Views {
 
  private:
   Tensor checked(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) const;
-  Tensor cast(const Tensor& tensor);
+  Tensor cast(const Tensor& tensor, ScalarType dtype);
 
   int32_t device_;
   ScalarType dtype_;
@@ -78,6 +70,7 @@ class Views {
   std::vector<const void*> pointers_;
 };
 
+inline int64_t parts(int64_t size, int64_t part) { return (size + part - 1) / part; }
 // A side of a block's results, for a side of the map: as few blocks as there must be, and these about equal.
 int32_t tile_side(int64_t side, int64_t most);
 

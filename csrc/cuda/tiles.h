@@ -43,7 +43,8 @@ constexpr int kStages = 2;
 constexpr int64_t kStagingBytes = int64_t{kStages} * kPanel * kStageRowBytes;
 
 // to += tile * weight^T for this warp's 16 rows of a tile [rows, depth] and 64 rows of a weight [n, depth], of which
-// `rows` are there. Warps that share rows of the tile take one of `kGroups` panels of 64 each.
+// `rows` are there. Warps that share rows of the tile take one of `kGroups` panels of 64 each; a warp without rows has
+// null for the tile.
 // All warps of the block meet here; `staging` is theirs. The tile must be complete and its padding zero.
 template <int kGroups, class T>
 __device__ void multiply_by_weight(float (&to)[kPanelTiles][4], const T* tile, int stride, const T* weight, int depth,
@@ -68,7 +69,7 @@ __device__ void multiply_by_weight(float (&to)[kPanelTiles][4], const T* tile, i
     wait_for_copies<1>();
     __syncthreads();
     const T* panel = staging + (step % kStages * kRows + group * kPanel) * kStride;
-    for (int k = 0; k < kStep && step * kStep + k < depth; k += F::kDepth) {
+    for (int k = 0; tile && k < kStep && step * kStep + k < depth; k += F::kDepth) {
       const typename F::Left a = F::left(tile + step * kStep + k, stride);
 #pragma unroll
       for (int n = 0; n < kPanelTiles; n += 2) {

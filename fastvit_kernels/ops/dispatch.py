@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastvit_kernels.ops.arguments import autocast_is_on
-from fastvit_kernels.ops.operator import Backend, Operator, Outputs, Tensors
+from fastvit_kernels.ops.operator import Backend, BackwardBackend, Operator, Outputs, Tensors
 from fastvit_kernels.ops.preference import in_order
 
-BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference", "sdpa")
 
 
 class _Reference(NamedTuple):
@@ -42,7 +42,12 @@ class BackendError(RuntimeError):
 
 @dataclass
 class Decision:
-    """One operator call as `explain` reports it; `measured` are the times that decided, empty where none did."""
+    """One operator call as `explain` reports it.
+
+    `measured` are the times that decided, empty where none did. `gradients` is who computed the call's: the chosen
+    backend, or `"reference"` where they were recomputed through it, for the reasons in `recomputed`; empty where nobody
+    did.
+    """
 
     operator: str
     module: str
@@ -51,11 +56,14 @@ class Decision:
     rejected: dict[str, list[str]]
     channels: int = 0
     measured: str = ""
+    gradients: str = ""
+    recomputed: list[str] = field(default_factory=list)
 
 
 class _State(threading.local):
     def __init__(self) -> None:
         self.backend: str | None = None
+        self.recompute = True
         self.recorder: Recorder | None = None
 
 
@@ -85,7 +93,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every operator called in this block, in this thread, on one backend.
 
     Args:
-        name: `"cuda"`, `"triton"`, `"cpu"`, `"reference"`, or `"auto"` for the default order.
+        name: `"cuda"`, `"triton"`, `"cpu"`, `"reference"`, `"sdpa"`, or `"auto"` for the default order. Operators
+            without `"cuda"` or `"sdpa"` raise; the second, PyTorch's attention, is for the attentions alone.
 
     Raises:
         ValueError: the name is none of these.
@@ -102,6 +111,28 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def use_recompute(enabled: bool) -> Iterator[None]:
+    """Choose, for the operators called in this block, in this thread, between memory and time in training.
+
+    A fused operator keeps its inputs alone for the backward. Where a backend has kernels for the gradients, they
+    compute what is in between again tile by tile, which no setting changes. Where it has none, the backward runs the
+    whole operator once more, through the reference.
+
+    Args:
+        enabled: True, the default, for as little memory as possible. With False such an operator runs on the reference
+            from the start, whose intermediate results autograd keeps: the time of one forward is saved, and it takes
+            the memory of plain PyTorch. It concerns backends that are not asked for by name.
+
+    `explain(model, x, training=True)` shows whom it concerns: those whose gradients the reference computes.
+    """
+    previous, _state.recompute = _state.recompute, enabled
+    try:
+        yield
+    finally:
+        _state.recompute = previous
+
+
+@contextmanager
 def record(recorder: Recorder) -> Iterator[None]:
     """Collect this thread's dispatch decisions in `recorder`."""
     previous, _state.recorder = _state.recorder, recorder
@@ -109,6 +140,12 @@ def record(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         _state.recorder = previous
+
+
+def latest_decision() -> Decision | None:
+    """That of the call being run, where `explain` listens."""
+    recorder = None if torch.compiler.is_compiling() else _state.recorder
+    return recorder.decisions[-1] if recorder is not None and recorder.decisions else None
 
 
 def requested_backend(backend: str | None = None) -> str:
@@ -147,9 +184,28 @@ def _reasons(candidate: Backend, operator: Operator, tensors: Tensors, static: A
     if _transforming():
         return ["under torch.func or forward-mode differentiation, which see through plain PyTorch operators only"]
     reasons = candidate.supports(tensors, static)
+    if wanted == "auto" and not _state.recompute and not reasons:
+        reasons = [f"recompute is off: {reason}" for reason in _recomputed(candidate, operator, tensors, static)]
     if wanted == "auto" and candidate.name == "triton" and tensors[0].device.type != "cuda":  # type: ignore[union-attr]
         return [*reasons, "on a CPU Triton only interprets: it runs when asked for by name"]
     return reasons
+
+
+def _recomputed(candidate: Backend, operator: Operator, tensors: Tensors, static: Any) -> list[str]:
+    """Why gradients of this call, where any are wanted, would be recomputed through the reference."""
+    needs = [t is not None and t.requires_grad for t in tensors]
+    if not torch.is_grad_enabled() or not any(needs):
+        return []
+    return gradient_reasons(candidate, operator.fake(tensors, static), tensors, needs, static)
+
+
+def gradient_reasons(
+    backend: Backend, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
+) -> list[str]:
+    """Why `backend` cannot compute these gradients of a call that it runs."""
+    if not isinstance(backend, BackwardBackend):
+        return ["no kernels for gradients"]
+    return backend.supports_backward(grads, tensors, needs, static)
 
 
 def select(operator: Operator, tensors: Tensors, static: Any, backend: str | None = None) -> Backend:

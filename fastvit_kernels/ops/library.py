@@ -10,7 +10,9 @@ For every operator `name` this defines
 * `fastvit::name_statistics`, where batch norms take those of the batch: their means and variances, from C++, and with
   the overload `.triton` from Triton;
 * `fastvit::name_backward.native` and `fastvit::name_backward.triton`, where there are such kernels: the same gradients
-  from C++ (CPU and CUDA dispatch keys) and from Triton.
+  from C++ (CPU and CUDA dispatch keys) and from Triton;
+* `fastvit::name.sdpa` and `fastvit::name_backward.sdpa`, of the attentions: the reference around PyTorch's own
+  attention, and its gradients, recomputed through that.
 
 `...` stands for the operator's static arguments. The tensors of a call travel as one list in a documented order, so
 that the autograd, fake and packing code below exists once for all operators.
@@ -27,11 +29,13 @@ from torch import Tensor
 from torch.library import Library
 
 from fastvit_kernels.ops import dispatch
-from fastvit_kernels.ops.operator import Backend, BackwardBackend, Operator, Outputs, Tensors
+from fastvit_kernels.ops.dispatch import Decision
+from fastvit_kernels.ops.operator import Backend, BackwardBackend, GradientKernels, Operator, Outputs, Tensors
 from fastvit_kernels.ops.packing import PackedWeights
 
 NAMESPACE = "fastvit"
 Launcher = Callable[[Tensors, Any], Outputs]
+Composition = Callable[[Tensors, Any], Outputs]
 BackwardLauncher = Callable[[Sequence[Tensor], Tensors, Sequence[bool], Any], list[Tensor]]
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
@@ -49,6 +53,8 @@ library.define("places_forget(int places) -> ()")
 operators: dict[str, Operator] = {}
 _NATIVE = ("cpu", "cuda")
 _functions: dict[str, Any] = {}
+# By the helper operator's name and the backend.
+_statistics: dict[tuple[str, str], Any] = {}
 _cpu_ops: dict[str, Any] = {}
 
 
@@ -68,6 +74,7 @@ def define_statistics(name: str, static_schema: str, fake: Callable[..., Tensor]
     """Define a helper operator `fastvit::name(Tensor?[] tensors, ...) -> Tensor` that only has C++ kernels."""
     _define(f"{name}(Tensor?[] tensors, {static_schema}) -> Tensor")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    _statistics[name, "cpu"] = getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def define_triton_statistics(
@@ -84,18 +91,32 @@ def define_triton_statistics(
     torch.library.register_fake(f"{NAMESPACE}::{overload}", fake, lib=library)
     for key in ("CPU", "CUDA"):
         library.impl(overload, run, key)
+    name = f"{operator.name}_statistics"
+    _statistics[name, "triton"] = getattr(getattr(torch.ops, NAMESPACE), name).triton
+
+
+def statistics_by_kernels(operator: Operator, tensors: Tensors, static: Any, backend: str | None) -> Tensor | None:
+    """The batch's statistics, from the kernels of the backend that runs this call; None where it has none for them."""
+    chosen = dispatch.select(operator, tensors, static, backend).name
+    kernels = _statistics.get((f"{operator.name}_statistics", chosen))
+    if kernels is None:
+        return None
+    found: Tensor = kernels(dense(tensors, operator.triton_any_layout if chosen == "triton" else ()), *static)
+    return found
 
 
 def register(
     operator: Operator,
     triton_launcher: Launcher | None = None,
     triton_backward: BackwardLauncher | None = None,
+    sdpa: Composition | None = None,
 ) -> None:
     """Define `operator`'s schemas and register its fakes, its Triton kernels (if any) and its backward.
 
     Args:
         operator: its `"cpu"` or `"cuda"` backend must be a `BackwardBackend` for `name_backward.native` to exist.
         triton_launcher, triton_backward: what the `.triton` overloads run.
+        sdpa: what the `.sdpa` overloads run: PyTorch's operators, which its gradients are recomputed through.
     """
     name, statics = operator.name, operator.static_schema
     returns = "Tensor" if operator.returns == 1 else "(" + ", ".join(["Tensor"] * operator.returns) + ")"
@@ -110,15 +131,9 @@ def register(
         # The layout, and with it the size, depends on the instruction set found at run time.
         return torch.empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
-    def run_backward(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
-        with _autograd_inside_kernel():
-            found = recompute_gradients(operator, grads, tensors, needs, operator.static(*static), create_graph=False)
-        # Gradients leave as fresh dense tensors, whatever autograd returned: the fake promises it.
-        return [g.clone(memory_format=torch.contiguous_format) for g in found if g is not None]
-
     for overload, function in ((name, fake), (f"{name}_pack", fake_pack)):
         torch.library.register_fake(f"{NAMESPACE}::{overload}", function, lib=library)
-    _register_backward(operator, "", run_backward)
+    _register_backward(operator, "", _recomputing(operator, lambda: operator.reference))
     if any(b.name in _NATIVE and isinstance(b, BackwardBackend) for b in operator.backends):
         _register_backward(operator, ".native")
     if triton_backward is not None:
@@ -131,7 +146,10 @@ def register(
 
         _register_backward(operator, ".triton", run_triton)
     if triton_launcher is not None:
-        _register_triton(operator, triton_launcher, f"Tensor?[] tensors, {statics}", returns)
+        _register_overload(operator, "triton", triton_launcher, returns)
+    if sdpa is not None:
+        _register_overload(operator, "sdpa", _by_itself(sdpa), returns)
+        _register_backward(operator, ".sdpa", _recomputing(operator, lambda: sdpa))
     operators[name] = operator
     _cpu_ops[name] = getattr(getattr(torch.ops, NAMESPACE), name).default
     _functions[name] = _make_function(operator)
@@ -160,9 +178,33 @@ def _register_backward(operator: Operator, overload: str, run: Callable[..., lis
             library.impl(name, run, key)
 
 
-def _register_triton(operator: Operator, launcher: Launcher, arguments: str, returns: str) -> None:
-    overload = f"{operator.name}.triton"
-    _define(f"{overload}({arguments}) -> {returns}")
+def _recomputing(operator: Operator, composition: Callable[[], Composition]) -> Callable[..., list[Tensor]]:
+    """A backward that runs a composition of PyTorch's operators once more, this time recorded."""
+
+    def run(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
+        with _autograd_inside_kernel():
+            found = recompute_gradients(
+                composition(), grads, tensors, needs, operator.static(*static), create_graph=False
+            )
+        # Gradients leave as fresh dense tensors, whatever autograd returned: the fake promises it.
+        return [g.clone(memory_format=torch.contiguous_format) for g in found if g is not None]
+
+    return run
+
+
+def _by_itself(composition: Composition) -> Launcher:
+    """A composition as a kernel: no autocast of single steps, and dense results, as the fake promises."""
+
+    def run(tensors: Tensors, static: Any) -> Outputs:
+        with torch.autocast(tensors[0].device.type, enabled=False):  # type: ignore[union-attr]
+            return tuple(output.contiguous() for output in composition(tensors, static))
+
+    return run
+
+
+def _register_overload(operator: Operator, name: str, launcher: Launcher, returns: str) -> None:
+    overload = f"{operator.name}.{name}"
+    _define(f"{overload}(Tensor?[] tensors, {operator.static_schema}) -> {returns}")
 
     def fake(tensors: Tensors, *static: Any) -> Tensor | Outputs:
         _check_one_device(overload, tensors)
@@ -179,14 +221,14 @@ def _register_triton(operator: Operator, launcher: Launcher, arguments: str, ret
 
 
 def recompute_gradients(
-    operator: Operator,
+    composition: Composition,
     grads: Sequence[Tensor],
     tensors: Tensors,
     needs: Sequence[bool],
     static: Any,
     create_graph: bool,
 ) -> list[Tensor | None]:
-    """Gradients of the reference at `tensors`, one entry per tensor (None where `needs` is False).
+    """Gradients of PyTorch's operators at `tensors`, one entry per tensor (None where `needs` is False).
 
     With `create_graph` the result stays connected to `tensors` and `grads`, so it can be differentiated again.
     """
@@ -199,7 +241,7 @@ def recompute_gradients(
             inputs = [
                 t.detach().requires_grad_(n) if t is not None else None for t, n in zip(tensors, needs, strict=True)
             ]
-        outputs = operator.reference(inputs, static)
+        outputs = composition(inputs, static)
         wanted = [t for t, n in zip(inputs, needs, strict=True) if n and t is not None]
         # An output that depends on none of the wanted inputs has no history and may not be asked for.
         pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
@@ -230,14 +272,29 @@ def _passed_on(operator: Operator, grads: Sequence[Tensor], tensors: Tensors, ne
 
 
 def _gradients(
-    operator: Operator, backend: Backend, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
+    operator: Operator,
+    backend: Backend,
+    grads: Sequence[Tensor],
+    tensors: Tensors,
+    needs: Sequence[bool],
+    static: Any,
+    decision: Decision | None,
+    outputs: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:
-    """By `backend` where it has kernels for these gradients, else recomputed; one entry per tensor."""
+    """By `backend` where it has kernels for these gradients, else recomputed; one entry per tensor.
+
+    Args:
+        decision: told who computed them.
+        outputs: those of the forward, where the backend reads them.
+    """
     if not any(needs):
         return [None] * len(needs)
     grads = row_major(grads)
-    if isinstance(backend, BackwardBackend) and not backend.supports_backward(grads, tensors, needs, static):
-        remaining = iter(backend.run_backward(grads, tensors, needs, static))
+    reasons = dispatch.gradient_reasons(backend, grads, tensors, needs, static)
+    if decision is not None:
+        decision.gradients, decision.recomputed = "reference" if reasons else backend.name, reasons
+    if isinstance(backend, BackwardBackend) and not reasons:
+        remaining = iter(backend.run_backward([*grads, *outputs], tensors, needs, static))
     else:
         recomputing = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward").default
         remaining = iter(recomputing(grads, list(tensors), needs, *static))
@@ -250,21 +307,24 @@ def _make_function(operator: Operator) -> Any:
 
         @staticmethod
         def forward(ctx: Any, backend: Backend, static: Any, *tensors: Tensor | None) -> Any:
-            ctx.save_for_backward(*tensors)
-            ctx.backend, ctx.static = backend, static
-            return _unwrap(backend.run(tensors, None, static))
+            outputs = backend.run(tensors, None, static)
+            kept = outputs if isinstance(backend, GradientKernels) and backend.reads_outputs(static) else ()
+            ctx.save_for_backward(*tensors, *kept)
+            ctx.backend, ctx.static, ctx.decision = backend, static, dispatch.latest_decision()
+            return _unwrap(outputs)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            tensors, static = ctx.saved_tensors, ctx.static
-            needs = [bool(n) for n in ctx.needs_input_grad[2:]]
+            needs, static = [bool(n) for n in ctx.needs_input_grad[2:]], ctx.static
+            saved = ctx.saved_tensors
+            tensors, outputs = saved[: len(needs)], saved[len(needs) :]
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                found = recompute_gradients(operator, grads, tensors, needs, static, create_graph=True)
+                found = recompute_gradients(operator.reference, grads, tensors, needs, static, create_graph=True)
             else:
                 at = _passed_on(operator, grads, tensors, needs)
                 if at is not None:
                     needs[at] = False
-                found = _gradients(operator, ctx.backend, grads, tensors, needs, static)
+                found = _gradients(operator, ctx.backend, grads, tensors, needs, static, ctx.decision, outputs)
                 if at is not None:
                     found[at] = grads[0]
             return (None, None, *found)
@@ -328,7 +388,11 @@ def call(
     """Run `operator` on the backend that `dispatch` selects, with autograd when a gradient is needed."""
     chosen = dispatch.select(operator, tensors, static, backend)
     if chosen.name == "reference":
-        return chosen.run(tensors, None, static)
+        outputs = chosen.run(tensors, None, static)
+        decision = dispatch.latest_decision()
+        if decision is not None and any(out.requires_grad for out in outputs):
+            decision.gradients = chosen.name
+        return outputs
     # The CPU kernels read weights only to pack them, and take them in any layout.
     on_cpu = chosen.name == "cpu"
     tensors = dense(tensors, operator.parameters + operator.any_layout if on_cpu else operator.triton_any_layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -13,8 +14,8 @@ from fastvit_kernels.ops.operator import Tensors
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_GPU = (8, 0)
-# Shared memory that a block has on every GPU from there on; `kMostShared` in csrc/cuda.
-MOST_SHARED_MEMORY = 163 * 1024
+# Bytes that a block has on an A100, which answers where there is no GPU.
+_SHARED_MEMORY = 163 * 1024
 
 
 def cpu_reasons(tensors: Tensors, dtype: torch.dtype) -> list[str]:
@@ -72,9 +73,29 @@ def gpu_problem(device: torch.device) -> str | None:
     return None
 
 
+def shared_memory_reasons(needed: int, device: torch.device) -> list[str]:
+    """Why a block of the CUDA C++ kernels finds no room for this many bytes (empty: it does)."""
+    most = _shared_memory(device)
+    return [f"a block takes {needed} bytes of shared memory, {most} are there"] if needed > most else []
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block can have; `most_shared_memory` in csrc/cuda."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return _SHARED_MEMORY
+    properties: Any = torch.cuda.get_device_properties(device)  # whose annotations lack it
+    return int(properties.shared_memory_per_block_optin)
+
+
 def _gpu_problem(device: torch.device) -> str | None:
     return gpu_problem(device)
 
 
-# torch.compile calls this function instead of tracing into it, as in `triton_support`.
+def _shared_memory(device: torch.device) -> int:
+    return shared_memory(device)
+
+
+# torch.compile calls these functions instead of tracing into them, as in `triton_support`.
 _gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -34,7 +34,8 @@ class BackwardBackend(Protocol):
 
     `supports_backward` lists every reason it cannot compute the wanted ones, beyond those of `supports`. `run_backward`
     returns one fresh dense tensor for each tensor that `needs` asks for, in order, of its shape and dtype. `grads` are
-    the row-major gradients of the outputs, `tensors` those of the forward.
+    the row-major gradients of the outputs, where `GradientKernels.reads_outputs` with the outputs themselves behind
+    them; `tensors` those of the forward.
     """
 
     def supports_backward(
@@ -54,6 +55,10 @@ class GradientKernels:
     """
 
     backward: ClassVar[tuple[str, str]]
+
+    def reads_outputs(self, static: Any) -> bool:
+        """Whether the kernels need the outputs: they take them behind their gradients, or run the forward again."""
+        return False
 
     def supports_backward(
         self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
@@ -84,7 +89,8 @@ class Operator:
         any_layout: positions of activations that the CPU kernels take in any layout.
         triton_any_layout: those that the Triton kernels do.
         residual: position of the activation that is added to the first output, so that their gradients are the same.
-        backends: the alternatives to the reference, most preferred first where no measurement says otherwise.
+        backends: the alternatives to the reference, most preferred first where no measurement says otherwise; `"sdpa"`
+            last.
     """
 
     name: str

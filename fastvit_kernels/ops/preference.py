@@ -14,15 +14,19 @@ from fastvit_kernels.ops.tuning import FORWARD, TRAINING
 
 # Only these devices have entries.
 _DEVICE_TYPE = "cuda"
+# What only a measurement puts in front of the reference, which can run anything: `auto` takes it nowhere else.
+_BEHIND_REFERENCE = "sdpa"
 
 
 def in_order(operator: Operator, reference: Backend, tensors: Tensors, static: Any) -> tuple[list[Backend], str]:
     """The backends of `operator` and its reference, most preferred first, and the times that say so.
 
     Without times, which are "" then, the operator's own order holds. What took part in no measurement comes behind all
-    that did.
+    that did, PyTorch's attention then behind the reference as well.
     """
     backends = [*operator.backends, reference]
+    if len(backends) > 1 and backends[-2].name == _BEHIND_REFERENCE:
+        backends[-2:] = backends[:-3:-1]
     first = tensors[0]
     assert first is not None
     if first.device.type != _DEVICE_TYPE:

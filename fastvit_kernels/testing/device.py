@@ -18,7 +18,7 @@ from fastvit_kernels.testing.inputs import BF16, BF16_FP32, CASES, FP16, FP32, C
 from fastvit_kernels.testing.numerics import NumericsError
 from fastvit_kernels.testing.raw import raw_call
 
-BACKENDS = ("triton", "cuda")
+BACKENDS = ("triton", "cuda", "sdpa")
 PRECISIONS = {str(precision): precision for precision in (FP32, BF16, BF16_FP32, FP16)}
 FORWARD, GRADIENTS, GRAPH = "forward", "gradients", "graph"
 

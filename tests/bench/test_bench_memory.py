@@ -12,6 +12,7 @@ from fastvit_kernels.bench import cases, cli, memory, test_suites
 from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.flops import Cost
 from fastvit_kernels.bench.measure import Plan
+from fastvit_kernels.bench.modes import INFERENCE
 from fastvit_kernels.bench.peers import PEERS
 from fastvit_kernels.bench.results import UNAVAILABLE
 from fastvit_kernels.bench.run import run
@@ -30,7 +31,7 @@ TOO_LARGE = {
 def test_all_batch_sizes_are_offered() -> None:
     assert BATCHES == (1, 8, 64)
     text = " ".join(cli._run_parser().format_help().split())
-    assert "default: 1 8;" in text and "1 8 64" in text
+    assert "default for inference: 1 8; training: 8." in text and "1 8 64" in text
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -66,10 +67,10 @@ def test_memory_by_hand() -> None:
     assert memory.stock_bytes(_steps()) == 4 * (10 + 3 * 1000)
 
 
-def test_a_case_without_room_is_listed_and_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_case_without_room_is_listed_and_not_run() -> None:
     case = replace(_steps(), build=_never, count=lambda: Cost(1, 1, 1))
-    monkeypatch.setattr(memory, "shortage", lambda case: "needs more")
-    rows, _ = run([case], "bf16", [PEERS["eager"]], 1, Plan(), lambda text: None)
+    full = replace(INFERENCE, shortage=lambda case: "needs more")
+    rows, _ = run([case], "bf16", [PEERS["eager"]], 1, Plan(), lambda text: None, full)
     assert {(row.status, row.reason, row.p50_ms) for row in rows} == {(UNAVAILABLE, "needs more", None)}
     assert len(rows) == 2
 

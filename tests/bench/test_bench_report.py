@@ -82,9 +82,10 @@ def test_csv_round_trip(file: Path) -> None:
 
 
 def test_file_names_tell_the_condition() -> None:
-    name = results.file_name("cvt_13", "fp32", 8, CONDITIONS)
+    name = results.file_name("cvt_13", "inference", "fp32", 8, CONDITIONS)
     assert name == "cvt_13-infer-fp32-batch8-some-cpu-2-0-2threads.csv"
-    assert results.file_name("cvt_13", "fp32", 8, replace(CONDITIONS, clock="cpu")) != name
+    assert results.file_name("cvt_13", "inference", "fp32", 8, replace(CONDITIONS, clock="cpu")) != name
+    assert results.file_name("cvt_13", "training", "fp32", 8, CONDITIONS) == name.replace("infer", "train")
 
 
 @pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00", b"suite,case\nx\n"])

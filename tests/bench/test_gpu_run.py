@@ -270,7 +270,7 @@ def test_checks_find_what_is_wrong(what: str, monkeypatch: pytest.MonkeyPatch) -
 
 def _row(peer: str, p50: float | None, **changes) -> Row:
     backends = {"fastvit": "global_attention:triton:64", "triton": "global_attention:triton:64"}
-    backends["cuda"] = "global_attention:cuda:64"
+    backends |= {"cuda": "global_attention:cuda:64", "fastvit_sdpa": "global_attention:sdpa:64"}
     row = Row("global_attention", "s1", 64, FORWARD, peer, STREAM, "bf16", "cast", OK, backends=backends.get(peer, ""))
     row = replace(row, gflop=1.0, least_mb=2.0, floor_ms=0.5, error=1e-3, error_allowed=3e-3, calls=10)
     if p50 is not None:
@@ -334,6 +334,7 @@ def test_tables_and_pictures(tmp_path: Path) -> None:
 def test_preferences_come_from_rows_that_can_be_compared(tmp_path: Path) -> None:
     rows = [_row("fastvit", 1.0), _row("triton", 1.0), _row("cuda", 4.0), _row("eager", 9.0), _row("sdpa", 2.0)]
     rows += [_row("fastvit", 4.0, batch=1), _row("triton", 4.0, batch=1), _row("cuda", 1.0, batch=1)]
+    rows += [_row("fastvit_sdpa", 3.0), _row("fastvit_sdpa", 12.0, batch=1)]
     # No times of the others at batch 1 but eager's; graphs and failures do not count.
     rows += [_row("eager", 16.0, batch=1), _row("cuda", 0.01, launch=GRAPH)]
     rows += [_row("triton", 1.0, mode=TRAINING), _row("eager", None, mode=TRAINING, status=FAILED)]
@@ -342,7 +343,7 @@ def test_preferences_come_from_rows_that_can_be_compared(tmp_path: Path) -> None
     (found,) = preferences.preferences(records, "gpu.csv")
     assert (found.operator, found.device, found.capability) == ("global_attention", "NVIDIA Test 1", "9.0")
     assert (found.dtype, found.mode, found.channels, found.results) == ("bfloat16", "forward", 64, "gpu.csv")
-    assert found.milliseconds == pytest.approx({"triton": 2.0, "cuda": 2.0, "reference": 12.0})
+    assert found.milliseconds == pytest.approx({"triton": 2.0, "cuda": 2.0, "sdpa": 6.0, "reference": 12.0})
 
     path = tmp_path / "tuning.json"
     other = replace(found, channels=128)

@@ -18,6 +18,8 @@ THREADS = {
     "conv_projection_kernel": 256,
     "local_attention_kernel": 128,
     "depthwise_mlp_kernel": 256,
+    "result_norm_kernel": 256,
+    "merge_sums_kernel": 256,
     "moments_kernel": 256,
     "merge_moments_kernel": 256,
 }

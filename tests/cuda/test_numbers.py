@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cuda_cases import OPERATORS, reasons, taken
+from cuda_emulator import EmulatorError
 
 from fastvit_kernels.ops import library, native
 from fastvit_kernels.testing import assert_within_rule
-from fastvit_kernels.testing.inputs import BF16, BF16_FP32, CASES, FP16, FP32, depthwise_mlp_case
+from fastvit_kernels.testing.inputs import BF16, BF16_FP32, CASES, FP16, FP32
 from fastvit_kernels.testing.raw import raw_call
 
 
@@ -60,13 +62,35 @@ def test_a_published_size(emulator):
     check(emulator, "local_attention", case, BF16)
 
 
-def test_three_panels_of_results(emulator):
-    """What the larger of the kernels is for; other operators have cases for theirs."""
-    case = depthwise_mlp_case("wide", batch=1, grid=(3, 9), channels=40, out=300)
-    tensors, static = raw_call(case.call(BF16))
-    reference = library.operators["depthwise_mlp"].reference
-    found = emulator("raw", "depthwise_mlp", tensors, static)
-    assert_within_rule(found, (list(reference(*raw_call(case.call(BF16).fp64()))), list(reference(tensors, static))))
+THIRD = {"conv_projection": "plain", "depthwise_mlp": "prefix_without_residual", "local_attention": "projection_only"}
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [(FP16, torch.bfloat16), (BF16, torch.float16)], ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_autocast_of_the_other_16_bits(emulator, name, precision, dtype):
+    case = next(case for case in CASES[name] if case.name == THIRD[name])
+    check(emulator, name, case, precision, range(4), dtype=dtype)
+
+
+@pytest.mark.parametrize(("name", "case", "precision"), taken([BF16], lambda case: "smallest" in case.tags))
+def test_rows_may_begin_anywhere(emulator, name, case, precision):
+    """Tensors at odd places, whose rows cannot be copied 16 bytes at a time."""
+    tensors, static = raw_call(case.call(precision))
+    moved = [t if t is None else torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view_as(t).copy_(t) for t in tensors]
+    aligned, found = emulator("raw", name, tensors, static), emulator("raw", name, moved, static)
+    assert all(torch.equal(a, f) for a, f in zip(aligned, found, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("name", "case", "precision"), taken([FP32], lambda case: "smallest" in case.tags))
+def test_what_is_not_finite_shows_where_it_should(emulator, name, case, precision, value):
+    tensors, static = raw_call(case.call(precision))
+    tensors[0] = tensors[0].clone()
+    tensors[0].view(-1)[tensors[0].numel() // 2] = value
+    wanted = [output.isfinite() for output in library.operators[name].reference(tensors, static)]
+    found = [output.isfinite() for output in emulator("raw", name, tensors, static)]
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+    assert not wanted[0].all()
 
 
 def test_what_is_refused():
@@ -77,10 +101,7 @@ def test_what_is_refused():
     }
     assert refused == {
         "conv_projection": {"bn_training", "bn_training_untracked", "bn_training_many_rows"},
-        "depthwise_mlp": {
-            *("daff", "shared_channels", "prefix", "prefix_without_residual"),
-            *("hat", "hat_given_statistics", "shared_between_norms", "mean_behind_norm", "other_out_width"),
-        },
+        "depthwise_mlp": set(),
         "local_attention": {"window_16", "statistics_of_a_window_cut_off"},
     }
 
@@ -91,37 +112,61 @@ def smallest(name, **changes):
     return tensors, static._replace(**changes)
 
 
-def too_large_for_attention(dtype, window):
-    """1200 channels in, 3 heads of 40, 250 out."""
-    _, static = smallest("local_attention", dtype=dtype, norm="none", window_size=window, num_heads=3, pad="none")
-    shapes = {0: (1, window**2, 1200), 6: (360, 1200), 9: (250, 120)}
-    tensors = [torch.zeros(shapes[i], dtype=dtype) if i in shapes else None for i in range(12)]
-    return tensors, static._replace(height=window, width=window, return_statistics=False)
+SHARED_MEMORY = [
+    *(("conv_projection", name) for name in ("plain", "three_kernels", "many_channels")),
+    *(("depthwise_mlp", name) for name in ("mix_ffn", "wider_filter", "odd_hidden", "one_pixel")),
+    *(("local_attention", name) for name in ("plain", "packed", "window_11", "width_46_mask", "other_out_width")),
+]
 
 
-def too_large_for_the_mlp(dtype, kernel):
-    """530 channels."""
-    _, static = smallest("depthwise_mlp", dtype=dtype, norm="none", height=3, width=3)
-    shapes = {0: (1, 9, 530), 4: (40, 530), 10: (40, 1, kernel, kernel), 16: (16, 40)}
-    return [torch.zeros(shapes[i], dtype=dtype) if i in shapes else None for i in range(25)], static
-
-
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("local_attention", too_large_for_attention(torch.float32, 7)),
-        ("local_attention", too_large_for_attention(torch.bfloat16, 8)),
-        ("depthwise_mlp", too_large_for_the_mlp(torch.float32, 3)),
-        ("depthwise_mlp", too_large_for_the_mlp(torch.bfloat16, 7)),
-    ],
-)
-def test_shared_memory_is_what_the_kernels_ask_for(emulator, name, call):
-    """A call that takes too much is refused before it is launched, by the same count on both sides."""
-    (reason,) = reasons(name, *call)
-    needed = re.search(r"takes (\d+) bytes of shared memory", reason)[1]
-    assert int(needed) > native.MOST_SHARED_MEMORY
+@pytest.mark.parametrize("precision", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(("name", "case"), SHARED_MEMORY)
+def test_shared_memory(emulator, monkeypatch, name, case, precision):
+    """Both sides count alike: a call runs where there is just enough, and is refused before a launch where a byte is
+    missing."""
+    tensors, static = raw_call(next(c for c in CASES[name] if c.name == case).call(precision))
+    monkeypatch.setattr(native, "shared_memory", lambda device: 0)
+    (reason,) = reasons(name, tensors, static)
+    needed = int(re.fullmatch(r"a block takes (\d+) bytes of shared memory, 0 are there", reason)[1])
+    (found, *_), (wanted, *_) = (emulator("raw", name, tensors, static, *most) for most in ([needed], []))
+    torch.testing.assert_close(found, wanted)
     with pytest.raises(RuntimeError, match=f"needs {needed} bytes of shared memory"):
-        emulator("raw", name, *call)
+        emulator("raw", name, tensors, static, needed - 1)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_refuses_freed_memory(emulator, name):
+    with pytest.raises(RuntimeError, match="x: its memory has been freed"):
+        emulator("freed", name, 0, *smallest(name))
+
+
+def test_refuses_rows_beyond_its_arithmetic(emulator):
+    """The size of a tile of such rows would not fit 32 bits, and could come out as a small one."""
+    tensors, static = smallest("depthwise_mlp", norm="none", height=1, width=1)
+    shapes = {0: (1, 1, 2**20), 4: (1, 2**20), 10: (1, 1, 1, 1), 16: (1, 1)}
+    tensors = [torch.zeros(shapes[i]) if i in shapes else None for i in range(25)]
+    with pytest.raises(RuntimeError, match="x: expected less than 2\\^20 channels"):
+        emulator("raw", "depthwise_mlp", tensors, static)
+
+
+def test_each_gpu_has_its_own_shared_memory(monkeypatch):
+    of_h100 = SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_h100)
+    assert native.shared_memory.__wrapped__(torch.device("cuda", 1)) == 227 * 1024
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_integers_that_overflow(emulator, name):
+    tensors, static = smallest(name)
+    fields = {field: value for field, value in static._asdict().items() if isinstance(value, (int, list))}
+    fields = {f: v for f, v in fields.items() if not isinstance(v[0] if isinstance(v, list) else v, (bool, float))}
+    assert {"height", "width"} < fields.keys()
+    for field, value in fields.items():
+        for huge in (2**31, 2**61, 2**63 - 1, -1, -(2**63)):
+            changed = static._replace(**{field: [huge, *value[1:]] if isinstance(value, list) else huge})
+            with pytest.raises(RuntimeError) as raised:
+                emulator("raw", name, tensors, changed)
+            assert not isinstance(raised.value, EmulatorError), field
 
 
 def test_refuses_wide_heads_and_windows():

@@ -159,7 +159,7 @@ _FALLBACK = dispatch._Reference(library.operators["local_attention"])
 def test_what_was_never_measured_comes_behind_triton(measured):
     assert tuning.read(tuning.PACKAGE_FILE) == Tuning()
     measured()
-    assert _order() == ["cpu", "triton", "cuda", "reference"]
+    assert _order() == ["cpu", "triton", "cuda", "reference", "sdpa"]
 
 
 @pytest.mark.parametrize(
@@ -175,9 +175,9 @@ def test_what_was_never_measured_comes_behind_triton(measured):
 def test_a_measurement_decides_for_its_operator_dtype_mode_and_gpu(measured, changes, first):
     measured(_entry(**changes))
     order = _order()
-    assert order[0] == first and sorted(order) == ["cpu", "cuda", "reference", "triton"]
+    assert order[0] == first and sorted(order) == ["cpu", "cuda", "reference", "sdpa", "triton"]
     if first == "cuda":
-        assert order == ["cuda", "cpu", "triton", "reference"]
+        assert order == ["cuda", "cpu", "triton", "reference", "sdpa"]
 
 
 def test_the_nearest_width_decides(measured):

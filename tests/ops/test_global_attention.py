@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from fastvit_kernels.ops import global_attention
 from fastvit_kernels.testing import inputs
 from fastvit_kernels.testing.contract import Contract, Rejection
+from fastvit_kernels.testing.contract.base import run
 
 
 def plain_pytorch(
@@ -57,6 +60,7 @@ class TestGlobalAttention(Contract, Rejection):
     # In gradients of few numbers the errors of kernel and reference are independent.
     draws = 3
     cases = inputs.GLOBAL_ATTENTION
+    precisions = {**Contract.precisions, "sdpa": (inputs.FP32, inputs.BF16)}
     fused = ("global_attention",)
     resizable = frozenset({("q", 1), ("v", 2)})
     equivalent = staticmethod(plain_pytorch)
@@ -68,6 +72,11 @@ class TestGlobalAttention(Contract, Rejection):
         ],
         {"q": (0, 1), "k": (0, 1), "v": (0, 1), "residual": (0, 1)},
     )
+
+    def test_pytorchs_attention_in_every_case(self, case):
+        """The suite's other checks of this backend are for the smallest cases."""
+        for precision in (inputs.FP32, inputs.BF16, inputs.FP16):
+            self.hold(case, precision, partial(run, backend="sdpa"))
 
 
 @pytest.mark.parametrize(

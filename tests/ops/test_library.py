@@ -36,7 +36,7 @@ def _backwards(name):
 def _supported(overload, grads, tensors, needs, static):
     if overload._overloadname == "default":
         return True
-    wanted = {"native": "cpu", "triton": "triton"}[overload._overloadname]
+    wanted = {"native": "cpu", "triton": "triton", "sdpa": "sdpa"}[overload._overloadname]
     operator = library.operators[overload._schema.name.split("::")[1].removesuffix("_backward")]
     backend = next(b for b in operator.backends if b.name == wanted)
     return not backend.supports_backward(grads, tensors, needs, static)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from fastvit_kernels.ops.normalization import group_statistics
 from fastvit_kernels.ops.packing import PackedWeights
 from fastvit_kernels.testing import inputs, relative_l2
 from fastvit_kernels.testing.contract import Contract, Rejection
+from fastvit_kernels.testing.contract.base import run
 
 
 def plain_pytorch(
@@ -77,12 +80,18 @@ class TestLocalAttention(Contract, Rejection):
     # In gradients of few numbers the errors of kernel and reference are independent.
     draws = 3
     cases = inputs.LOCAL_ATTENTION
+    precisions = {**Contract.precisions, "sdpa": (inputs.FP32, inputs.BF16)}
     fused = ("local_attention",)
     equivalent = staticmethod(plain_pytorch)
     reshaped = (
         [inputs.local_attention_case(f"batch_{n}", batch=n, grid=(6, 5), window=4, pad="mask") for n in (2, 3, 5)],
         {"x": (0,), "residual": (0,)},
     )
+
+    def test_pytorchs_attention_in_every_case(self, case):
+        """The suite's other checks of this backend are for the smallest cases."""
+        for precision in (inputs.FP32, inputs.BF16, inputs.FP16):
+            self.hold(case, precision, partial(run, backend="sdpa"))
 
 
 def _call(**options):

@@ -18,7 +18,7 @@ def test_this_machine():
     assert info.torch == torch.__version__
     assert info.threads == torch.get_num_threads()
     assert info.build == _extension.build_metadata()
-    assert list(info.backends) == ["triton", "cuda", "cpu", "reference"]
+    assert list(info.backends) == ["triton", "cuda", "cpu", "reference", "sdpa"]
     assert info.backends["cpu"].usable and info.backends["reference"].usable
     assert info.processor and info.cores >= 1
     assert info.isa.detail.split()[0] in info.build["cpu_isas"].split()

@@ -18,6 +18,7 @@ SURFACE = {
         "ops",
         "restore",
         "use_backend",
+        "use_recompute",
     ],
     "fastvit_kernels.models": [
         "CheckpointError",

@@ -66,6 +66,7 @@ def test_source_distribution(build):
         "CMakeLists.txt",
         "LICENSE",
         "README.md",
+        "csrc/common/checks.h",
         "csrc/cpu/isa_generic.cpp",
         "models/__init__.py",
         "fastvit_kernels/ops/tuning.json",

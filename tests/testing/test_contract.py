@@ -221,11 +221,11 @@ def _misreads_gradients():
     """A backward kernel that takes every output gradient for row-major."""
     original = library.recompute_gradients
 
-    def misread(operator, grads, *args, **kwargs):
+    def misread(composition, grads, *args, **kwargs):
         read = [
             torch.as_strided(g, g.shape, torch.empty(g.shape).stride()) if g.stride()[-1] == 1 else g for g in grads
         ]
-        return original(operator, read, *args, **kwargs)
+        return original(composition, read, *args, **kwargs)
 
     as_they_come = mock.patch.object(library, "row_major", list)
     with backend(), as_they_come, mock.patch.object(library, "recompute_gradients", misread):

@@ -1,6 +1,7 @@
-// Backward of an MLP with a depthwise convolution in its middle, for one image and one chunk of hidden channels at a
-// time. Bands of rows roll over the map: the hidden map runs ahead by the filter's reach, its gradient lags behind by
-// as much, so what one stage leaves is still in the cache when the next one takes it, and nothing is computed twice.
+// Backward of an MLP with a depthwise convolution in its middle, for one stack of images and one chunk of hidden
+// channels at a time. Bands of rows roll over the map: the hidden map runs ahead by the filter's reach, its gradient
+// lags behind by as much, so what one stage leaves is still in the cache when the next one takes it, and nothing is
+// computed twice. Small images lie below each other as one map, so that products have enough rows.
 #pragma once
 
 #include "backward.h"
@@ -9,7 +10,8 @@
 
 namespace {
 
-// What there is of an image. Maps of a chunk: with a border of zeros as wide as the filter reaches, or dense.
+// What there is of a stack. Maps of a chunk lie in planes of FK_VL channels: with a border of zeros as wide as the
+// filter reaches around every image, which neighbours share, or dense.
 template <class A>
 struct MlpMaps {
   A *normed, *normed_panels;      // [H * W][lda]: normalised x; the same as panels of a product that sums over pixels
@@ -20,6 +22,8 @@ struct MlpMaps {
   float* middle_grad;             // dense: gradient of the second linear's input
   float* hidden_grad;             // dense, between steps only
   int64_t lda, ldg, bytes;
+  int64_t depth;                    // pixels that the panels have room for
+  int64_t bordered, dense, middle;  // values of a plane: with a border, without, of `middle_grad`
 };
 
 // What a band needs besides.
@@ -42,31 +46,39 @@ FK_INLINE T* take(char** at, int64_t values) {
 // How far a stage that must keep ahead is ahead, in rows: even, so that bands begin with even pixels.
 FK_INLINE int64_t mlp_lead(const struct fk_depthwise_mlp_backward& p) { return round_up(p.kernel / 2, 2); }
 FK_INLINE int64_t mlp_band_pixels(const struct fk_depthwise_mlp_backward& p) {
-  return min64(p.rows_per_band + mlp_lead(p), p.height) * p.width;
+  return min64(p.rows_per_band + mlp_lead(p), p.stack * p.height) * p.width;
 }
-FK_INLINE int64_t mlp_line(const struct fk_depthwise_mlp_backward& p) { return (p.width + p.kernel / 2 * 2) * p.chunk; }
+FK_INLINE int64_t mlp_line(const struct fk_depthwise_mlp_backward& p) { return (p.width + p.kernel / 2 * 2) * FK_VL; }
+// Where a row of a stack is in a bordered map: the first of the rows that the filter reaches from it.
+FK_INLINE int64_t mlp_top(const struct fk_depthwise_mlp_backward& p, int64_t y) {
+  return y + y / p.height * (p.kernel / 2);
+}
 
 template <class A>
 FK_INLINE MlpMaps<A> mlp_maps(const struct fk_depthwise_mlp_backward& p, void* base) {
   MlpMaps<A> m = {};
   char* at = (char*)base;
-  const int64_t pixels = p.height * p.width, depth = round_up(pixels, kStep<A>);
-  const int64_t channels = round_up(p.channels, kPanel), out = round_up(p.out, kPanel);
-  const int64_t bordered = (p.height + p.kernel / 2 * 2) * mlp_line(p), dense = pixels * p.chunk;
+  const int64_t pixels = p.stack * p.height * p.width, reach = p.kernel / 2;
+  const int64_t channels = round_up(p.channels, kPanel), out = round_up(p.out, kPanel), planes = p.chunk / FK_VL;
   const bool steps = p.store;
+  m.depth = round_up(pixels, kStep<A>);
+  m.bordered = (p.stack * (p.height + reach) + reach) * mlp_line(p);
+  m.dense = pixels * FK_VL;
+  m.middle = steps || p.adds_hidden ? m.dense : mlp_band_pixels(p) * FK_VL;
+  const int64_t bordered = planes * m.bordered, dense = planes * m.dense;
   m.lda = channels + kRowPad;
   m.ldg = out + kRowPad;
   m.normed = take<A>(&at, pixels * m.lda);
   m.grad = take<A>(&at, pixels * m.ldg);
-  m.normed_panels = take<A>(&at, p.wants_expand ? depth * channels : 0);
-  m.grad_panels = take<A>(&at, p.wants_project ? depth * out : 0);
+  m.normed_panels = take<A>(&at, p.wants_expand ? m.depth * channels : 0);
+  m.grad_panels = take<A>(&at, p.wants_project ? m.depth * out : 0);
   m.hidden = take<float>(&at, bordered);
   m.filtered_grad = take<float>(&at, bordered);
   m.slope1 = take<float>(&at, p.hidden_activation == FK_NO_ACTIVATION ? 0 : dense);
   m.hat1 = take<float>(&at, p.norm1.mean ? dense : 0);
   m.slope2 = take<float>(&at, steps && p.norms_after_activation ? dense : 0);
   m.hat2 = take<float>(&at, steps && p.norm2.mean ? dense : 0);
-  m.middle_grad = take<float>(&at, steps || p.adds_hidden ? dense : mlp_band_pixels(p) * p.chunk);
+  m.middle_grad = take<float>(&at, planes * m.middle);
   m.hidden_grad = take<float>(&at, steps ? dense : 0);
   m.bytes = at - (char*)base;
   return m;
@@ -91,9 +103,10 @@ struct MlpChunk {
   const struct fk_depthwise_mlp_backward& p;
   const MlpMaps<A>& m;
   const MlpBandBuffers<A>& b;
-  int64_t image, group, slice;
+  int64_t image, rows;  // the stack's first image, and rows of all of them
+  int64_t group, slice;
   int64_t column, channels;  // hidden channels: where they begin and how many, with padding
-  bool first_image, first_chunk;
+  bool first_stack, first_chunk;
 };
 
 template <int Kernel>
@@ -101,7 +114,17 @@ struct mlp_kernel {
   static constexpr int value = Kernel;
 };
 
-// Adds a vector of sums to those of its channels; a group's first image begins them, at its first row.
+// A sum with what rounding took from it: gradients through batch statistics cancel.
+struct ExactSum {
+  vf total = splat(0.0f), lost = splat(0.0f);
+  inline __attribute__((always_inline)) void add(vf x) {
+    const vf sum = total + x, taken = sum - total;
+    lost += (total - (sum - taken)) + (x - taken);
+    total = sum;
+  }
+};
+
+// Adds a vector of sums to those of its channels; a group's first stack begins them, at its first row.
 template <class A>
 FK_INLINE void add_sums(const MlpChunk<A>& c, int64_t kind, int64_t channel, vf value, bool begins) {
   float lanes[FK_VL] __attribute__((aligned(64)));
@@ -110,14 +133,25 @@ FK_INLINE void add_sums(const MlpChunk<A>& c, int64_t kind, int64_t channel, vf 
   double* to = c.p.sums + (c.group * kinds + kind) * c.p.rows + c.column - c.p.first + channel;
   for (int i = 0; i < FK_VL; ++i) to[i] = (begins ? 0.0 : to[i]) + (double)lanes[i];
 }
+template <class A>
+FK_INLINE void add_sums(const MlpChunk<A>& c, int64_t kind, int64_t channel, const ExactSum& sum, bool begins) {
+  add_sums(c, kind, channel, sum.total, begins);
+  add_sums(c, kind, channel, sum.lost, false);
+}
 
-FK_INLINE void clear_border(float* map, int64_t line, int64_t height, int64_t reach, int64_t side) {
-  for (int64_t r = 0; r < height + 2 * reach; ++r) {
-    float* row = map + r * line;
-    const bool outside = r < reach || r >= height + reach;
-    for (int64_t i = 0; i < (outside ? line : side); ++i) row[i] = 0.0f;
-    for (int64_t i = line - side; !outside && i < line; ++i) row[i] = 0.0f;
-  }
+// The border of a map of `images` images.
+FK_INLINE void clear_border(const struct fk_depthwise_mlp_backward& p, float* map, int64_t plane, int64_t images) {
+  const int64_t reach = p.kernel / 2, line = mlp_line(p), side = reach * FK_VL, period = p.height + reach;
+  for (int64_t at = 0; at < p.chunk; at += FK_VL, map += plane)
+    for (int64_t r = 0; r < images * period + reach; ++r) {
+      float* row = map + r * line;
+      if (r % period < reach) {
+        clear(row, line);
+      } else {
+        clear(row, side);
+        clear(row + line - side, side);
+      }
+    }
 }
 
 // One row of the gradient that arrives, converted.
@@ -130,19 +164,23 @@ FK_INLINE void take_grad_row(const struct fk_depthwise_mlp_backward& p, int64_t 
 }
 
 template <class A>
-FK_INLINE void prepare_image(const struct fk_depthwise_mlp_backward& p, const MlpMaps<A>& m, int64_t image) {
-  const int64_t pixels = p.height * p.width, reach = p.kernel / 2, depth = round_up(pixels, kStep<A>);
-  const int64_t channels = round_up(p.channels, kPanel), out = round_up(p.out, kPanel);
-  const int64_t x = (image * (p.prefix + pixels) + p.prefix) * p.channels;
-  const int64_t grad = (image * (p.grad_prefix + pixels) + p.grad_prefix) * p.out;
-  for (int64_t i = 0; i < pixels; ++i) {
-    any_norm_row(p.x, x + i * p.channels, p.channels, channels, p.norm, image, m.normed + i * m.lda);
-    take_grad_row(p, grad + i * p.out, out, m.grad + i * m.ldg);
+FK_INLINE void prepare_stack(const struct fk_depthwise_mlp_backward& p, const MlpMaps<A>& m, int64_t first,
+                             int64_t images) {
+  const int64_t pixels = p.height * p.width, channels = round_up(p.channels, kPanel), out = round_up(p.out, kPanel);
+  for (int64_t i = 0; i < images; ++i) {
+    const int64_t image = first + i;
+    const int64_t x = (image * (p.prefix + pixels) + p.prefix) * p.channels;
+    const int64_t grad = (image * (p.grad_prefix + pixels) + p.grad_prefix) * p.out;
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      const int64_t row = i * pixels + pixel;
+      any_norm_row(p.x, x + pixel * p.channels, p.channels, channels, p.norm, image, m.normed + row * m.lda);
+      take_grad_row(p, grad + pixel * p.out, out, m.grad + row * m.ldg);
+    }
   }
-  if (p.wants_expand) panels_of_rows(m.normed, m.lda, pixels, channels, depth, m.normed_panels);
-  if (p.wants_project) panels_of_rows(m.grad, m.ldg, pixels, out, depth, m.grad_panels);
-  clear_border(m.hidden, mlp_line(p), p.height, reach, reach * p.chunk);
-  clear_border(m.filtered_grad, mlp_line(p), p.height, reach, reach * p.chunk);
+  if (p.wants_expand) panels_of_rows(m.normed, m.lda, images * pixels, channels, m.depth, m.normed_panels);
+  if (p.wants_project) panels_of_rows(m.grad, m.ldg, images * pixels, out, m.depth, m.grad_panels);
+  clear_border(p, m.hidden, m.bordered, images);
+  clear_border(p, m.filtered_grad, m.bordered, images);
 }
 
 // Rows [from, to) of the hidden map.
@@ -158,12 +196,13 @@ static __attribute__((noinline)) void expand_rows(const MlpChunk<A>& c, int64_t 
   product(m.normed + from * p.width * m.lda, m.lda, (to - from) * p.width, panels, p.channels, first, last,
           panels + first * depth * kPanel, [&](int64_t row, int64_t height, int64_t n, const float* tile) {
             for (int j = 0; j < FK_NV; ++j) {
-              const int64_t at = n + j * FK_VL;
+              const int64_t at = n + j * FK_VL, plane = (at - c.column) / FK_VL;
               const vf bias = load(p.expand.bias + at);
               const NormVectors norm = norm_vectors(p.norm1, at);
-              int64_t pixel = from * p.width + row, y = pixel / p.width, x = pixel % p.width;
-              for (int64_t i = 0; i < height; ++i, ++pixel) {
-                const int64_t dense = pixel * p.chunk + at - c.column;
+              const int64_t pixel = from * p.width + row;
+              int64_t dense = plane * m.dense + pixel * FK_VL, y = pixel / p.width, x = pixel % p.width;
+              float* to = m.hidden + plane * m.bordered + (mlp_top(p, y) + reach) * line + (x + reach) * FK_VL;
+              for (int64_t i = 0; i < height; ++i, dense += FK_VL, to += FK_VL) {
                 vf v = load(tile + i * kPanel + j * FK_VL) + bias;
                 if (norm.present && !after) {
                   v = normalized(norm, v);
@@ -178,11 +217,11 @@ static __attribute__((noinline)) void expand_rows(const MlpChunk<A>& c, int64_t 
                   store(m.hat1 + dense, v);
                   v = v * norm.weight + norm.bias;
                 }
-                store(m.hidden + (y + reach) * line + (x + reach) * p.chunk + at - c.column, v);
-                if (++x == p.width) {
-                  x = 0;
-                  ++y;
-                }
+                store(to, v);
+                if (++x < p.width) continue;
+                x = 0;
+                to += (mlp_top(p, y + 1) - mlp_top(p, y)) * line - p.width * FK_VL;
+                ++y;
               }
             }
           });
@@ -201,36 +240,37 @@ static __attribute__((noinline)) void project_back_rows(const MlpChunk<A>& c, in
   const int64_t depth = round_up(p.out, kStep<A>), pixels = (to - from) * p.width;
   const A* panels = (const A*)p.project_back.panels + c.column * depth;
   const A* rows = c.m.grad + from * p.width * c.m.ldg;
-  float* out = c.m.middle_grad + (from * p.width - middle_origin(c, from)) * p.chunk;
-  const RowTiles tiles = row_tiles(pixels);
-  for (int64_t n = 0; n < c.channels / kPanel; ++n) {
-    const A* panel = panels + n * depth * kPanel;
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t row = tile_start(tiles, t);
-      tile(tile_height(tiles, t), rows + row * c.m.ldg, c.m.ldg, panel, depth, out + row * p.chunk + n * kPanel,
-           p.chunk, false, fetch_nothing(panel));
-    }
-  }
+  float* out = c.m.middle_grad + (from * p.width - middle_origin(c, from)) * FK_VL;
+  product(rows, c.m.ldg, pixels, panels, p.out, 0, c.channels / kPanel, panels,
+          [&](int64_t row, int64_t height, int64_t n, const float* tile) {
+            for (int j = 0; j < FK_NV; ++j) {
+              float* to = out + (n / FK_VL + j) * c.m.middle + row * FK_VL;
+              for (int64_t i = 0; i < height; ++i) store(to + i * FK_VL, load(tile + i * kPanel + j * FK_VL));
+            }
+          });
 }
 
 struct MiddleVectors {
   vf filter_bias;
   NormVectors norm;
-  vf grads, grads_x;  // sums of the gradient behind the norm, alone and times the normalised value
+  ExactSum grads, grads_x,
+      hats;  // sums of the gradient behind the norm, alone and times the normalised value, and of this
 };
 
 template <int Pixels, int Kernel, fk_activation Activation, class A>
 FK_INLINE void middle_pixels(const MlpChunk<A>& c, int64_t from, int64_t y, int64_t x, int64_t at, MiddleVectors* v) {
   constexpr bool kLow = sizeof(A) == 2;
   const struct fk_depthwise_mlp_backward& p = c.p;
-  const int64_t line = mlp_line(p), step = p.chunk, taps_step = round_up(p.expand.n, kPanel), reach = p.kernel / 2;
-  const float* hidden = c.m.hidden + y * line + x * step + at;
+  constexpr int64_t step = FK_VL;
+  const int64_t line = mlp_line(p), taps_step = round_up(p.expand.n, kPanel), reach = p.kernel / 2;
+  const int64_t plane = at / FK_VL, corner = plane * c.m.bordered + mlp_top(p, y) * line + x * step;
+  const float* hidden = c.m.hidden + corner;
   vf sums[Pixels];
   filter_sums<Pixels, Kernel>(hidden, line, step, p.filter + c.column + at, taps_step, v->filter_bias, p.kernel, sums);
   const float* centre = hidden + reach * (line + step);
-  float* filtered = c.m.filtered_grad + (y + reach) * line + (x + reach) * step + at;
-  const int64_t pixel = y * p.width + x;
-  const float* grads = c.m.middle_grad + (pixel - middle_origin(c, from)) * step + at;
+  float* filtered = c.m.filtered_grad + corner + reach * (line + step);
+  const int64_t pixel = y * p.width + x, dense = plane * c.m.dense + pixel * step;
+  const float* grads = c.m.middle_grad + plane * c.m.middle + (pixel - middle_origin(c, from)) * step;
   float* middle = c.b.middle + (pixel - from * p.width) * c.b.stride + at;
   const bool steps = p.store, after = p.norms_after_activation;
 #pragma GCC unroll 8
@@ -250,13 +290,14 @@ FK_INLINE void middle_pixels(const MlpChunk<A>& c, int64_t from, int64_t y, int6
     store(middle + i * c.b.stride, out);
     if (!after) grad *= slope;
     if (v->norm.present) {
-      v->grads += grad;
-      v->grads_x += grad * hat;
+      v->grads.add(grad);
+      v->grads_x.add(grad * hat);
+      v->hats.add(hat);
       if (!steps) grad = norm_input_grad(v->norm, grad, hat);
     }
     if (steps) {
-      if (v->norm.present) store(c.m.hat2 + (pixel + i) * step + at, hat);
-      if (after) store(c.m.slope2 + (pixel + i) * step + at, slope);
+      if (v->norm.present) store(c.m.hat2 + dense + i * step, hat);
+      if (after) store(c.m.slope2 + dense + i * step, slope);
     } else if (after) {
       grad *= slope;
     }
@@ -270,21 +311,17 @@ template <class A, int Kernel, fk_activation Activation>
 static __attribute__((noinline)) void middle_rows(const MlpChunk<A>& c, int64_t from, int64_t to) {
   const struct fk_depthwise_mlp_backward& p = c.p;
   for (int64_t at = 0; at < c.channels; at += FK_VL) {
-    MiddleVectors v = {load(p.filter_bias + c.column + at), norm_vectors(p.norm2, c.column + at), splat(0.0f),
-                       splat(0.0f)};
-    vf grads = splat(0.0f), grads_x = splat(0.0f);
+    MiddleVectors v = {load(p.filter_bias + c.column + at), norm_vectors(p.norm2, c.column + at), {}, {}, {}};
     for (int64_t y = from; y < to; ++y) {
-      v.grads = v.grads_x = splat(0.0f);
       int64_t x = 0;
       for (; x + 7 <= p.width; x += 7) middle_pixels<7, Kernel, Activation>(c, from, y, x, at, &v);
       for (; x + 2 <= p.width; x += 2) middle_pixels<2, Kernel, Activation>(c, from, y, x, at, &v);
       for (; x < p.width; ++x) middle_pixels<1, Kernel, Activation>(c, from, y, x, at, &v);
-      grads += v.grads;
-      grads_x += v.grads_x;
     }
     if (!v.norm.present) continue;
-    add_sums(c, FK_SUM_NORM2, at, grads, c.first_image && from == 0);
-    add_sums(c, FK_SUM_NORM2_X, at, grads_x, c.first_image && from == 0);
+    add_sums(c, FK_SUM_NORM2, at, v.grads, c.first_stack && from == 0);
+    add_sums(c, FK_SUM_NORM2_X, at, v.grads_x, c.first_stack && from == 0);
+    add_sums(c, FK_SUM_NORM2_HAT, at, v.hats, c.first_stack && from == 0);
   }
 }
 
@@ -293,23 +330,28 @@ template <class A>
 static __attribute__((noinline)) void finish_norm2(const MlpChunk<A>& c) {
   const struct fk_depthwise_mlp_backward& p = c.p;
   const int64_t line = mlp_line(p), reach = p.kernel / 2;
-  for (int64_t y = 0; y < p.height; ++y)
-    for (int64_t x = 0; x < p.width; ++x)
-      for (int64_t at = 0; at < c.channels; at += FK_VL) {
-        float* to = c.m.filtered_grad + (y + reach) * line + (x + reach) * p.chunk + at;
-        const int64_t dense = (y * p.width + x) * p.chunk + at;
+  for (int64_t at = 0; at < c.channels; at += FK_VL) {
+    const NormVectors norm = norm_vectors(p.norm2, c.column + at);
+    const int64_t plane = at / FK_VL;
+    for (int64_t y = 0; y < c.rows; ++y) {
+      float* to = c.m.filtered_grad + plane * c.m.bordered + (mlp_top(p, y) + reach) * line + reach * FK_VL;
+      int64_t dense = plane * c.m.dense + y * p.width * FK_VL;
+      for (int64_t x = 0; x < p.width; ++x, to += FK_VL, dense += FK_VL) {
         vf grad = load(to);
-        if (p.norm2.mean) grad = norm_input_grad(norm_vectors(p.norm2, c.column + at), grad, load(c.m.hat2 + dense));
+        if (norm.present) grad = norm_input_grad(norm, grad, load(c.m.hat2 + dense));
         if (p.norms_after_activation) grad *= load(c.m.slope2 + dense);
         store(to, grad);
       }
+    }
+  }
 }
 
 // Sums of the filter's gradient over rows [from, to): of each tap, and of the gradient itself.
 template <class A, int Kernel>
 static __attribute__((noinline)) void filter_grad_rows(const MlpChunk<A>& c, int64_t from, int64_t to) {
   const struct fk_depthwise_mlp_backward& p = c.p;
-  const int64_t line = mlp_line(p), step = p.chunk, reach = Kernel / 2;
+  constexpr int64_t step = FK_VL;
+  const int64_t line = mlp_line(p), reach = Kernel / 2;
   constexpr int kRows = Kernel == 3 ? 3 : 1;  // rows of taps at a time
   for (int64_t at = 0; at < c.channels; at += FK_VL)
     for (int ky = 0; ky < Kernel; ky += kRows) {
@@ -320,8 +362,9 @@ static __attribute__((noinline)) void filter_grad_rows(const MlpChunk<A>& c, int
         vf taps[kRows][Kernel], alone = splat(0.0f);
         for (int r = 0; r < kRows; ++r)
           for (int i = 0; i < Kernel; ++i) taps[r][i] = splat(0.0f);
-        const float* grad = c.m.filtered_grad + (y + reach) * line + reach * step + at;
-        const float* hidden = c.m.hidden + (y + ky) * line + at;
+        const int64_t corner = at / FK_VL * c.m.bordered + mlp_top(p, y) * line;
+        const float* grad = c.m.filtered_grad + corner + reach * (line + step);
+        const float* hidden = c.m.hidden + corner + ky * line;
         for (int64_t x = 0; x < p.width; ++x, grad += step, hidden += step) {
           const vf g = load(grad);
           alone += g;
@@ -334,7 +377,7 @@ static __attribute__((noinline)) void filter_grad_rows(const MlpChunk<A>& c, int
           for (int i = 0; i < Kernel; ++i) totals[r][i] += taps[r][i];
         total += alone;
       }
-      const bool begins = c.first_image && from == 0;
+      const bool begins = c.first_stack && from == 0;
       for (int r = 0; r < kRows; ++r)
         for (int i = 0; i < Kernel; ++i) add_sums(c, FK_SUM_TAPS + (ky + r) * Kernel + i, at, totals[r][i], begins);
       if (ky == 0) add_sums(c, FK_SUM_FILTERED, at, total, begins);
@@ -343,22 +386,24 @@ static __attribute__((noinline)) void filter_grad_rows(const MlpChunk<A>& c, int
 
 struct BackVectors {
   NormVectors norm;
-  vf grads, grads_x, expanded;
+  ExactSum grads, grads_x, hats;
+  vf expanded;
 };
 
 // The gradient of the hidden map at `Pixels` pixels, and what becomes of it in front of the hidden activation.
 template <int Pixels, int Kernel, class A>
 FK_INLINE void back_pixels(const MlpChunk<A>& c, int64_t from, int64_t y, int64_t x, int64_t at, BackVectors* v) {
   const struct fk_depthwise_mlp_backward& p = c.p;
-  const int64_t line = mlp_line(p), step = p.chunk, taps_step = round_up(p.expand.n, kPanel);
+  constexpr int64_t step = FK_VL;
+  const int64_t line = mlp_line(p), taps_step = round_up(p.expand.n, kPanel), plane = at / FK_VL;
+  const float* corner = c.m.filtered_grad + plane * c.m.bordered + mlp_top(p, y) * line + x * step;
   vf sums[Pixels];
-  filter_sums<Pixels, Kernel>(c.m.filtered_grad + y * line + x * step + at, line, step, p.flipped + c.column + at,
-                              taps_step, splat(0.0f), p.kernel, sums);
-  const float* centre = c.m.filtered_grad + (y + p.kernel / 2) * line + (x + p.kernel / 2) * step + at;
+  filter_sums<Pixels, Kernel>(corner, line, step, p.flipped + c.column + at, taps_step, splat(0.0f), p.kernel, sums);
+  const float* centre = corner + p.kernel / 2 * (line + step);
   const bool steps = p.store, after = p.norms_after_activation;
 #pragma GCC unroll 8
   for (int i = 0; i < Pixels; ++i) {
-    const int64_t pixel = y * p.width + x + i, dense = pixel * step + at;
+    const int64_t pixel = y * p.width + x + i, dense = plane * c.m.dense + pixel * step;
     vf grad = sums[i];
     if (p.adds_input) grad += load(centre + i * step);
     if (p.adds_hidden) grad += load(c.m.middle_grad + dense);
@@ -366,8 +411,9 @@ FK_INLINE void back_pixels(const MlpChunk<A>& c, int64_t from, int64_t y, int64_
     if (sloped && !after) grad *= load(c.m.slope1 + dense);
     if (v->norm.present) {
       const vf hat = load(c.m.hat1 + dense);
-      v->grads += grad;
-      v->grads_x += grad * hat;
+      v->grads.add(grad);
+      v->grads_x.add(grad * hat);
+      v->hats.add(hat);
       if (!steps) grad = norm_input_grad(v->norm, grad, hat);
     }
     if (steps) {
@@ -383,23 +429,22 @@ FK_INLINE void back_pixels(const MlpChunk<A>& c, int64_t from, int64_t y, int64_
 template <class A, int Kernel>
 static __attribute__((noinline)) void back_rows(const MlpChunk<A>& c, int64_t from, int64_t to) {
   const struct fk_depthwise_mlp_backward& p = c.p;
-  const bool begins = c.first_image && from == 0;
+  const bool begins = c.first_stack && from == 0;
   for (int64_t at = 0; at < c.channels; at += FK_VL) {
-    BackVectors v = {norm_vectors(p.norm1, c.column + at), splat(0.0f), splat(0.0f), splat(0.0f)};
-    vf grads = splat(0.0f), grads_x = splat(0.0f), expanded = splat(0.0f);
+    BackVectors v = {norm_vectors(p.norm1, c.column + at), {}, {}, {}, splat(0.0f)};
+    vf expanded = splat(0.0f);
     for (int64_t y = from; y < to; ++y) {
-      v.grads = v.grads_x = v.expanded = splat(0.0f);
+      v.expanded = splat(0.0f);
       int64_t x = 0;
       for (; x + 7 <= p.width; x += 7) back_pixels<7, Kernel>(c, from, y, x, at, &v);
       for (; x + 2 <= p.width; x += 2) back_pixels<2, Kernel>(c, from, y, x, at, &v);
       for (; x < p.width; ++x) back_pixels<1, Kernel>(c, from, y, x, at, &v);
-      grads += v.grads;
-      grads_x += v.grads_x;
       expanded += v.expanded;
     }
     if (v.norm.present) {
-      add_sums(c, FK_SUM_NORM1, at, grads, begins);
-      add_sums(c, FK_SUM_NORM1_X, at, grads_x, begins);
+      add_sums(c, FK_SUM_NORM1, at, v.grads, begins);
+      add_sums(c, FK_SUM_NORM1_X, at, v.grads_x, begins);
+      add_sums(c, FK_SUM_NORM1_HAT, at, v.hats, begins);
     }
     if (!p.store) add_sums(c, FK_SUM_EXPANDED, at, expanded, begins);
   }
@@ -416,7 +461,7 @@ static __attribute__((noinline)) void finish_norm1(const MlpChunk<A>& c, int64_t
     for (int64_t y = from; y < to; ++y) {
       vf of_row = splat(0.0f);
       for (int64_t pixel = y * p.width; pixel < (y + 1) * p.width; ++pixel) {
-        const int64_t dense = pixel * p.chunk + at;
+        const int64_t dense = at / FK_VL * c.m.dense + pixel * FK_VL;
         vf grad = load(c.m.hidden_grad + dense);
         if (norm.present) grad = norm_input_grad(norm, grad, load(c.m.hat1 + dense));
         if (sloped) grad *= load(c.m.slope1 + dense);
@@ -425,7 +470,7 @@ static __attribute__((noinline)) void finish_norm1(const MlpChunk<A>& c, int64_t
       }
       expanded += of_row;
     }
-    add_sums(c, FK_SUM_EXPANDED, at, expanded, c.first_image && from == 0);
+    add_sums(c, FK_SUM_EXPANDED, at, expanded, c.first_stack && from == 0);
   }
 }
 
@@ -435,7 +480,7 @@ FK_INLINE void sum_over_pixels(const MlpChunk<A>& c, const float* rows, const A*
                                int64_t from, int64_t to) {
   const struct fk_depthwise_mlp_backward& p = c.p;
   const int64_t begin = from * p.width, pixels = (to - from) * p.width, even = round_up(pixels, kStep<A>);
-  const int64_t depth = round_up(p.height * p.width, kStep<A>), padded = round_up(columns, kPanel);
+  const int64_t depth = c.m.depth, padded = round_up(columns, kPanel);
   const A* operand;
   int64_t stride = c.b.stride;
 #if FK_NATIVE_BF16
@@ -457,7 +502,7 @@ FK_INLINE void sum_over_pixels(const MlpChunk<A>& c, const float* rows, const A*
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t channel = tile_start(tiles, t);
       tile<true>(tile_height(tiles, t), operand + channel * kStep<A>, stride, panel, even,
-                 to_sums + channel * padded + n * kPanel, padded, !c.first_image || from > 0, fetch_nothing(panel));
+                 to_sums + channel * padded + n * kPanel, padded, !c.first_stack || from > 0, fetch_nothing(panel));
     }
   }
 }
@@ -511,9 +556,9 @@ FK_INLINE void whole_chunk(const MlpChunk<A>& c) {
   const struct fk_depthwise_mlp_backward& p = c.p;
   const int64_t lead = mlp_lead(p), reach = p.kernel / 2;
   int64_t expanded = 0, middle = 0;
-  for (int64_t from = 0, to; from < p.height; from = to) {
-    to = min64(p.height, from + p.rows_per_band);
-    const int64_t next_middle = min64(p.height, to + lead), next_expanded = min64(p.height, next_middle + reach);
+  for (int64_t from = 0, to; from < c.rows; from = to) {
+    to = min64(c.rows, from + p.rows_per_band);
+    const int64_t next_middle = min64(c.rows, to + lead), next_expanded = min64(c.rows, next_middle + reach);
     expand_rows(c, expanded, next_expanded);
     expanded = next_expanded;
     if (middle < next_middle) {
@@ -534,10 +579,10 @@ FK_INLINE void chunk_step(const MlpChunk<A>& c, int64_t step) {
   const int64_t reach = p.kernel / 2;
   int64_t expanded = 0;
   if (step == 1) finish_norm2(c);
-  for (int64_t from = 0, to; from < p.height; from = to) {
-    to = min64(p.height, from + p.rows_per_band);
+  for (int64_t from = 0, to; from < c.rows; from = to) {
+    to = min64(c.rows, from + p.rows_per_band);
     if (step == 0) {
-      const int64_t next = min64(p.height, to + reach);
+      const int64_t next = min64(c.rows, to + reach);
       expand_rows(c, expanded, next);
       expanded = next;
       front_rows<A, Kernel>(c, from, to);
@@ -581,51 +626,60 @@ FK_INLINE void run_chunk(const MlpChunk<A>& c, int64_t step) {
   });
 }
 
+// The images that a group has, whole stacks but for the last one.
+FK_INLINE BlockRange images_of_group(const struct fk_depthwise_mlp_backward& p, int64_t group) {
+  const int64_t share = ceil_div(ceil_div(p.batch, p.stack), p.groups) * p.stack;
+  return BlockRange{group * share, min64((group + 1) * share, p.batch)};
+}
+
 template <class A>
 FK_INLINE void backward_task(const struct fk_depthwise_mlp_backward& p, int64_t task, void* scratch) {
-  const int64_t group = task / p.slices, slice = task % p.slices, per_group = ceil_div(p.batch, p.groups);
+  const int64_t group = task / p.slices, slice = task % p.slices;
   const int64_t hidden = round_up(p.expand.n, kPanel);
   const int64_t share = round_up(ceil_div(hidden, p.slices), p.chunk);
   const int64_t begin = slice * share, end = min64(begin + share, hidden);
   const MlpMaps<A> m = mlp_maps<A>(p, scratch);
   const MlpBandBuffers<A> b = mlp_band_buffers<A>(p, (char*)scratch + m.bytes);
-  const int64_t first = group * per_group, last = min64(first + per_group, p.batch);
-  for (int64_t image = first; image < last; ++image) {
-    prepare_image(p, m, image);
+  const BlockRange images = images_of_group(p, group);
+  for (int64_t image = images.first; image < images.last; image += p.stack) {
+    const int64_t count = min64(p.stack, images.last - image);
+    prepare_stack(p, m, image, count);
     for (int64_t column = begin; column < end; column += p.chunk)
-      run_chunk(MlpChunk<A>{p, m, b, image, group, slice, column, min64(p.chunk, end - column), image == first,
-                            column == begin},
+      run_chunk(MlpChunk<A>{p, m, b, image, count * p.height, group, slice, column, min64(p.chunk, end - column),
+                            image == images.first, column == begin},
                 0);
   }
 }
 
-// One of the steps around batch statistics, for a group's images: 0 prepares them, the others do a chunk's work.
+// One of the steps around batch statistics, for a group's stacks: 0 prepares them, the others do a chunk's work.
 template <class A>
 FK_INLINE void backward_step(const struct fk_depthwise_mlp_backward& p, int64_t step, int64_t group, void* scratch) {
-  const int64_t per_group = ceil_div(p.batch, p.groups), first = group * per_group;
-  const int64_t last = min64(first + per_group, p.batch), hidden = round_up(p.expand.n, kPanel);
+  const int64_t hidden = round_up(p.expand.n, kPanel);
+  const BlockRange images = images_of_group(p, group);
   const MlpBandBuffers<A> b = mlp_band_buffers<A>(p, scratch);
-  for (int64_t image = first; image < last; ++image) {
-    const MlpMaps<A> m = mlp_maps<A>(p, p.store + image * p.store_bytes);
+  for (int64_t image = images.first; image < images.last; image += p.stack) {
+    const MlpMaps<A> m = mlp_maps<A>(p, p.store + image / p.stack * p.store_bytes);
+    const int64_t count = min64(p.stack, images.last - image);
     if (step == 0)
-      prepare_image(p, m, image);
+      prepare_stack(p, m, image, count);
     else
-      run_chunk(MlpChunk<A>{p, m, b, image, group, 0, p.first, min64(p.chunk, hidden - p.first), image == first,
-                            p.first == 0},
+      run_chunk(MlpChunk<A>{p, m, b, image, count * p.height, group, 0, p.first, min64(p.chunk, hidden - p.first),
+                            image == images.first, p.first == 0},
                 step - 1);
   }
 }
 
-// Per channel of a bordered map of one image: the sum over pixels, and the sum of squares around the image's own mean.
-FK_INLINE void map_moments(const struct fk_depthwise_mlp_backward& p, const float* map, int64_t channels, double* sums,
-                           double* squares) {
+// Statistics take stacks of one image. Per channel of its bordered map: the sum over pixels, and the sum of squares
+// around the image's own mean.
+FK_INLINE void map_moments(const struct fk_depthwise_mlp_backward& p, const float* map, int64_t plane, int64_t channels,
+                           double* sums, double* squares) {
   const int64_t line = mlp_line(p), reach = p.kernel / 2;
   for (int64_t at = 0; at < channels; at += FK_VL) {
-    const float* first = map + reach * (line + p.chunk) + at;
+    const float* first = map + at / FK_VL * plane + reach * (line + FK_VL);
     vf total = splat(0.0f), square = splat(0.0f);
     for (int64_t y = 0; y < p.height; ++y) {
       vf of_row = splat(0.0f);
-      for (int64_t x = 0; x < p.width; ++x) of_row += load(first + y * line + x * p.chunk);
+      for (int64_t x = 0; x < p.width; ++x) of_row += load(first + y * line + x * FK_VL);
       total += of_row;
     }
     const vf mean = total / splat((float)(p.height * p.width));
@@ -633,7 +687,7 @@ FK_INLINE void map_moments(const struct fk_depthwise_mlp_backward& p, const floa
     for (int64_t y = 0; y < p.height; ++y) {
       vf of_row = splat(0.0f), rest_of_row = splat(0.0f);
       for (int64_t x = 0; x < p.width; ++x) {
-        const vf d = load(first + y * line + x * p.chunk) - mean;
+        const vf d = load(first + y * line + x * FK_VL) - mean;
         of_row += d * d;
         rest_of_row += d;
       }
@@ -667,8 +721,9 @@ static __attribute__((noinline)) void expand_unnormed(const MlpChunk<A>& c) {
             for (int64_t i = 0; i < height; ++i) {
               for (int j = 0; j < FK_NV; ++j) {
                 const vf v = load(tile + i * kPanel + j * FK_VL) + load(p.expand.bias + n + j * FK_VL);
-                store(c.m.hidden + (y + reach) * line + (x + reach) * p.chunk + n - c.column + j * FK_VL,
-                      activate<kLow, Activation>(v));
+                store(
+                    c.m.hidden + ((n - c.column) / FK_VL + j) * c.m.bordered + (y + reach) * line + (x + reach) * FK_VL,
+                    activate<kLow, Activation>(v));
               }
               if (++x == p.width) {
                 x = 0;
@@ -687,7 +742,7 @@ static __attribute__((noinline)) void norm_hidden(const MlpChunk<A>& c) {
     const NormVectors norm = norm_vectors(p.norm1, c.column + at);
     for (int64_t y = 0; y < p.height; ++y)
       for (int64_t x = 0; x < p.width; ++x) {
-        float* to = c.m.hidden + (y + reach) * line + (x + reach) * p.chunk + at;
+        float* to = c.m.hidden + at / FK_VL * c.m.bordered + (y + reach) * line + (x + reach) * FK_VL;
         vf v = load(to);
         if (norm.present) v = normalized(norm, v) * norm.weight + norm.bias;
         store(to, activate<sizeof(A) == 2, Activation>(v));
@@ -700,13 +755,15 @@ template <class A, int Kernel, fk_activation Activation>
 static __attribute__((noinline)) void filter_unnormed(const MlpChunk<A>& c) {
   constexpr bool kLow = sizeof(A) == 2;
   const struct fk_depthwise_mlp_backward& p = c.p;
-  const int64_t line = mlp_line(p), step = p.chunk, reach = p.kernel / 2, taps_step = round_up(p.expand.n, kPanel);
+  constexpr int64_t step = FK_VL;
+  const int64_t line = mlp_line(p), reach = p.kernel / 2, taps_step = round_up(p.expand.n, kPanel);
   for (int64_t at = 0; at < c.channels; at += FK_VL) {
+    const int64_t plane = at / FK_VL * c.m.bordered;
     const vf bias = load(p.filter_bias + c.column + at);
     for (int64_t y = 0; y < p.height; ++y) {
-      const float *from = c.m.hidden + y * line + at, *filter = p.filter + c.column + at;
+      const float *from = c.m.hidden + plane + y * line, *filter = p.filter + c.column + at;
       const float* centre = from + reach * (line + step);
-      float* to = c.m.filtered_grad + (y + reach) * line + reach * step + at;
+      float* to = c.m.filtered_grad + plane + (y + reach) * line + reach * step;
       int64_t x = 0;
       for (; x + 7 <= p.width; x += 7) {
         vf sums[7];
@@ -730,24 +787,25 @@ static __attribute__((noinline)) void filter_unnormed(const MlpChunk<A>& c) {
 template <class A>
 FK_INLINE void statistics_step(const struct fk_depthwise_mlp_backward& p, int64_t step, int64_t image) {
   const MlpMaps<A> m = mlp_maps<A>(p, p.store + image * p.store_bytes);
-  const int64_t pixels = p.height * p.width, reach = p.kernel / 2;
+  const int64_t pixels = p.height * p.width;
   if (step == 0) {
     const int64_t x = (image * (p.prefix + pixels) + p.prefix) * p.channels;
     for (int64_t i = 0; i < pixels; ++i)
       any_norm_row(p.x, x + i * p.channels, p.channels, round_up(p.channels, kPanel), p.norm, image,
                    m.normed + i * m.lda);
-    clear_border(m.hidden, mlp_line(p), p.height, reach, reach * p.chunk);
+    clear_border(p, m.hidden, m.bordered, 1);
     return;
   }
   const MlpBandBuffers<A> none = {};
   const MlpChunk<A> c = {
-      p, m, none, image, image, 0, p.first, min64(p.chunk, round_up(p.expand.n, kPanel) - p.first), false, false};
+      p,     m,    none, image, p.height, image, 0, p.first, min64(p.chunk, round_up(p.expand.n, kPanel) - p.first),
+      false, false};
   double* sums = p.sums + image * 2 * p.chunk;
   const bool after = p.norms_after_activation;
   if (step == 1) {
     with_activation(after ? p.hidden_activation : FK_NO_ACTIVATION,
                     [&](auto activation) { expand_unnormed<A, activation.value>(c); });
-    return map_moments(p, m.hidden, c.channels, sums, sums + p.chunk);
+    return map_moments(p, m.hidden, m.bordered, c.channels, sums, sums + p.chunk);
   }
   with_activation(after ? FK_NO_ACTIVATION : p.hidden_activation,
                   [&](auto activation) { norm_hidden<A, activation.value>(c); });
@@ -755,7 +813,7 @@ FK_INLINE void statistics_step(const struct fk_depthwise_mlp_backward& p, int64_
     with_kernel(p.kernel,
                 [&](auto kernel) { filter_unnormed<A, decltype(kernel)::value, decltype(activation)::value>(c); });
   });
-  map_moments(p, m.filtered_grad, c.channels, sums, sums + p.chunk);
+  map_moments(p, m.filtered_grad, m.bordered, c.channels, sums, sums + p.chunk);
 }
 
 void depthwise_mlp_statistics(const struct fk_depthwise_mlp_backward* p, int64_t step, int64_t image) {

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops import dispatch, library
+from fastvit_kernels.ops import library
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
     check_grid,
@@ -224,13 +224,8 @@ def _use_batch_statistics(
     if min(counts) < 2:
         raise ValueError(f"x: expected more than 1 value per channel when training, got {min(counts)}")
     with torch.no_grad():
-        chosen = dispatch.select(OPERATOR, tensors, static, backend)
-        if chosen.name == "cpu":
-            statistics = torch.ops.fastvit.conv_projection_statistics.default(library.dense(tensors), *static)
-        elif chosen.name == "triton":
-            statistics = torch.ops.fastvit.conv_projection_statistics.triton(library.dense(tensors), *static)
-        else:
-            statistics = batch_statistics(tensors, static)
+        found = library.statistics_by_kernels(OPERATOR, tensors, static, backend)
+        statistics = batch_statistics(tensors, static) if found is None else found
         for index, (bn, count) in enumerate(zip(norms, counts, strict=True)):
             mean, var = statistics[index]
             first = 3 + PER_BRANCH * index

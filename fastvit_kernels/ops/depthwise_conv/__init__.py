@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops import dispatch, library
+from fastvit_kernels.ops import library
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
     check_grid,
@@ -138,10 +138,8 @@ def depthwise_conv(
         if count < 2:
             raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
         with torch.no_grad():
-            if dispatch.select(OPERATOR, tensors, static, backend).name == "triton":
-                mean, var = torch.ops.fastvit.depthwise_conv_statistics.triton(library.dense(tensors), *static)
-            else:
-                mean, var = batch_statistics(tensors, static)
+            found = library.statistics_by_kernels(OPERATOR, tensors, static, backend)
+            mean, var = batch_statistics(tensors, static) if found is None else found
             tensors[7:9] = mean, var
             update_running_statistics(bn, mean, var, count)
     return library.call(OPERATOR, tensors, static, packed=None if training else packed, backend=backend)[0]

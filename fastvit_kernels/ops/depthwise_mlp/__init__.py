@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops import dispatch, library
+from fastvit_kernels.ops import library
 from fastvit_kernels.ops.activations import ALL_ACTIVATIONS
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
@@ -255,21 +255,18 @@ def _use_batch_statistics(
     if count < 2:
         raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
     with torch.no_grad():
-        chosen = dispatch.select(OPERATOR, tensors, static, backend).name
-        overload = {"cpu": "default", "triton": "triton"}.get(chosen)
-        statistics = batch_statistics(tensors, static) if overload is None else _statistics(tensors, static, overload)
+        moments = library.statistics_by_kernels(OPERATOR, tensors, static, backend)
+        statistics = batch_statistics(tensors, static) if moments is None else _by_norm(moments, tensors)
         for bn, first, found in zip(norms, BATCH_NORMS, statistics, strict=True):
             if bn is not None and found is not None:
                 tensors[first + 2], tensors[first + 3] = found
                 update_running_statistics(bn, *found, count)
 
 
-def _statistics(tensors: Tensors, static: Static, overload: str) -> list[tuple[Tensor, Tensor]]:
-    """Those that kernels compute."""
+def _by_norm(moments: Tensor, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
+    """What kernels compute as one tensor, apart."""
     fc1_weight, fc2_weight = tensors[4], tensors[16]
     assert fc1_weight is not None and fc2_weight is not None
     hidden, out = fc1_weight.shape[0], fc2_weight.shape[0]
-    operator = getattr(torch.ops.fastvit.depthwise_mlp_statistics, overload)
-    moments = operator(library.dense(tensors), *static)
     means, variances = (row.split([hidden, hidden, out]) for row in moments.unbind())
     return list(zip(means, variances, strict=True))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.depthwise_mlp.reference import BATCH_NORMS, Static
-from fastvit_kernels.ops.native import MOST_SHARED_MEMORY, cpu_reasons, cuda_reasons
+from fastvit_kernels.ops.native import cpu_reasons, cuda_reasons, shared_memory_reasons
 from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 
 _LARGEST_KERNEL = 7
@@ -26,6 +26,9 @@ class Cpu(GradientKernels):
             reasons.append("bn2 stands between the activation and the inner residual")
         return reasons
 
+    def reads_outputs(self, static: Static) -> bool:
+        return static.summary == "statistics"
+
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.depthwise_mlp.default(tensors, packed, *static))
 
@@ -39,20 +42,15 @@ class Cpu(GradientKernels):
             reasons.append(f"dw_weight: {dw_weight.shape[-1]} taps a side, more than {_LARGEST_KERNEL}")
         if any(needs[first + 2] or needs[first + 3] for first in BATCH_NORMS):
             reasons.append("a gradient of running statistics is wanted")
-        if static.training and static.bn_after_activation:
-            # Almost always more exact than the reference, but single sums cancel worse than the numerics rule allows.
-            reasons.append("bn1 and bn2 take batch statistics behind their activations")
+        if static.training and static.bn_after_activation and static.dtype is torch.float32:
+            # As exact as the reference, but single sums cancel worse than the numerics rule allows.
+            reasons.append("bn1 and bn2 take batch statistics behind their activations in float32")
         if static.training and tensors[20] is not None:
             if static.out_norm_eps is not None:
                 reasons.append("bn3 takes batch statistics in front of another norm")
             if static.summary == "statistics":
                 reasons.append("bn3 takes batch statistics in front of the result's")
         return reasons
-
-
-# Of the CUDA kernels: the result's channels, which stay in registers, and the filter's side.
-_MOST_CHANNELS = 384
-_LARGEST_FILTER = 7
 
 
 class Cuda:
@@ -62,34 +60,29 @@ class Cuda:
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         found = cuda_reasons(tensors, tensors[24], static.dtype)
-        dw_weight, fc2_weight = tensors[10], tensors[16]
-        assert dw_weight is not None and fc2_weight is not None
+        x, dw_weight = tensors[0], tensors[10]
+        assert x is not None and dw_weight is not None
         if static.training:
             found.append("batch statistics: the CUDA kernels take running ones")
-        if static.out_norm_eps is not None:
-            found.append("a norm of the result: the CUDA kernels have none")
-        if static.num_prefix_tokens:
-            found.append("prefix tokens: the CUDA kernels take maps only")
-        if static.summary == "mean":
-            found.append("the mean of the result: the CUDA kernels return statistics only")
-        if fc2_weight.shape[0] > _MOST_CHANNELS:
-            found.append(f"{fc2_weight.shape[0]} channels of the result: the CUDA kernels take up to {_MOST_CHANNELS}")
-        if dw_weight.shape[-1] > _LARGEST_FILTER:
-            found.append(f"a filter of {dw_weight.shape[-1]}: the CUDA kernels take up to {_LARGEST_FILTER}")
-        elif (needed := shared_memory(tensors, static)) > MOST_SHARED_MEMORY:
-            found.append(f"a block takes {needed} bytes of shared memory, {MOST_SHARED_MEMORY} are there")
-        return found
+        if dw_weight.shape[-1] > _LARGEST_KERNEL:
+            return [*found, f"a filter of {dw_weight.shape[-1]}: the CUDA kernels take up to {_LARGEST_KERNEL}"]
+        return found + shared_memory_reasons(shared_memory(tensors, static), x.device)
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.depthwise_mlp.default(tensors, None, *static))
 
 
 def shared_memory(tensors: Tensors, static: Static) -> int:
-    """Bytes of shared memory that a block of the CUDA kernels needs: `layout_of` in csrc/cuda/depthwise_mlp.cu."""
+    """Bytes of shared memory that the smallest block of the CUDA kernels needs, which makes one pixel of the result.
+
+    What `layout_of` in csrc/cuda/depthwise_mlp.cu says of it; blocks are as large as there is room.
+    """
     x, dw_weight = tensors[0], tensors[10]
     assert x is not None and dw_weight is not None
-    size = static.dtype.itemsize
+    size, kernel = static.dtype.itemsize, dw_weight.shape[-1]
     step = 32 // size
     row = -(-x.shape[-1] // step) * step * size + 16
-    channels = (5 + dw_weight.shape[-1] ** 2) * 64 * 4
-    return 128 + 128 * 4 + channels + 128 * row + (128 + 64) * (64 * size + 16) + 2 * 2 * 64 * (128 + 16)
+    rows = -(-min(static.height, kernel) * min(static.width, kernel) // 16) * 16
+    channels = (5 + kernel**2) * 64 * 4
+    # On their way out results take more room than so few hidden pixels.
+    return 128 + (rows + 64) * 4 + channels + rows * row + 64 * (128 * size + 16) + 2 * 2 * 64 * (128 + 16)

@@ -19,5 +19,8 @@ class Cpu(GradientKernels):
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         return cpu_reasons(tensors, static.dtype)
 
+    def reads_outputs(self, static: Static) -> bool:
+        return static.return_statistics
+
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.global_attention.default(tensors, packed, *static))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit_kernels.ops.attention import Attend, attend
 from fastvit_kernels.ops.normalization import group_statistics, normalize_by
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.precision import wide
@@ -37,6 +38,11 @@ def reference(tensors: Tensors, static: Static) -> Outputs:
     Of `[q, k, v, proj_weight, proj_bias, norm_weight, norm_bias, query_weight, query_bias, attn_bias, norm_statistics,
     residual]`; without v, k holds both.
     """
+    return around(attend, tensors, static)
+
+
+def around(attention: Attend, tensors: Tensors, static: Static) -> Outputs:
+    """The operator with this attention of heads in its middle."""
     (
         q,
         k,
@@ -57,11 +63,7 @@ def reference(tensors: Tensors, static: Static) -> Outputs:
     rows = normalize_by(static.norm, q, statistics, norm_weight, norm_bias, static.norm_eps, static.dtype)
     queries = rows if query_weight is None else _linear(rows, query_weight, query_bias, static.dtype)
     q, k, v = (t.to(static.dtype).unflatten(-1, (static.num_heads, -1)).transpose(1, 2) for t in (queries, k, v))
-    scores = (q * static.scale) @ k.transpose(-2, -1)
-    if attn_bias is not None:
-        scores = scores + attn_bias.to(wide(static.dtype))
-    probabilities = scores.softmax(-1, dtype=wide(static.dtype)).to(static.dtype)
-    out = (probabilities @ v).transpose(1, 2).flatten(2)
+    out = attention(q, k, v, attn_bias, None, static.scale).transpose(1, 2).flatten(2)
     if static.add_query_input:
         out = out + rows
     if proj_weight is not None:

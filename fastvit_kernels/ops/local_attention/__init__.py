@@ -21,7 +21,7 @@ from fastvit_kernels.ops.arguments import (
     compute_dtype,
     short,
 )
-from fastvit_kernels.ops.local_attention import native, triton
+from fastvit_kernels.ops.local_attention import native, sdpa, triton
 from fastvit_kernels.ops.local_attention.reference import STATIC_SCHEMA, Static, reference
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
 from fastvit_kernels.ops.packing import PackedWeights
@@ -58,9 +58,9 @@ OPERATOR = Operator(
     fake=_fake,
     packing=lambda s: (s.num_heads, s.norm),
     residual=11,
-    backends=[native.Cpu(), triton.Triton(), native.Cuda()],
+    backends=[native.Cpu(), triton.Triton(), native.Cuda(), sdpa.Sdpa()],
 )
-library.register(OPERATOR, triton.launch, triton.launch_backward)
+library.register(OPERATOR, triton.launch, triton.launch_backward, sdpa.compose)
 
 
 def local_attention(

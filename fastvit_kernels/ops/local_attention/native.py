@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.local_attention.reference import Static
-from fastvit_kernels.ops.native import MOST_SHARED_MEMORY, cpu_reasons, cuda_reasons
+from fastvit_kernels.ops.native import cpu_reasons, cuda_reasons, shared_memory_reasons
 from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 
 
@@ -18,6 +18,9 @@ class Cpu(GradientKernels):
 
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         return cpu_reasons(tensors, static.dtype)
+
+    def reads_outputs(self, static: Static) -> bool:
+        return static.return_statistics
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.local_attention.default(tensors, packed, *static))
@@ -43,10 +46,10 @@ class Cuda:
             found.append(f"windows {static.window_size} pixels wide: the CUDA kernels take up to {_LARGEST_WINDOW}")
         widest = max(_head_widths(tensors, static))
         if widest > _WIDEST_HEAD:
-            found.append(f"heads of {widest} channels: the CUDA kernels take up to {_WIDEST_HEAD}")
-        elif (needed := shared_memory(tensors, static)) > MOST_SHARED_MEMORY:
-            found.append(f"a window takes {needed} bytes of shared memory, {MOST_SHARED_MEMORY} are there")
-        return found
+            return [*found, f"heads of {widest} channels: the CUDA kernels take up to {_WIDEST_HEAD}"]
+        x = tensors[0]
+        assert x is not None
+        return found + shared_memory_reasons(shared_memory(tensors, static), x.device)
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.local_attention.default(tensors, None, *static))

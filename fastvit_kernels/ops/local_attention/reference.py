@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit_kernels.ops.attention import Attend, attend
 from fastvit_kernels.ops.normalization import group_statistics, normalize_by
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.precision import wide
@@ -56,6 +57,11 @@ def reference(tensors: Tensors, static: Static) -> Outputs:
     Of `[x, k, v, norm_weight, norm_bias, norm_statistics, qkv_weight, qkv_bias, attn_bias, proj_weight, proj_bias,
     residual]`: x holds the queries beside k and v; what q, k and v are made from, with a qkv_weight; or all three.
     """
+    return around(attend, tensors, static)
+
+
+def around(attention: Attend, tensors: Tensors, static: Static) -> Outputs:
+    """The operator with this attention of heads in its middle."""
     x, k, v, norm_weight, norm_bias, statistics, qkv_weight, qkv_bias, attn_bias, *rest = tensors
     proj_weight, proj_bias, residual = rest
     assert x is not None
@@ -70,14 +76,12 @@ def reference(tensors: Tensors, static: Static) -> Outputs:
             windows = _linear(windows, qkv_weight, qkv_bias, dtype)
         q, k, v = windows.chunk(3, dim=-1)
     q, k, v = (t.unflatten(-1, (static.num_heads, -1)).transpose(-3, -2) for t in (q, k, v))
-    scores = (q * static.scale) @ k.transpose(-2, -1)
-    if attn_bias is not None:
-        scores = scores + attn_bias.to(wide(dtype))
+    absent = None
     if static.pad == "mask":
         pixels = partition(x.new_ones((1, static.height * static.width, 1)), static)
-        scores = scores.masked_fill(pixels.transpose(-2, -1).unsqueeze(3) == 0, float("-inf"))
-    probabilities = scores.softmax(-1, dtype=wide(dtype)).to(dtype)
-    out = reverse((probabilities @ v).transpose(-3, -2).flatten(-2), static)
+        absent = pixels.transpose(-2, -1).unsqueeze(3) == 0
+    out = attention(q, k, v, attn_bias, absent, static.scale)
+    out = reverse(out.transpose(-3, -2).flatten(-2), static)
     if proj_weight is not None:
         out = _linear(out, proj_weight, proj_bias, dtype)
     out = out if residual is None else residual + out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops import dispatch, library
+from fastvit_kernels.ops import library
 from fastvit_kernels.ops.activations import ALL_ACTIVATIONS
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
@@ -171,11 +171,8 @@ def patch_embedding(
         if count < 2:
             raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
         with torch.no_grad():
-            if dispatch.select(OPERATOR, tensors, static, backend).name == "triton":
-                dense = library.dense(tensors, OPERATOR.triton_any_layout)
-                mean, var = torch.ops.fastvit.patch_embedding_statistics.triton(dense, *static)
-            else:
-                mean, var = batch_statistics(tensors, static)
+            found = library.statistics_by_kernels(OPERATOR, tensors, static, backend)
+            mean, var = batch_statistics(tensors, static) if found is None else found
             tensors[9:] = mean, var
             update_running_statistics(bn, mean, var, count)
     packed = None if training else packed

@@ -33,7 +33,7 @@ class ContractBase:
         cases: the calls under test; at least one is tagged `smallest`.
         fused: operators that a compiled graph must contain when the C++ CPU kernels run.
         precisions: by backend, what it computes in.
-        small_only: backends too slow for more than the `smallest` cases.
+        small_only: backends that are too slow, or too little our own, for more than the `smallest` cases.
         equivalent: the same mathematics in plain PyTorch, written apart from the reference: arguments in, outputs out;
             for a module's cases the module comes first.
         reshaped: a few calls that differ in size only, and for each argument the axes that differ.
@@ -45,7 +45,7 @@ class ContractBase:
     cases: ClassVar[Sequence[Case]]
     fused: ClassVar[tuple[str, ...]] = ()
     precisions: ClassVar[dict[str, tuple[Precision, ...]]] = {"cpu": (FP32, BF16, BF16_FP32), "triton": (FP32, FP16)}
-    small_only: ClassVar[frozenset[str]] = frozenset({"triton"})
+    small_only: ClassVar[frozenset[str]] = frozenset({"triton", "sdpa"})
     equivalent: ClassVar[Callable[..., Any]]
     reshaped: ClassVar[tuple[Sequence[Case], dict[str, tuple[int, ...]]]]
     draws: ClassVar[int] = 1

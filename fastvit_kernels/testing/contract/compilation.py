@@ -30,7 +30,7 @@ from fastvit_kernels.testing.numerics import relative_l2
 
 # Relative L2: a generated kernel may sum in another order.
 _INDUCTOR_ROUNDING = 1e-6
-_OVERLOADS = {"cpu": "default", "triton": "triton"}
+_OVERLOADS = {"cpu": "default", "triton": "triton", "sdpa": "sdpa"}
 
 
 class Compilation(ContractBase):

@@ -39,6 +39,7 @@ struct Block {
 
 Block block;
 bool reversed = false;
+int64_t most_shared = 163 * 1024;
 
 [[noreturn]] void fail(const char* message) {
   std::fprintf(stderr, "emulator: %s (block %d, thread %d)\n", message, blockIdx.x, threadIdx.x);
@@ -203,6 +204,8 @@ void multiply_all(void* const (&parts)[kWarp]) {
 
 }  // namespace
 
+int64_t shared_memory_of_device() { return most_shared; }
+
 unsigned char* shared_memory() { return block.shared.get(); }
 
 void __syncthreads() {
@@ -273,6 +276,7 @@ void wait_for_copies(int left) {
 
 void run_grid(int64_t blocks, int threads, int64_t shared, const std::function<void()>& kernel) {
   if (threads % kWarp) fail("a block is whole warps");
+  if (shared > most_shared) fail("more shared memory than a block has");
   while (block.lanes.size() < static_cast<size_t>(threads)) block.lanes.push_back(std::make_unique<Lane>());
   block.kernel = &kernel;
   blockDim.x = threads;
@@ -288,3 +292,4 @@ void run_grid(int64_t blocks, int threads, int64_t shared, const std::function<v
 }  // namespace fk
 
 extern "C" __attribute__((visibility("default"))) void fk_emulator_reverse(int wanted) { fk::reversed = wanted != 0; }
+extern "C" __attribute__((visibility("default"))) void fk_emulator_shared_memory(int bytes) { fk::most_shared = bytes; }

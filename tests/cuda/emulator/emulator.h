@@ -64,6 +64,8 @@ void wait_for_copies() {
   wait_for_copies(kLeft);
 }
 
+int64_t shared_memory_of_device();
+
 void run_grid(int64_t blocks, int threads, int64_t shared, const std::function<void()>& kernel);
 
 template <class Params>

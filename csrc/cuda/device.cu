@@ -1,0 +1,7 @@
+#include "device.h"
+
+namespace fk {
+
+int64_t most_shared_memory() { return shared_memory_of_device(); }
+
+}  // namespace fk
