@@ -14,6 +14,8 @@ PINS := constraints.txt pyproject.toml
 # Directories too: adding or removing a file changes only their time.
 COMPILED := CMakeLists.txt $(shell find cmake csrc)
 HOSTS := timm torchvision
+# Of the Tritons that pyproject.toml asks for the oldest, which the tests compile with besides the pinned one.
+OLDEST_TRITON := triton==$(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml)
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 
 .DEFAULT_GOAL := help
@@ -31,7 +33,7 @@ help:
 demo: $(VENV)/demo.stamp
 	$(BIN)/fastvit-kernels demo $(ARGS)
 
-test: $(VENV)/test.stamp $(VENV)/hosts.stamp
+test: $(VENV)/test.stamp $(VENV)/hosts.stamp $(VENV)/oldest-triton.stamp
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses $(TEST_PROCESSES) --dist loadgroup $(ARGS)
 
 bench: $(VENV)/bench.stamp
@@ -78,6 +80,10 @@ $(VENV)/%.stamp: $(VENV)/torch.stamp $(PINS) $(COMPILED)
 # Without their requirements, which would bring another torch; the extra `test` has installed the rest.
 $(VENV)/hosts.stamp: $(VENV)/torch.stamp constraints.txt
 	$(PIP) install --no-deps --constraint constraints.txt --upgrade --target $(VENV)/hosts $(HOSTS)
+	touch $@
+
+$(VENV)/oldest-triton.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) install --no-deps --upgrade --target $(VENV)/oldest-triton $(OLDEST_TRITON)
 	touch $@
 
 clean:

@@ -11,12 +11,11 @@ struct ChannelNorm {
   void set_statistics(int64_t channel, double mean, double variance);
   // Sums over `count` values of the gradient behind the norm, alone and times the normalised value, and of the latter.
   // Their mean is zero but for the rounding of the statistics, which is made up for: it would not average out.
-  // `channel` is the one they begin with.
   void set_gradients(const std::vector<double>& alone, const std::vector<double>& times,
-                     const std::vector<double>& values, double count, int64_t channel = 0);
+                     const std::vector<double>& values, double count);
 
   fk_channel_norm vectors = {};
-  float *mean = nullptr, *rstd = nullptr;
+  float *mean = nullptr, *rstd = nullptr, *rest = nullptr;
   float *grad_mean = nullptr, *grad_slope = nullptr;
   double eps;
 };

@@ -265,14 +265,22 @@ Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p) {
               [&](int64_t group, void* memory) { k.depthwise_mlp_backward_step(p, index, group, memory); });
   };
   const double count = static_cast<double>(m.batch * b->pixels);
-  // Of the gradient behind a norm, alone and times the normalised value, and of this; the weight's gradient is of the
-  // values around their own mean.
+  // Of the gradient behind a norm, alone and times the normalised value, and of this and its square: with the given
+  // statistics they are not quite normalised, which would not average out.
   auto averages = [&](ChannelNorm* norm, int kind, int64_t rows) {
     if (!norm->grad_mean) return;
-    double* first = sums.channels.data() + kind * hidden + p->first;
-    auto of = [&](int64_t i) { return std::vector<double>(first + i * hidden, first + i * hidden + rows); };
-    norm->set_gradients(of(0), of(1), of(2), count, p->first);
-    for (int64_t c = 0; c < rows; ++c) first[hidden + c] -= first[2 * hidden + c] / count * first[c];
+    for (int64_t c = p->first; c < p->first + rows; ++c) {
+      double* sum = sums.channels.data() + kind * hidden + c;
+      const double centre = sum[2 * hidden] / count, spread = sum[3 * hidden] / count - centre * centre;
+      const double rstd = static_cast<double>(norm->rstd[c]) + norm->rest[c];
+      const double scaled = spread + norm->eps * rstd * rstd;
+      const double square = scaled > 0.0 ? 1.0 / scaled : 0.0;  // channels of the padding have none
+      sum[hidden] -= centre * sum[0];
+      const double slope = sum[hidden] / count * square;
+      sum[hidden] *= std::sqrt(square);
+      norm->grad_mean[c] = static_cast<float>(sum[0] / count - centre * slope);
+      norm->grad_slope[c] = static_cast<float>(slope);
+    }
   };
   step(0);
   for (p->first = 0; p->first < hidden; p->first += p->chunk) {

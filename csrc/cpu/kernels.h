@@ -345,6 +345,7 @@ struct fk_statistics_backward {
 // Batch normalisation per channel, for its backward. Vectors are padded with zeros.
 struct fk_channel_norm {
   const float *mean, *rstd, *weight, *bias;  // mean null: there is no norm
+  const float* rest;                         // what rounding took from `rstd`
   // Of the gradient, alone and times the normalised input, where both flow into batch statistics; null: they do not.
   const float *grad_mean, *grad_slope;
 };
@@ -382,9 +383,11 @@ enum fk_mlp_sum {
   FK_SUM_NORM2,
   FK_SUM_NORM2_X,
   FK_SUM_NORM2_HAT,
+  FK_SUM_NORM2_SQUARE,
   FK_SUM_NORM1,
   FK_SUM_NORM1_X,
   FK_SUM_NORM1_HAT,
+  FK_SUM_NORM1_SQUARE,
   FK_SUM_EXPANDED,
   FK_SUM_TAPS
 };

@@ -106,8 +106,12 @@ struct Fragments<float> {
   }
 
   static __device__ void multiply(float (&to)[4], const Left& a, const Right& b) {
-    for (int k = 0; k < kDepth; ++k)
-      for (int i = 0; i < 4; ++i) to[i] = fmaf(a.x[i / 2][k], b.x[i % 2][k], to[i]);
+    // Sums of their own: a long one is then rounded less often.
+    for (int i = 0; i < 4; ++i) {
+      float sum = a.x[i / 2][0] * b.x[i % 2][0];
+      for (int k = 1; k < kDepth; ++k) sum = fmaf(a.x[i / 2][k], b.x[i % 2][k], sum);
+      to[i] += sum;
+    }
   }
 
  private:

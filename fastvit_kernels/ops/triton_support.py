@@ -19,6 +19,10 @@ _OLDEST_NVIDIA = (8, 0)
 INTERPRETER = "interpreter"
 # The gradient of a LayerNorm has a row in registers as a whole.
 _WIDEST_NORM = 8192
+# Of a thread; and the warps of a program that may all have them.
+_MOST_REGISTERS = 255
+_WARPS_WITH_ALL_REGISTERS = 8
+_WIDTH_WITH_ALL_REGISTERS = 64
 _interpreter_lock = threading.Lock()
 
 
@@ -161,6 +165,18 @@ def _row(kernel: str, architecture: str, kind: str, width: int) -> Config | None
     table = CONFIGS[kernel]
     rows = table.get((architecture, kind)) or table["default", kind]
     return next((row for widest, row in rows if width <= widest), None)
+
+
+def all_registers(arithmetic: Arithmetic, config: Config, width: int) -> dict[str, int]:
+    """Launch options with which threads get the registers that they need: for heads of this width, in fp32 on NVIDIA.
+
+    Otherwise the assembler spills two or four now and then, whatever the tiles, so that more programs fit side by side.
+    """
+    of_nvidia = arithmetic.architecture.startswith("sm_")
+    if not of_nvidia or arithmetic.dtype is not torch.float32 or config.num_warps > _WARPS_WITH_ALL_REGISTERS:
+        return {}
+    # For wider ones it makes worse code.
+    return {"maxnreg": _MOST_REGISTERS} if width <= _WIDTH_WITH_ALL_REGISTERS else {}
 
 
 def launch(kernel: Any, programs: int, device: torch.device, config: Config, *args: Any, **constexprs: Any) -> None:

@@ -663,6 +663,8 @@ DEPTHWISE_MLP = [
     depthwise_mlp_case("mean_behind_norm", out_norm=True, return_mean=True),
     depthwise_mlp_case("fp32_residual", residual_dtype=torch.float32),
     depthwise_mlp_case("pvt_v2_b2_stage_3", "published", batch=1, grid=(14, 14), channels=320, hidden=1280),
+    depthwise_mlp_case("dhvt_small", "published", batch=1, grid=(14, 14), channels=384, hidden=1536, **_DAFF),
+    depthwise_mlp_case("hat_net_large", "published", batch=1, grid=(7, 7), channels=640, hidden=2560, **_HAT),
 ]
 
 

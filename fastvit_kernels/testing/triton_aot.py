@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -44,31 +45,40 @@ class Compiled(NamedTuple):
 
 
 @contextmanager
-def compiling_process(processes: int = 1) -> Iterator[ProcessPoolExecutor]:
+def compiling_process(processes: int = 1, folder: Path | None = None) -> Iterator[ProcessPoolExecutor]:
     """A process, or several, in which `compile_launches` works, whether or not this one interprets its kernels.
 
     Triton decides between the two when it is imported, and running its interpreter leaves parts of `triton.language`
     replaced.
+
+    Args:
+        processes: how many.
+        folder: where they find Triton; None for the installed one.
     """
     context = get_context("spawn")
-    with ProcessPoolExecutor(max_workers=processes, mp_context=context, initializer=_compile_only) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_compile_only, initargs=(folder,)) as pool:
         yield pool
 
 
-def _compile_only() -> None:
+def _compile_only(folder: Path | None) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
+    if folder is not None:
+        sys.path.insert(0, str(folder))
     triton_support.interpreting()
 
 
-def compile_launches(call: Callable[[], Any], architecture: str) -> list[Compiled]:
+def compile_launches(
+    call: Callable[[], Any], architecture: str, wanted: Callable[[str], bool] = lambda name: True
+) -> list[Compiled]:
     """Compile every kernel that `call` launches, as Triton's just-in-time compiler would at the first launch.
 
     Args:
         call: runs an operator's `launch` on meta tensors.
         architecture: `"sm_80"`, `"sm_90"`, `"gfx942"`, ...
+        wanted: by a kernel's name whether a launch of it is compiled.
 
     Returns:
-        One entry for each launch, in order. What Triton's cache on disk holds is not compiled again.
+        One entry for each wanted launch, in order. What Triton's cache on disk holds is not compiled again.
 
     Raises:
         RuntimeError: this process interprets its kernels; see `compiling_process`.
@@ -79,7 +89,8 @@ def compile_launches(call: Callable[[], Any], architecture: str) -> list[Compile
     found: list[Compiled] = []
 
     def submit(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        found.append(read(kernel.warmup(*args, grid=grid, **options)))
+        if wanted(kernel.__name__):
+            found.append(read(kernel.warmup(*args, grid=grid, **options)))
 
     with (
         mock.patch.object(triton_support, "submit", submit),

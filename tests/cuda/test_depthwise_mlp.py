@@ -70,6 +70,11 @@ def test_last_stage(emulator):
     check(emulator, BF16, batch=1, grid=(7, 7), channels=512, hidden=72)
 
 
+def test_long_sums_in_fp32(emulator):
+    """One rounding for each of so many products would add up to more than the rule allows."""
+    check(emulator, FP32, batch=1, grid=(7, 7), channels=16, hidden=1536, out=64, norm=None)
+
+
 def test_nan_stays_where_it_is_seen(emulator):
     case = depthwise_mlp_case("case", batch=1, grid=(3, 18), activation="relu", hidden_activation="relu", prefix=1)
     tensors, static = raw_call(case.call(FP32))

@@ -253,8 +253,8 @@ static __attribute__((noinline)) void project_back_rows(const MlpChunk<A>& c, in
 struct MiddleVectors {
   vf filter_bias;
   NormVectors norm;
-  ExactSum grads, grads_x,
-      hats;  // sums of the gradient behind the norm, alone and times the normalised value, and of this
+  // Sums of the gradient behind the norm, alone and times the normalised value, and of this and its square.
+  ExactSum grads, grads_x, hats, squares;
 };
 
 template <int Pixels, int Kernel, fk_activation Activation, class A>
@@ -293,6 +293,7 @@ FK_INLINE void middle_pixels(const MlpChunk<A>& c, int64_t from, int64_t y, int6
       v->grads.add(grad);
       v->grads_x.add(grad * hat);
       v->hats.add(hat);
+      v->squares.add(hat * hat);
       if (!steps) grad = norm_input_grad(v->norm, grad, hat);
     }
     if (steps) {
@@ -311,7 +312,7 @@ template <class A, int Kernel, fk_activation Activation>
 static __attribute__((noinline)) void middle_rows(const MlpChunk<A>& c, int64_t from, int64_t to) {
   const struct fk_depthwise_mlp_backward& p = c.p;
   for (int64_t at = 0; at < c.channels; at += FK_VL) {
-    MiddleVectors v = {load(p.filter_bias + c.column + at), norm_vectors(p.norm2, c.column + at), {}, {}, {}};
+    MiddleVectors v = {load(p.filter_bias + c.column + at), norm_vectors(p.norm2, c.column + at), {}, {}, {}, {}};
     for (int64_t y = from; y < to; ++y) {
       int64_t x = 0;
       for (; x + 7 <= p.width; x += 7) middle_pixels<7, Kernel, Activation>(c, from, y, x, at, &v);
@@ -322,6 +323,7 @@ static __attribute__((noinline)) void middle_rows(const MlpChunk<A>& c, int64_t 
     add_sums(c, FK_SUM_NORM2, at, v.grads, c.first_stack && from == 0);
     add_sums(c, FK_SUM_NORM2_X, at, v.grads_x, c.first_stack && from == 0);
     add_sums(c, FK_SUM_NORM2_HAT, at, v.hats, c.first_stack && from == 0);
+    add_sums(c, FK_SUM_NORM2_SQUARE, at, v.squares, c.first_stack && from == 0);
   }
 }
 
@@ -386,7 +388,7 @@ static __attribute__((noinline)) void filter_grad_rows(const MlpChunk<A>& c, int
 
 struct BackVectors {
   NormVectors norm;
-  ExactSum grads, grads_x, hats;
+  ExactSum grads, grads_x, hats, squares;
   vf expanded;
 };
 
@@ -414,6 +416,7 @@ FK_INLINE void back_pixels(const MlpChunk<A>& c, int64_t from, int64_t y, int64_
       v->grads.add(grad);
       v->grads_x.add(grad * hat);
       v->hats.add(hat);
+      v->squares.add(hat * hat);
       if (!steps) grad = norm_input_grad(v->norm, grad, hat);
     }
     if (steps) {
@@ -431,7 +434,7 @@ static __attribute__((noinline)) void back_rows(const MlpChunk<A>& c, int64_t fr
   const struct fk_depthwise_mlp_backward& p = c.p;
   const bool begins = c.first_stack && from == 0;
   for (int64_t at = 0; at < c.channels; at += FK_VL) {
-    BackVectors v = {norm_vectors(p.norm1, c.column + at), {}, {}, {}, splat(0.0f)};
+    BackVectors v = {norm_vectors(p.norm1, c.column + at), {}, {}, {}, {}, splat(0.0f)};
     vf expanded = splat(0.0f);
     for (int64_t y = from; y < to; ++y) {
       v.expanded = splat(0.0f);
@@ -445,6 +448,7 @@ static __attribute__((noinline)) void back_rows(const MlpChunk<A>& c, int64_t fr
       add_sums(c, FK_SUM_NORM1, at, v.grads, begins);
       add_sums(c, FK_SUM_NORM1_X, at, v.grads_x, begins);
       add_sums(c, FK_SUM_NORM1_HAT, at, v.hats, begins);
+      add_sums(c, FK_SUM_NORM1_SQUARE, at, v.squares, begins);
     }
     if (!p.store) add_sums(c, FK_SUM_EXPANDED, at, expanded, begins);
   }
@@ -676,7 +680,7 @@ FK_INLINE void map_moments(const struct fk_depthwise_mlp_backward& p, const floa
   const int64_t line = mlp_line(p), reach = p.kernel / 2;
   for (int64_t at = 0; at < channels; at += FK_VL) {
     const float* first = map + at / FK_VL * plane + reach * (line + FK_VL);
-    vf total = splat(0.0f), square = splat(0.0f);
+    vf total = splat(0.0f);
     for (int64_t y = 0; y < p.height; ++y) {
       vf of_row = splat(0.0f);
       for (int64_t x = 0; x < p.width; ++x) of_row += load(first + y * line + x * FK_VL);
@@ -684,25 +688,27 @@ FK_INLINE void map_moments(const struct fk_depthwise_mlp_backward& p, const floa
     }
     const vf mean = total / splat((float)(p.height * p.width));
     vf rest = splat(0.0f);
+    ExactSum square;
     for (int64_t y = 0; y < p.height; ++y) {
-      vf of_row = splat(0.0f), rest_of_row = splat(0.0f);
+      vf rest_of_row = splat(0.0f);
       for (int64_t x = 0; x < p.width; ++x) {
         const vf d = load(first + y * line + x * FK_VL) - mean;
-        of_row += d * d;
+        square.add(d * d);
         rest_of_row += d;
       }
-      square += of_row;
       rest += rest_of_row;
     }
-    float lanes[3][FK_VL] __attribute__((aligned(64)));
+    float lanes[4][FK_VL] __attribute__((aligned(64)));
     store(lanes[0], mean);
     store(lanes[1], rest);
-    store(lanes[2], square);
+    store(lanes[2], square.total);
+    store(lanes[3], square.lost);
     const double n = (double)(p.height * p.width);
     for (int i = 0; i < FK_VL; ++i) {
       // What rounding left out of the mean.
       sums[at + i] = n * (double)lanes[0][i] + (double)lanes[1][i];
-      squares[at + i] = (double)lanes[2][i] - (double)lanes[1][i] * (double)lanes[1][i] / n;
+      const double square_sum = (double)lanes[2][i] + (double)lanes[3][i];
+      squares[at + i] = square_sum - (double)lanes[1][i] * (double)lanes[1][i] / n;
     }
   }
 }

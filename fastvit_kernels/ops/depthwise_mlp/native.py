@@ -42,9 +42,6 @@ class Cpu(GradientKernels):
             reasons.append(f"dw_weight: {dw_weight.shape[-1]} taps a side, more than {_LARGEST_KERNEL}")
         if any(needs[first + 2] or needs[first + 3] for first in BATCH_NORMS):
             reasons.append("a gradient of running statistics is wanted")
-        if static.training and static.bn_after_activation and static.dtype is torch.float32:
-            # As exact as the reference, but single sums cancel worse than the numerics rule allows.
-            reasons.append("bn1 and bn2 take batch statistics behind their activations in float32")
         if static.training and tensors[20] is not None:
             if static.out_norm_eps is not None:
                 reasons.append("bn3 takes batch statistics in front of another norm")

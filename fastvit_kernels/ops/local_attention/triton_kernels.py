@@ -281,8 +281,8 @@ def _projecting_config(x: Tensor, qkv_weight: Tensor, static: Static) -> Config 
         return None
     width = qkv_weight.shape[0] // (3 * static.num_heads)
     arithmetic = triton_support.arithmetic(static.dtype, x.device)
-    # Numbers of twice the size take the registers of a head twice as wide.
-    place = "projected_window_attention", arithmetic, width * static.dtype.itemsize // 2, width, x.shape[2]
+    # Numbers of twice the size, without tensor cores, take the registers of a head four times as wide.
+    place = "projected_window_attention", arithmetic, width * (static.dtype.itemsize // 2) ** 2, width, x.shape[2]
     if not triton_support.fits(*place):
         return None
     return triton_support.config(*place)._replace(block_m=_tile(static))
@@ -406,5 +406,6 @@ def attend(
         BLOCK_D=max(_SMALLEST_DOT, triton.next_power_of_2(width)),
         BLOCK_V=max(_SMALLEST_DOT, triton.next_power_of_2(value_width)),
         ARITHMETIC=arithmetic.constexpr(),
+        **triton_support.all_registers(arithmetic, config, max(width, value_width)),
     )
     return out, None if moments is None else merged_statistics(moments)
