@@ -21,6 +21,8 @@ from fastvit_kernels.ops.head_tokens import triton as head_tokens
 from fastvit_kernels.ops.head_tokens.reference import Static as HeadTokensStatic
 from fastvit_kernels.ops.local_attention import triton as local_attention
 from fastvit_kernels.ops.local_attention.reference import Static as LocalAttentionStatic
+from fastvit_kernels.ops.merge_head_tokens import triton as merge_head_tokens
+from fastvit_kernels.ops.merge_head_tokens.reference import Static as MergeHeadTokensStatic
 from fastvit_kernels.ops.patch_embedding import triton as patch_embedding
 from fastvit_kernels.ops.patch_embedding.reference import Static as PatchEmbeddingStatic
 from fastvit_kernels.ops.pointwise_mlp import triton as pointwise_mlp
@@ -179,6 +181,13 @@ def make_head_tokens(stage: Stage, precision: Precision) -> Prepared:
     weights = [*(parameter(channels) for _ in range(2)), parameter(channels, width), parameter(channels)]
     tensors = [tokens, *weights, parameter(width), parameter(width), parameter(heads, channels)]
     return Prepared(head_tokens, tensors, HeadTokensStatic(heads, 1e-6, 1e-5, precision.products))
+
+
+def make_merge_head_tokens(stage: Stage, precision: Precision) -> Prepared:
+    x, _ = _makers(precision)
+    tokens = 1 + stage.height * stage.width
+    tensors = [x(stage.batch, tokens + stage.heads, stage.channels), x(stage.batch, tokens, stage.channels)]
+    return Prepared(merge_head_tokens, tensors, MergeHeadTokensStatic(stage.heads, precision.products))
 
 
 def make_local_attention(stage: Stage, precision: Precision) -> Prepared:
@@ -350,6 +359,7 @@ OPERATORS = {
     "head_tokens": make_head_tokens,
     "local_attention": make_local_attention,
     "local_attention of rows that are added": make_window_mixing,
+    "merge_head_tokens": make_merge_head_tokens,
     "patch_embedding": make_patch_embedding,
     "patch_embedding of images": make_stem,
     "pointwise_mlp": make_pointwise_mlp,

@@ -9,6 +9,7 @@ WITHOUT_PRODUCTS = (
     *("pool_kernel", "layer_norm_gradient_kernel", "group_norm_gradient_kernel", "group_norm_sums_kernel"),
     *("statistics_gradient_kernel", "step_gradient_kernel", "step_sums_kernel"),
     *("row_moments_kernel", "merge_parts_kernel", "spread_kernel", "rows_kernel", "step_kernel"),
+    *("merge_tokens_kernel", "merge_tokens_gradient_kernel"),
     *("pieces_kernel", "pieces_gradient_kernel"),
     *("depthwise_kernel", "depthwise_input_gradient_kernel", "depthwise_filter_gradient_kernel"),
 )

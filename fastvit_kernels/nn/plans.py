@@ -85,6 +85,7 @@ def _is_operator(step: Step, calls: Calls) -> bool:
     return (
         getattr(step.function, "namespace", None) == library.NAMESPACE
         and name in library.operators
+        and step.function._overloadname == "default"  # type: ignore[attr-defined]
         and (step.args[1] in calls.bound or not library.operators[name].parameters)
     )
 

@@ -21,7 +21,7 @@ def plain_pytorch(x, num_heads, residual=None):
 class TestMergeHeadTokens(Contract, Rejection):
     cases = inputs.MERGE_HEAD_TOKENS
     fused = ("merge_head_tokens",)
-    precisions: ClassVar = {"cpu": (inputs.FP32, inputs.BF16)}
+    precisions: ClassVar = {"cpu": (inputs.FP32, inputs.BF16), "triton": (inputs.FP32, inputs.FP16)}
     equivalent = staticmethod(plain_pytorch)
     resizable = frozenset({("x", 0), ("x", 1), ("x", 2)})
     reshaped = (

@@ -25,6 +25,7 @@ from fastvit_kernels.testing.inputs import (
     global_attention_case,
     head_tokens_case,
     local_attention_case,
+    merge_head_tokens_case,
     patch_embedding_case,
     pointwise_mlp_case,
     pooled_projection_case,
@@ -116,6 +117,10 @@ CHOSEN = {
     "head_tokens": [
         head_tokens_case("all", tokens=19, channels=27),
         head_tokens_case("bare", tokens=1, norm=False, bias=False, head_norm_affine=False),
+    ],
+    "merge_head_tokens": [
+        merge_head_tokens_case("all", tokens=19, channels=27),
+        merge_head_tokens_case("bare", tokens=1, residual=False),
     ],
     "depthwise_mlp": [
         depthwise_mlp_case("hat", return_statistics=True, statistics=True, hidden=24, **HAT),

@@ -24,6 +24,7 @@ OPERATORS = (
     "depthwise_mlp",
     "global_attention",
     "head_tokens",
+    "merge_head_tokens",
     "local_attention",
     "patch_embedding",
     "pointwise_mlp",
