@@ -8,7 +8,7 @@ namespace fk {
 namespace {
 
 constexpr int64_t kAlignment = 64;
-// Of what lies between the calls of a plan, which keeps memory for it.
+// Of what lies between the calls of a plan, which has a place in memory that the thread keeps.
 constexpr int64_t kMostBytes = int64_t{64} << 20;
 
 int64_t bytes_of(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
@@ -48,7 +48,10 @@ struct Plan {
   std::vector<Boundary> inputs, outputs;
   std::vector<std::function<bool()>> weights;
   std::vector<std::function<void()>> calls;
-  Tensor memory;
+  // What lies between the calls: all pointers to it, for now to offsets from `memory`, which has this many bytes.
+  std::vector<Pointer> between;
+  int64_t bytes = 0;
+  const char* memory = nullptr;
 };
 
 // Memory of an input or a result while a plan is recorded.
@@ -57,7 +60,7 @@ struct Region {
   int64_t bytes;
   size_t first = 0, last = 0;  // calls that use it
   std::vector<Pointer> pointers = {};
-  int64_t place = -1;  // in the plan's memory
+  int64_t place = -1;  // in the memory of the plan
 };
 
 class Recorder {
@@ -97,13 +100,11 @@ class Recorder {
       plan->outputs.back().pointers = (*at)->pointers;
       between.erase(at);
     }
-    const int64_t bytes = place(between);
-    if (bytes > kMostBytes) return nullptr;
-    plan->memory = empty({bytes + kAlignment}, ScalarType::Byte);
-    char* base = static_cast<char*>(plan->memory.mutable_data_ptr());
-    base += (kAlignment - reinterpret_cast<uintptr_t>(base) % kAlignment) % kAlignment;
+    plan->bytes = place(between);
+    if (plan->bytes > kMostBytes) return nullptr;
     for (const Region* region : between)
-      for (const Pointer& pointer : region->pointers) pointer.set(base + region->place);
+      for (const Pointer& pointer : region->pointers)
+        plan->between.push_back({pointer.location, region->place + pointer.offset});
     plan->weights = std::move(weights);
     plan->calls = std::move(calls_);
     return plan;
@@ -215,6 +216,11 @@ std::vector<Tensor> replay(std::vector<Tensor> inputs, int64_t number) {
     for (const Pointer& pointer : output.pointers)
       pointer.set(static_cast<const char*>(outputs.back().mutable_data_ptr()));
   }
+  static thread_local Arena arena;
+  const char* memory = static_cast<const char*>(arena.at_least(plan->bytes));
+  if (memory != plan->memory)
+    for (const Pointer& pointer : plan->between) pointer.set(memory);
+  plan->memory = memory;
   for (const auto& call : plan->calls) call();
   return outputs;
 }

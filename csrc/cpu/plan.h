@@ -1,5 +1,6 @@
 // Several calls of operators as one: a plan has their checked arguments and packed weights, and runs them again on
-// other activations without torch in between.
+// other activations without torch in between. What lies between them has places in memory that the running thread
+// keeps.
 //
 // A thread records what it calls between `plan_begin` and `plan_end`. Weights are taken as they lie then; `replay`
 // looks at the fingerprint of each (see `identify`) and does nothing where one has changed.

@@ -38,12 +38,6 @@ fk_array array(const Tensor& tensor, const char* name) {
   return {data_of(tensor, name), dtype, tensor.numel()};
 }
 
-struct Arena {
-  void* memory = nullptr;
-  int64_t bytes = 0;
-  ~Arena() { std::free(memory); }
-};
-
 }  // namespace
 
 const fk_table& kernels() {
@@ -51,16 +45,22 @@ const fk_table& kernels() {
   return table;
 }
 
+Arena::~Arena() { std::free(memory_); }
+
+void* Arena::at_least(int64_t bytes) {
+  if (bytes > bytes_) {
+    std::free(memory_);
+    bytes_ = 0;
+    memory_ = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
+    if (!memory_) throw std::bad_alloc();
+    bytes_ = bytes;
+  }
+  return memory_;
+}
+
 void* scratch(int64_t bytes) {
   static thread_local Arena arena;
-  if (bytes > arena.bytes) {
-    std::free(arena.memory);
-    arena.bytes = 0;
-    arena.memory = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
-    if (!arena.memory) throw std::bad_alloc();
-    arena.bytes = bytes;
-  }
-  return arena.memory;
+  return arena.at_least(bytes);
 }
 
 fk_dtype kernel_dtype(ScalarType dtype) {

@@ -39,7 +39,20 @@ fk_dtype kernel_dtype(ScalarType dtype);
 fk_activation activation_of(const std::string& name);
 Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype);
 
-// 64-byte aligned memory of this thread, kept from call to call; valid until the thread asks again.
+// 64-byte aligned memory that grows as needed; what it gave is valid until it is asked again.
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  ~Arena();
+  void* at_least(int64_t bytes);
+
+ private:
+  void* memory_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// Memory of this thread, kept from call to call; valid until the thread asks again.
 void* scratch(int64_t bytes);
 
 // The tasks of one thread, and of those that have none left.
