@@ -5,8 +5,8 @@ VENV ?= .venv
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 # Appended to the commands, for example `make test ARGS="-k attention"` or `make demo ARGS="--image cat.jpg"`.
 ARGS ?=
-# At most; each takes about 3 GiB.
-TEST_PROCESSES ?= 4
+# At most; each takes up to 7 GiB of memory in the end.
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
