@@ -244,7 +244,9 @@ def query_gradient_kernel(
     tl.store(out_ptr + head * WIDTH + rows[:, None] * out_stride + d[None, :], accumulator * out_scale, mask=mask)
 
 
-@triton.jit(do_not_specialize=["queries", "part_queries", "num_parts", "keys", "heads", "height", "width"])
+@triton.jit(
+    do_not_specialize=["part_stride", "queries", "part_queries", "num_parts", "keys", "heads", "height", "width"]
+)
 def key_gradient_kernel(
     q_ptr,
     k_ptr,

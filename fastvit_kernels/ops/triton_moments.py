@@ -41,7 +41,7 @@ def store_tile_moments(moments_ptr, part, x, mask):
     store_moments(moments_ptr, part, pivot, mean, squares, count)
 
 
-@triton.jit(do_not_specialize=["size", "blocks", "parts"])
+@triton.jit(do_not_specialize=["sample_stride", "size", "blocks", "parts"])
 def moments_kernel(
     x_ptr,
     moments_ptr,

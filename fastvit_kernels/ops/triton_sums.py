@@ -48,21 +48,24 @@ def sum_parts_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A part of `stride` numbers begins with those of the first result; those of the second follow."""
+    """A part of `stride` numbers begins with those of the first result and ends with those of the second."""
     block = tl.program_id(0)
     first_blocks = tl.cdiv(first_size, BLOCK_N)
     if block < first_blocks:
         sum_block(parts_ptr, first_ptr, block, num_parts, stride, first_size, BLOCK_M, BLOCK_N)
     elif second_ptr is not None:
         block -= first_blocks
-        sum_block(parts_ptr + first_size, second_ptr, block, num_parts, stride, second_size, BLOCK_M, BLOCK_N)
+        second_parts = parts_ptr + (stride - second_size)
+        sum_block(second_parts, second_ptr, block, num_parts, stride, second_size, BLOCK_M, BLOCK_N)
 
 
 def sum_parts(parts: Tensor, first: Tensor, second: Tensor | None = None) -> list[Tensor]:
-    """The sum of fp32 `parts` `[P, n]` over their first axis, cut into tensors like `first` and `second`."""
+    """Sums of fp32 `parts` `[P, n]` over their first axis: what they begin with, a tensor like `first`, and what they
+    end with, one like `second`.
+    """
     found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (first, second) if t is not None]
     sizes = [t.numel() for t in found]
-    assert sum(sizes) == parts.shape[1]
+    assert sum(sizes) <= parts.shape[1]
     arithmetic = triton_support.arithmetic(torch.float32, parts.device)
     config = triton_support.config("sum", arithmetic, parts.shape[1])
     triton_support.launch(

@@ -22,6 +22,18 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "
 REGISTERS = 64 * 1024
 
 
+class Launch(NamedTuple):
+    """What decides whether Triton's just-in-time compiler has compiled a launch before.
+
+    Attributes:
+        name: of the kernel.
+        key: types and properties of its arguments, values of the constant ones, and the options.
+    """
+
+    name: str
+    key: str
+
+
 class Compiled(NamedTuple):
     """A kernel as compiled for one architecture.
 
@@ -68,14 +80,14 @@ def _compile_only(folder: Path | None) -> None:
 
 
 def compile_launches(
-    call: Callable[[], Any], architecture: str, wanted: Callable[[str], bool] = lambda name: True
+    call: Callable[[], Any], architecture: str, wanted: Callable[[Launch], bool] = lambda launch: True
 ) -> list[Compiled]:
     """Compile every kernel that `call` launches, as Triton's just-in-time compiler would at the first launch.
 
     Args:
         call: runs an operator's `launch` on meta tensors.
         architecture: `"sm_80"`, `"sm_90"`, `"gfx942"`, ...
-        wanted: by a kernel's name whether a launch of it is compiled.
+        wanted: whether a launch is compiled.
 
     Returns:
         One entry for each wanted launch, in order. What Triton's cache on disk holds is not compiled again.
@@ -83,23 +95,49 @@ def compile_launches(
     Raises:
         RuntimeError: this process interprets its kernels; see `compiling_process`.
     """
-    if triton_support.interpreting():
-        raise RuntimeError("TRITON_INTERPRET: expected it to be unset before Triton is imported, got 1")
     read = _read_cubin if architecture.startswith("sm_") else _read_amdgcn
     found: list[Compiled] = []
 
     def submit(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if wanted(kernel.__name__):
+        if wanted(_launch(kernel, args, options, architecture)):
             found.append(read(kernel.warmup(*args, grid=grid, **options)))
 
+    with _submitting(submit, architecture):
+        call()
+    return found
+
+
+def launches(call: Callable[[], Any], architecture: str) -> list[Launch]:
+    """As `compile_launches`, without compiling anything."""
+    found: list[Launch] = []
+
+    def submit(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        found.append(_launch(kernel, args, options, architecture))
+
+    with _submitting(submit, architecture):
+        call()
+    return found
+
+
+def _launch(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], architecture: str) -> Launch:
+    # The last of what a kernel keeps for a device, which `_Driver` names after its architecture.
+    *_, binder = kernel.device_caches[architecture]
+    _, specialization, rest = binder(*args, **options)
+    return Launch(kernel.__name__, f"{specialization} {rest}")
+
+
+@contextmanager
+def _submitting(submit: Callable[..., None], architecture: str) -> Iterator[None]:
+    """Launches come here, as on a device of this architecture."""
+    if triton_support.interpreting():
+        raise RuntimeError("TRITON_INTERPRET: expected it to be unset before Triton is imported, got 1")
     with (
         mock.patch.object(triton_support, "submit", submit),
         mock.patch.object(triton_support, "architecture", lambda device: architecture),
         mock.patch.object(triton_support, "_guard", lambda device: nullcontext()),
         _driver(architecture),
     ):
-        call()
-    return found
+        yield
 
 
 class _Driver:

@@ -42,7 +42,7 @@ def compile_each(precision: str, architecture: str) -> list[Compiled]:
     """Every kernel once, at the first size that launches it."""
     found: dict[str, Compiled] = {}
     for prepared, part in calls(precision, ("forward", "backward", "statistics")):
-        compiled = compile_launches(getattr(prepared, part), architecture, lambda name: name not in found)
+        compiled = compile_launches(getattr(prepared, part), architecture, lambda launch: launch.name not in found)
         for kernel in compiled:
             found.setdefault(kernel.name, kernel)
     return list(found.values())

@@ -63,7 +63,7 @@ CHOSEN = {
     "global_attention": [
         global_attention_case("table", queries=20, keys=9, width=6, attn_bias=True, residual_dtype=torch.float32),
         global_attention_case("group_norm", norm="group", query_in=16, add_query_input=True, return_statistics=True),
-        global_attention_case("queries_in_parts", batch=1, queries=260, keys=7, heads=1, proj=False),
+        global_attention_case("queries_in_parts", batch=1, queries=260, keys=7, heads=1, width=5, proj=False),
         global_attention_case("norm_alone", norm="layer", packed_keys=True, keys=70, heads=1),
     ],
     "local_attention": [

@@ -19,6 +19,9 @@ from fastvit_kernels.ops.triton_norm_gradients import add_statistics_gradient, n
 from fastvit_kernels.ops.triton_normalization import normalize_rows
 from fastvit_kernels.ops.triton_sums import sum_parts
 
+# Elements of fp32 between addresses that Triton compiles alike for: then no size decides.
+_ALIGNMENT = 4
+
 
 def run(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static) -> list[Tensor]:
     """Rows, queries and where it is needed the attention again; then backwards, as far as gradients are needed."""
@@ -84,14 +87,14 @@ def _of_keys(through: AttentionGradients, k: Tensor, v: Tensor | None) -> list[T
         assert value_grad is not None
         through.of_keys(key_grad, value_grad)
         return found
-    size = k.numel()
-    parts = k.new_empty((num_parts, size + (0 if v is None else v.numel())), dtype=torch.float32)
+    size, first = k.numel(), -(-k.numel() // _ALIGNMENT) * _ALIGNMENT
+    parts = k.new_empty((num_parts, size if v is None else first + v.numel()), dtype=torch.float32)
     keys = parts[:, :size].view(num_parts, *k.shape)
     if v is None:
         key_parts, value_parts = keys.chunk(2, dim=-1)
         through.of_keys(key_parts, value_parts, part_queries)
         return [sum_parts(parts, k)[0], None]
-    through.of_keys(keys, parts[:, size:].view(num_parts, *v.shape), part_queries)
+    through.of_keys(keys, parts[:, first:].view(num_parts, *v.shape), part_queries)
     return list(sum_parts(parts, k, v))
 
 
