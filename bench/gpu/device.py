@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable
 from typing import Protocol
@@ -45,7 +46,7 @@ class Device(Protocol):
         """`run` recorded once; what comes back repeats it into the same results."""
 
     def peak_bytes(self, run: Run) -> int:
-        """The most memory that a call holds at once beside what was there before."""
+        """The most memory that a call holds at once beside what was there before; all of it that graphs own counts."""
 
     def limits(self) -> Roofline:
         """Matrix products and copies, measured."""
@@ -105,10 +106,13 @@ class Gpu:
     def peak_bytes(self, run: Run) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before, in_graphs = torch.cuda.memory_allocated(), _of_graphs("active_size")
         run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        # Replays allocate nothing: their intermediate results lie in a pool that their graph has for itself.
+        in_graphs = max(_of_graphs("active_size") - in_graphs, 0)
+        beside = torch.cuda.max_memory_allocated() - before - in_graphs
+        return max(beside, 0) + _of_graphs("total_size")
 
     def limits(self) -> Roofline:
         found = Roofline(self._gflops(torch.float32), self._gflops(torch.bfloat16), self._copy_gbs())
@@ -126,7 +130,17 @@ class Gpu:
         return 2 * _COPIED / min(self.times(lambda: target.copy_(source), _REPEATS, cold=False)) / 1e9
 
     def release(self) -> None:
+        # Graphs end with whoever holds them, and their memory with them.
+        gc.collect()
         torch.cuda.empty_cache()
+
+
+_NO_POOL = (0, 0)
+
+
+def _of_graphs(size: str) -> int:
+    """Bytes in all private pools of the allocator."""
+    return sum(s[size] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) != _NO_POOL)
 
 
 def slug(name: str) -> str:

@@ -37,7 +37,8 @@ def prepare(job: Job, case: Case) -> Step:
     elif job.peer == "compile":
         # Both choose kernels by measuring them; the second leaves the graph to us, who take one for everybody.
         tuning = "max-autotune-no-cudagraphs" if job.launch == GRAPH else "max-autotune"
-        module = torch.compile(module, fullgraph=True, mode=tuning)  # type: ignore[assignment]
+        # After another batch size the compiler would otherwise make code for any: no user of one size runs that.
+        module = torch.compile(module, fullgraph=True, dynamic=False, mode=tuning)  # type: ignore[assignment]
     variant = VARIANTS[job.mode]
     step = forward(module, case, variant) if job.mode == FORWARD else Training(module, case, variant).gradients
     if job.peer == "compile" and job.launch != GRAPH:

@@ -196,6 +196,7 @@ def try_config(device: Device, call: Call, place: Place, config: Config, find: F
     """
     job = Job(*call, "triton", STREAM)
     with tuning.using(with_config(place, config)):
-        judge(job._replace(batch=_JUDGED), made(find, job._replace(batch=_JUDGED), device), device, find)
+        judged = made(find, job._replace(batch=_JUDGED), device)
+        judge(job, judged, prepare(job, judged))
         step = prepare(job, made(find, job, device))
         return 1e3 * median(repeated(device, step, plan, cold=True))

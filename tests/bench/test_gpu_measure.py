@@ -13,6 +13,7 @@ from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.flops import Cost
 from fastvit_kernels.bench.gpu import measure as measuring
 from fastvit_kernels.bench.gpu import peers
+from fastvit_kernels.bench.gpu.device import Gpu
 from fastvit_kernels.bench.gpu.jobs import BATCHES, FORWARD, GRAPH, MODELS, OPERATORS, STREAM, TRAINING, Job, all_jobs
 from fastvit_kernels.bench.gpu.jobs import find as find_published
 from fastvit_kernels.bench.gpu.measure import Plan, measure, with_limits
@@ -91,6 +92,62 @@ def test_a_graph_with_other_results_gets_no_time(monkeypatch: pytest.MonkeyPatch
 def test_compiled_row() -> None:
     row = _measured(_job("pointwise_mlp", peer="compile"))
     assert row.status == OK, row.reason
+
+
+@pytest.mark.parametrize("mode", [FORWARD, TRAINING])
+def test_what_is_compiled_has_one_size_and_is_compiled_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are judged on fewer images: a second compilation, of fixed sizes as well."""
+    sizes = []
+    compile = torch.compile
+
+    def backend(graph, inputs):
+        sizes.append([size for x in inputs for size in (x.shape if isinstance(x, torch.Tensor) else [x])])
+        return graph
+
+    def recording(module, *, mode, **options):
+        return compile(module, backend=backend, **options)
+
+    torch._dynamo.reset()
+    # Even where the compiler remembers other sizes.
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
+    monkeypatch.setattr(torch, "compile", recording)
+    monkeypatch.setattr(measuring, "JUDGED", 2)
+    row = _measured(_job("pointwise_mlp", mode, peer="compile")._replace(batch=3))
+    assert row.status == OK, row.reason
+    assert all(type(size) is int for found in sizes for size in found)
+    batches = [next(n for n in found if n in (2, 3)) for found in sizes]
+    assert batches == ([3] if mode == FORWARD else [2, 3])
+
+
+def test_replays_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled function whose first calls are right and whose others are not."""
+    calls = []
+
+    def prepare(job: Job, case: Case):
+        step = peers.prepare(job._replace(peer="eager"), case)
+        return lambda: tuple((1.0 if calls.append(1) or len(calls) < 3 else 1.1) * y for y in step())
+
+    monkeypatch.setattr(measuring, "prepare", prepare)
+    row = _measured(_job("pointwise_mlp", peer="compile"))
+    assert row.status == FAILED and row.p50_ms is None
+
+
+def test_memory_of_graphs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """7 bytes beside a graph whose pool of 40 has 3 more of results in it after the call."""
+    active = iter([10, 13])
+    allocator = {
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 100,
+        "max_memory_allocated": lambda: 110,
+        "memory_snapshot": lambda: [
+            {"segment_pool_id": (0, 0), "active_size": 1000, "total_size": 2000},
+            {"segment_pool_id": (0, 1), "active_size": next(active, 13), "total_size": 40},
+        ],
+    }
+    for name, function in allocator.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    assert Gpu().peak_bytes(lambda: None) == 7 + 40
 
 
 @pytest.mark.parametrize("mode", [FORWARD, TRAINING])
