@@ -13,17 +13,28 @@ import torch
 from fastvit_kernels.bench.gpu import preferences, report
 from fastvit_kernels.bench.gpu import rows as files
 from fastvit_kernels.bench.gpu.device import Gpu
-from fastvit_kernels.bench.gpu.jobs import BATCHES, MODELS, MODES, OPERATORS, Job, all_jobs
+from fastvit_kernels.bench.gpu.jobs import (
+    BATCHES,
+    FORWARD,
+    MODELS,
+    MODES,
+    OPERATORS,
+    TRAINING,
+    Job,
+    all_jobs,
+    core_jobs,
+)
 from fastvit_kernels.bench.gpu.peers import PEERS
-from fastvit_kernels.bench.gpu.run import Request, run
+from fastvit_kernels.bench.gpu.run import Request, estimate, run
 from fastvit_kernels.bench.gpu.worker import Worker
 from fastvit_kernels.demo.errors import UserError
 from fastvit_kernels.testing import device as checking
+from fastvit_kernels.testing.device import Check
 from fastvit_kernels.testing.inputs import BF16, BF16_FP32
 
 _MOST_PROCESSES = 14
 # Those of the rows: bf16 throughout, and beside weights in fp32.
-_PRECISIONS = (str(BF16), str(BF16_FP32))
+_PRECISIONS = {FORWARD: str(BF16), TRAINING: str(BF16_FP32)}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,6 +51,9 @@ def main(argv: Sequence[str]) -> int:
     if options.list:
         for job in jobs:
             print(job)
+        checks = _checks(jobs, checking.BACKENDS)
+        minutes_of_all = estimate(jobs, len(checks), options.processes)
+        print(f"{len(checks)} checks, then {len(jobs)} rows: about {minutes_of_all:.0f} minutes, by guess")
         return 0
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU")
@@ -49,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     backends = [name for name in checking.BACKENDS if name not in problems]
     request = Request(
         jobs=[job for job in jobs if job.peer not in problems],
-        checks=checking.checks(backends, _PRECISIONS),
+        checks=_checks(jobs, backends),
         output=options.output,
         minutes=options.minutes,
         processes=options.processes,
@@ -78,13 +92,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--device", choices=("cuda",), default="cuda")
-    add("--minutes", type=minutes, default=10.0, help="nothing is started that would end later; default: %(default)g")
-    add("--suite", nargs="+", choices=(*MODELS, *OPERATORS), metavar="NAME", help="default: all")
+    add("--minutes", type=minutes, default=30.0, help="nothing is started that would end later; default: %(default)g")
+    add(
+        "--all",
+        action="store_true",
+        help="also the other stages, shapes and batch sizes and torch.compile of operators and in training: many hours",
+    )
+    add("--suite", nargs="+", choices=(*MODELS, *OPERATORS), metavar="NAME", help="default: every model and operator")
     add("--case", default="*", metavar="PATTERN", help="only these of a suite's shapes")
-    add("--batch", nargs="+", type=int, choices=BATCHES, metavar="N", help=f"default: {' '.join(map(str, BATCHES))}")
+    add("--batch", nargs="+", type=int, choices=BATCHES, metavar="N", help=f"of {' '.join(map(str, BATCHES))}")
     add("--mode", nargs="+", choices=MODES, default=MODES, help="default: both")
     add("--peers", nargs="+", choices=PEERS, default=PEERS, metavar="NAME", help=f"default: {' '.join(PEERS)}")
-    add("--retry", action="store_true", help="measure rows and repeat checks that failed once more")
+    add("--retry", action="store_true", help="repeat rows and checks that failed or took too long")
     processes = min(_MOST_PROCESSES, os.cpu_count() or 1)
     add("--processes", type=int, default=processes, metavar="N", help="of the checks; default: %(default)s")
     add("--output", type=Path, default=Path("bench_output"), metavar="DIR", help="default: %(default)s")
@@ -109,16 +128,40 @@ def minutes(text: str) -> float:
     return value
 
 
+def _checks(jobs: Sequence[Job], backends: Sequence[str]) -> list[Check]:
+    """Those of the operators, precisions and modes of the rows; a model may run every operator."""
+    measured = {(OPERATORS.get(job.suite, job.suite), job.mode) for job in jobs}
+    modes_of_models = {job.mode for job in jobs if job.suite in MODELS}
+    found = []
+    for check in checking.checks(backends, sorted({_PRECISIONS[job.mode] for job in jobs})):
+        mode = TRAINING if check.what == checking.GRADIENTS else FORWARD
+        wanted = mode in modes_of_models or (check.operator, mode) in measured
+        if wanted and check.precision == _PRECISIONS[mode]:
+            found.append(check)
+    return found
+
+
 def _chosen(options: argparse.Namespace) -> list[Job]:
-    found = [
+    found = _matching(all_jobs() if options.all else core_jobs(), options)
+    if found:
+        return found
+    asked = [f"--suite {' '.join(options.suite)}"] if options.suite else []
+    asked += [f"--case {options.case}"] if options.case != "*" else []
+    asked += [f"--batch {' '.join(map(str, options.batch))}"] if options.batch else []
+    asked += [f"--mode {' '.join(options.mode)}"] if tuple(options.mode) != MODES else []
+    asked += [f"--peers {' '.join(options.peers)}"] if tuple(options.peers) != PEERS else []
+    others = 0 if options.all else len(_matching(all_jobs(), options))
+    hint = f" without --all, which has {others}" if others else ""
+    raise UserError(f"{' '.join(asked)}: no such row{hint}")
+
+
+def _matching(jobs: Sequence[Job], options: argparse.Namespace) -> list[Job]:
+    return [
         job
-        for job in all_jobs()
+        for job in jobs
         if (options.suite is None or job.suite in options.suite)
         and (options.batch is None or job.batch in options.batch)
         and job.mode in options.mode
         and job.peer in options.peers
         and fnmatchcase(job.case, options.case)
     ]
-    if not found:
-        raise UserError(f"--case {options.case}: no such row")
-    return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
@@ -67,26 +68,48 @@ def _cases(suite: str, batch: int) -> dict[str, Case]:
     return {case.name: case for case in SUITES[suite](batch)}
 
 
-def all_jobs() -> list[Job]:
-    """Every row, in the order in which they are measured."""
-    quick, compiled = ("fastvit", "eager", "sdpa"), ("compile",)
+_QUICK, _COMPILED = ("fastvit", "eager", "sdpa"), ("compile",)
+
+
+def core_jobs() -> list[Job]:
+    """The most telling rows, in the order in which they are measured: the models, and their own first two stages."""
+    # Without times of this device `fastvit` runs Triton's kernels, which need no row by name then.
+    operators = (*_QUICK, *(peer for peer in BY_NAME if peer != "triton"))
     parts = [
-        _of(MODELS, (64,), (FORWARD,), quick),
-        _of(MODELS, (64,), (TRAINING,), quick),
-        _of(MODELS, (1,), (FORWARD,), quick),
-        _of(MODELS, (64,), (FORWARD,), compiled),
-        _of(OPERATORS, (64,), (FORWARD,), (*quick, *BY_NAME)),
-        _of(OPERATORS, (64,), (TRAINING,), (*quick, *BY_NAME)),
-        _of(MODELS, (64,), (TRAINING,), compiled),
-        _of(MODELS, (1,), (FORWARD,), compiled),
-        _of(OPERATORS, (1, 256), MODES, (*quick, *BY_NAME)),
-        _of(MODELS, (256,), MODES, quick),
-        _of(MODELS, (1,), (TRAINING,), quick),
-        _of(MODELS, (256,), MODES, compiled),
-        _of(MODELS, (1,), (TRAINING,), compiled),
-        _of(OPERATORS, (64, 1, 256), MODES, compiled),
+        _of(MODELS, (64,), (FORWARD,), _QUICK),
+        _of(MODELS, (64,), (TRAINING,), _QUICK),
+        _of(MODELS, (1,), (FORWARD,), _QUICK),
+        _of(MODELS, (64,), (FORWARD,), _COMPILED),
+        _core(_of(OPERATORS, (64,), (FORWARD,), operators)),
+        _core(_of(OPERATORS, (64,), (TRAINING,), operators)),
+        [job for job in _core(_of(OPERATORS, (1,), (FORWARD,), ("fastvit", "eager"))) if job.launch == GRAPH],
     ]
     return [job for part in parts for job in part]
+
+
+def _core(jobs: Iterable[Job]) -> Iterator[Job]:
+    """Those at the first two stages of the models, at 224 x 224; DHVT has one stage."""
+    models = "|".join(name.removesuffix("_imagenet_patch16") for name in MODELS)
+    core = re.compile(rf"({models})(-224)?(-stage[12](-keys)?|_imagenet_patch16)")
+    return (job for job in jobs if core.fullmatch(job.case))
+
+
+def all_jobs() -> list[Job]:
+    """Every row, in the order in which they are measured: `core_jobs`, then the others."""
+    parts = [
+        core_jobs(),
+        _of(MODELS, (64,), (TRAINING,), _COMPILED),
+        _of(OPERATORS, (64,), (FORWARD,), (*_QUICK, *BY_NAME)),
+        _of(OPERATORS, (64,), (TRAINING,), (*_QUICK, *BY_NAME)),
+        _of(MODELS, (1,), (FORWARD,), _COMPILED),
+        _of(OPERATORS, (1, 256), MODES, (*_QUICK, *BY_NAME)),
+        _of(MODELS, (256,), MODES, _QUICK),
+        _of(MODELS, (1,), (TRAINING,), _QUICK),
+        _of(MODELS, (256,), MODES, _COMPILED),
+        _of(MODELS, (1,), (TRAINING,), _COMPILED),
+        _of(OPERATORS, (64, 1, 256), MODES, _COMPILED),
+    ]
+    return list(dict.fromkeys(job for part in parts for job in part))
 
 
 def _of(

@@ -43,10 +43,11 @@ class Conditions:
 class Row:
     """One job and what came of it.
 
-    `status` is `ok`; or `unavailable` or `failed` with its `reason` and without times. Times are milliseconds of one
-    call. `error` is relative L2 against fp64, of the outputs or, in training, of all gradients together. `backends` are
-    those that ran, with the widths of their calls, such as `global_attention:triton:64`. `tflops` and `tbs` are the
-    case's arithmetic and least traffic over the median. `peak_mb` is the memory that a call needs beside its inputs.
+    `status` is `ok`; or `unavailable`, `failed` or `timed out` with its `reason` and without times. Times are
+    milliseconds of one call. `error` is relative L2 against fp64, of the outputs or, in training, of all gradients
+    together. `backends` are those that ran, with the widths of their calls, such as `global_attention:triton:64`.
+    `tflops` and `tbs` are the case's arithmetic and least traffic over the median. `peak_mb` is the memory that a call
+    needs beside its inputs, with all that a graph keeps for itself.
     """
 
     suite: str
@@ -82,7 +83,7 @@ class Row:
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One check of correctness: `status` is `ok`, or `failed` with the `reason`."""
+    """One check of correctness: `status` is `ok`; or `failed` or `timed out` with the `reason`."""
 
     operator: str
     case: str
@@ -97,6 +98,8 @@ class CheckRow:
         return Check(self.operator, self.case, self.precision, self.backend, self.what)
 
 
+# It took longer than anything of its kind may: a slow compiler, or a kernel that hangs.
+TIMED_OUT = "timed out"
 Kind = TypeVar("Kind", Row, CheckRow)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median_low
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from fastvit_kernels.bench.gpu.device import Device
 from fastvit_kernels.bench.gpu.jobs import MODELS, Find, Job, find
 from fastvit_kernels.bench.gpu.measure import Plan, measure, with_limits
 from fastvit_kernels.bench.gpu.peers import OURS, VARIANTS
-from fastvit_kernels.bench.gpu.rows import CheckRow, Conditions, Row
+from fastvit_kernels.bench.gpu.rows import TIMED_OUT, CheckRow, Conditions, Row
 from fastvit_kernels.bench.gpu.worker import Lost, TimedOut, Worker
 from fastvit_kernels.bench.results import FAILED, OK, UNAVAILABLE
 from fastvit_kernels.bench.roofline import Roofline
@@ -33,9 +34,13 @@ MakeWorker = Callable[[], Worker]
 Kind = TypeVar("Kind", Row, CheckRow)
 
 _START, _CHECK = 120.0, 120.0
-# What a row may take at most, and what the first of its kind is expected to take.
+# What a row may take at most; and what one of its kind is expected to take, compiled or not, of a model or of an
+# operator, before any has been measured: guesses, as no GPU has run any of this yet.
 _LIMITS = {"compile": 300.0, "others": 120.0}
-_EXPECTED = {"compile": 60.0, "others": 8.0}
+_EXPECTED = {("compile", True): 60.0, ("compile", False): 30.0, ("others", True): 8.0, ("others", False): 3.0}
+_EXPECTED_CHECK = 3.0
+# What is repeated on request, and a defect where it is a check or a row of ours.
+_LOST = (FAILED, TIMED_OUT)
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,14 @@ class Request:
         minutes: nothing is started that would end after them.
         processes: that share the device while nothing is timed.
         plan: for every row.
-        retry: repeat what failed.
+        retry: repeat what failed or took too long.
         find: makes the jobs' cases.
     """
 
     jobs: Sequence[Job]
     checks: Sequence[Check]
     output: Path
-    minutes: float = 10.0
+    minutes: float = 30.0
     processes: int = 1
     plan: Plan = field(default_factory=Plan)
     retry: bool = False
@@ -89,17 +94,25 @@ class Budget:
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
         self._clock, self._end = clock, clock() + seconds
-        self._longest: dict[tuple[str, bool], float] = {}
+        self._taken: dict[tuple[str, bool], list[float]] = {}
 
     @property
     def left(self) -> float:
         return self._end - self._clock()
 
     def expected(self, job: Job) -> float:
-        return self._longest.get(_kind(job), _EXPECTED[_class(job)])
+        """The median of what rows of its kind took and of what the first was expected to: one slow row says little."""
+        kind = _kind(job)
+        return median_low([_EXPECTED[kind], *self._taken.get(kind, [])])
 
     def note(self, job: Job, seconds: float) -> None:
-        self._longest[_kind(job)] = max(seconds, self._longest.get(_kind(job), 0.0))
+        self._taken.setdefault(_kind(job), []).append(seconds)
+
+
+def estimate(jobs: Iterable[Job], checks: int, processes: int) -> float:
+    """Minutes that so many checks and these rows are expected to take, before anything has been measured."""
+    seconds = checks * _EXPECTED_CHECK / processes + sum(_EXPECTED[_kind(job)] for job in jobs)
+    return seconds / 60
 
 
 def _class(job: Job) -> str:
@@ -127,7 +140,7 @@ def run(request: Request, make_worker: MakeWorker, say: Say, clock: Callable[[],
     try:
         conditions, limits = _conditions(worker)
         checks = _check(request, make_worker, conditions, budget, say)
-        failed = {f"{row.operator}:{row.backend}" for row in checks.values() if row.status == FAILED}
+        failed = {f"{row.operator}:{row.backend}" for row in checks.values() if row.status in _LOST}
         found: dict[Job, Row] = {}
         if len(checks) == len(request.checks):
             found = _measure(request, worker, conditions, limits, budget, sorted(failed), say)
@@ -136,10 +149,10 @@ def run(request: Request, make_worker: MakeWorker, say: Say, clock: Callable[[],
     return Outcome(
         len(request.checks),
         len(checks),
-        sum(row.status == FAILED for row in checks.values()),
+        sum(row.status in _LOST for row in checks.values()),
         len(request.jobs),
         len(found),
-        sum(row.status == FAILED and row.peer in OURS for row in found.values()),
+        sum(row.status in _LOST and row.peer in OURS for row in found.values()),
         files.rows_file(request.output, conditions.device),
     )
 
@@ -205,21 +218,25 @@ def _check(
                 except TimedOut as error:
                     if limit < _CHECK:
                         return
-                    row = CheckRow(*check, FAILED, str(error))
+                    row = CheckRow(*check, TIMED_OUT, str(error))
                 except Lost as error:
                     row = CheckRow(*check, FAILED, str(error))
                 with lock:
                     found[check] = row
                     files.append(path, row, conditions)
-                    if row.status == FAILED:
-                        say(f"failed: {check}: {row.reason[:200]}")
+                    if row.status != OK:
+                        say(f"{row.status}: {check}: {row.reason[:200]}")
         finally:
             worker.close()
 
     left = len(request.checks) - len(found)
-    say(f"correctness on {conditions.device}: {len(request.checks)} checks, {len(found)} of them done before")
+    processes = max(min(request.processes, left), 1)
+    minutes = estimate([], left, processes)
+    say(
+        f"correctness on {conditions.device}: {len(request.checks)} checks, {len(found)} of them done before; "
+        f"the others take about {minutes:.0f} minutes"
+    )
     if left:
-        processes = min(request.processes, left)
         with ThreadPoolExecutor(processes) as pool:
             list(pool.map(work, range(processes)))
     return found
@@ -227,7 +244,7 @@ def _check(
 
 def _known(records: Iterable[tuple[Kind, Conditions]], conditions: Conditions, retry: bool) -> list[Kind]:
     """What was measured or checked under these conditions and need not be again."""
-    return [row for row, other in records if conditions.repeats(other) and not (retry and row.status == FAILED)]
+    return [row for row, other in records if conditions.repeats(other) and not (retry and row.status in _LOST)]
 
 
 def _measure(
@@ -244,7 +261,8 @@ def _measure(
     known = _known(files.read(path), conditions, request.retry) if path.exists() else []
     wanted = set(request.jobs)
     found = {row.job: row for row in known if row.job in wanted}
-    say(f"{len(request.jobs)} rows, {len(found)} of them done before")
+    left = estimate([job for job in request.jobs if job not in found], 0, 1)
+    say(f"{len(request.jobs)} rows, {len(found)} of them done before; the others take about {left:.0f} minutes")
     for job in request.jobs:
         if job in found or budget.left < budget.expected(job):
             continue
@@ -258,7 +276,7 @@ def _measure(
             if limit < _LIMITS[_class(job)]:
                 # Not its fault: the next run has the whole time for it.
                 break
-            row = replace(row, reason=str(error))
+            row = replace(row, status=TIMED_OUT, reason=str(error))
         except Lost as error:
             row = replace(row, reason=str(error))
         budget.note(job, started - budget.left)

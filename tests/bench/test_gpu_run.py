@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from fastvit_kernels.bench.gpu import measure as measuring
 from fastvit_kernels.bench.gpu import preferences, report
 from fastvit_kernels.bench.gpu import rows as files
 from fastvit_kernels.bench.gpu import run as running
-from fastvit_kernels.bench.gpu.jobs import FORWARD, GRAPH, STREAM, TRAINING, Job, all_jobs
+from fastvit_kernels.bench.gpu.jobs import FORWARD, GRAPH, MODELS, OPERATORS, STREAM, TRAINING, Job, all_jobs, core_jobs
 from fastvit_kernels.bench.gpu.measure import Plan, measure
-from fastvit_kernels.bench.gpu.rows import CheckRow, Conditions, Row
+from fastvit_kernels.bench.gpu.rows import TIMED_OUT, CheckRow, Conditions, Row
 from fastvit_kernels.bench.gpu.run import Request, run
 from fastvit_kernels.bench.gpu.worker import Lost, TimedOut, Worker
 from fastvit_kernels.bench.results import FAILED, OK, UNAVAILABLE
@@ -100,7 +101,7 @@ def test_rows_are_written_and_not_measured_again(tmp_path: Path, monkeypatch: py
 
 
 def test_the_time_ends_the_run_and_the_next_goes_on(tmp_path: Path) -> None:
-    """A row of 100 s each; no compiled row starts in the last minute, nor any other in the last eight seconds."""
+    """A row of 100 s each; nothing starts that is not expected to end in time."""
     jobs = [Job("pointwise_mlp", "tiny", batch, FORWARD, "eager", STREAM) for batch in (1, 2, 3)]
 
     class Slow(Inline):
@@ -125,12 +126,25 @@ def test_kinds_of_rows_are_expected_to_take_what_they_took() -> None:
     now = [0.0]
     budget = running.Budget(100.0, lambda: now[0])
     compiled, quick = JOBS[0]._replace(peer="compile"), JOBS[0]
-    assert budget.expected(compiled) > 30 > budget.expected(quick)
+    assert budget.expected(compiled) > 20 > budget.expected(quick)
     budget.note(quick, 2.0)
     budget.note(quick, 1.0)
     assert budget.expected(quick) == 2.0 and budget.expected(quick._replace(suite="cvt_13")) != 2.0
     now[0] = 70.0
     assert budget.left == 30.0
+    # One that took very long does not stop the others.
+    before = budget.expected(compiled)
+    budget.note(compiled, 300.0)
+    assert budget.expected(compiled) == before
+    for _ in range(2):
+        budget.note(compiled, 200.0)
+    assert budget.expected(compiled) == 200.0
+
+
+def test_the_estimate_counts_checks_and_rows() -> None:
+    compiled = JOBS[0]._replace(peer="compile")
+    assert running.estimate([], 60, 2) == 60 * running._EXPECTED_CHECK / 2 / 60
+    assert running.estimate([compiled], 0, 1) > running.estimate([JOBS[0]], 0, 1) > 0
 
 
 def test_a_row_that_the_end_of_the_time_interrupts_is_left_for_the_next_run(tmp_path: Path) -> None:
@@ -146,7 +160,12 @@ def test_a_row_that_the_end_of_the_time_interrupts_is_left_for_the_next_run(tmp_
     assert outcome.rows_done == 0 and not outcome.file.exists()
     # With all the time there is, it is the row's own fault.
     outcome, *_ = _run(_request(tmp_path, minutes=60), worker)
-    assert [row.status for row, _ in files.read(outcome.file)] == [FAILED, UNAVAILABLE] and outcome.ours_failed == 1
+    assert [row.status for row, _ in files.read(outcome.file)] == [TIMED_OUT] * 2 and outcome.ours_failed == 1
+    # Whoever's it was, it is repeated on request alone.
+    worker.short = False
+    assert _measured(_run(_request(tmp_path), worker)[1]) == []
+    outcome, worker, _ = _run(_request(tmp_path, retry=True))
+    assert _measured(worker) == JOBS and [row.status for row, _ in files.read(outcome.file)] == [OK] * 2
 
 
 def test_failures_are_rows_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -172,6 +191,19 @@ def test_nothing_that_failed_its_check_gets_a_time(tmp_path: Path) -> None:
     assert any("failed" in line and "no such case" in line for line in said)
     (good, _), (bad, _) = files.read_checks(files.checks_file(tmp_path, "Test GPU 1"))
     assert good.status == OK and bad.check == BAD and "StopIteration" in bad.reason
+
+
+def test_a_check_that_took_too_long_is_no_success(tmp_path: Path) -> None:
+    class Hanging(Inline):
+        def run(self, task, *arguments, limit):
+            if task is running._check_on:
+                raise TimedOut("no result within 120 s")
+            return super().run(task, *arguments, limit=limit)
+
+    outcome, *_ = _run(_request(tmp_path, JOBS[:1], [good_check()]), Hanging())
+    assert (outcome.checks_failed, outcome.ours_failed) == (1, 1)
+    outcome, *_ = _run(_request(tmp_path, JOBS[:1], [good_check()], retry=True))
+    assert (outcome.checks_failed, outcome.ours_failed) == (0, 0)
 
 
 def test_nothing_is_timed_before_all_checks_are_done(tmp_path: Path) -> None:
@@ -359,14 +391,49 @@ def test_the_command_lists_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cuda", "--list", "--suite", "cvt_13", "--batch", "64", "--mode", "forward"]
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"cvt_13, batch 64, forward, {peer}" for peer in ("fastvit", "eager", "sdpa", "compile")]
+    assert lines[:-1] == [f"cvt_13, batch 64, forward, {peer}" for peer in ("fastvit", "eager", "sdpa", "compile")]
+    assert re.fullmatch(r"\d+ checks, then 4 rows: about \d+ minutes, by guess", lines[-1])
+
+
+def test_the_core_comes_first_and_takes_half_an_hour() -> None:
+    core = core_jobs()
+    assert all_jobs()[: len(core)] == core
+    assert {job.suite for job in core} == {*MODELS, *OPERATORS} and {job.batch for job in core} == {1, 64}
+    stages = {job.case.partition("-stage")[2][:1] for job in core if "-stage" in job.case}
+    assert stages == {"1", "2"} and {job.mode for job in core} == {FORWARD, TRAINING}
+    # With the processes of a machine that has a GPU.
+    assert 10 < running.estimate(core, len(gpu_cli._checks(core, checking.BACKENDS)), 14) < 35
+
+
+def test_checks_are_of_what_is_measured() -> None:
+    (of_operator,) = {check.operator for check in gpu_cli._checks(JOBS[:1], ["triton"])}
+    assert of_operator == "pointwise_mlp"
+    for mode, kinds, precision in (
+        (FORWARD, {"forward", "graph"}, "bfloat16"),
+        (TRAINING, {"gradients"}, "bfloat16-with-float32-parameters"),
+    ):
+        found = gpu_cli._checks([JOBS[0]._replace(mode=mode)], ["triton"])
+        assert {check.what for check in found} == kinds and {check.precision for check in found} == {precision}
+        of_model = gpu_cli._checks([Job("cvt_13", "cvt_13", 64, mode, "fastvit", STREAM)], ["triton"])
+        assert {check.operator for check in of_model} == set(library.operators) and set(found) < set(of_model)
+        queries = gpu_cli._checks([JOBS[0]._replace(suite="query_attention", mode=mode)], ["triton"])
+        assert {check.operator for check in queries} == {"global_attention"}
 
 
 def test_the_command_needs_a_gpu() -> None:
     with pytest.raises(UserError, match="--device cuda: torch sees no GPU"):
         cli.main(["--device=cuda", "--suite", "cvt_13"])
-    with pytest.raises(UserError, match="no such row"):
-        cli.main(["--device", "cuda", "--case", "nothing*", "--suite", "cvt_13"])
+    for arguments, message in (
+        (["--case", "nothing*", "--suite", "cvt_13"], r"^--suite cvt_13 --case nothing\*: no such row$"),
+        (["--suite", "cvt_13", "--peers", "triton"], r"^--suite cvt_13 --peers triton: no such row$"),
+        (
+            ["--suite", "cvt_13", "--batch", "256"],
+            r"^--suite cvt_13 --batch 256: no such row without --all, which has 8$",
+        ),
+        (["--all", "--suite", "cvt_13", "--peers", "cuda"], r"^--suite cvt_13 --peers cuda: no such row$"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cli.main(["--device", "cuda", *arguments])
 
 
 @pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--suite", "x"], ["--batch", "3"], ["--peers", "openvino"]])
@@ -382,11 +449,11 @@ def test_the_command_runs_on_a_device(
     """All of it but the GPU itself."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(checking, "problems", lambda device: {"cuda": "not built: for this test"})
-    monkeypatch.setattr(checking, "checks", lambda backends, precisions: checks(["cpu"], ["float32"])[:1])
+    monkeypatch.setattr(gpu_cli, "_checks", lambda jobs, backends: checks(["cpu"], ["float32"])[:1])
     monkeypatch.setattr(gpu_cli, "Worker", lambda device: Inline())
     monkeypatch.setattr(gpu_cli, "Request", functools.partial(Request, plan=PLAN, find=find))
     wanted = [*JOBS, JOBS[0]._replace(peer="cuda")]
-    monkeypatch.setattr(gpu_cli, "all_jobs", lambda: wanted)
+    monkeypatch.setattr(gpu_cli, "core_jobs", lambda: wanted)
     chosen = tmp_path / "tuning.json"
     arguments = ["--device", "cuda", "--output", str(tmp_path), "--preferences", str(chosen)]
     assert cli.main(arguments) == 0
