@@ -49,7 +49,7 @@ def _measured(
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
     mode = TRAINING if training else FORWARD
     found = tuning.current().preference(operator, capability, short(dtype), mode, channels)
-    return ((), "") if found is None else (tuple(found.order), str(found))
+    return ((), "") if found is None else (found.order, found.text)
 
 
 # torch.compile calls this function instead of tracing into it; see `triton_support`.

@@ -76,12 +76,15 @@ class Preference:
     def key(self) -> tuple[str, str, str, str]:
         return self.operator, self.capability, self.dtype, self.mode
 
-    @property
-    def order(self) -> list[str]:
+    @cached_property
+    def order(self) -> tuple[str, ...]:
         """The measured backends, fastest first."""
-        return sorted(self.milliseconds, key=lambda name: (self.milliseconds[name], name))
+        return tuple(sorted(self.milliseconds, key=lambda name: (self.milliseconds[name], name)))
 
-    def __str__(self) -> str:
+    # Both are read at every call of an operator.
+    @cached_property
+    def text(self) -> str:
+        """The times and where they are from, for people."""
         times = ", ".join(f"{name} {self.milliseconds[name]:.4g} ms" for name in self.order)
         return f"{times} ({self.device}, {self.dtype}, {self.channels} channels, {self.mode}; {self.results})"
 

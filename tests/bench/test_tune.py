@@ -18,10 +18,10 @@ from fastvit_kernels.bench.gpu.worker import Lost
 from fastvit_kernels.bench.tune import cli as tune_cli
 from fastvit_kernels.bench.tune import run as running
 from fastvit_kernels.bench.tune.candidates import candidates
-from fastvit_kernels.bench.tune.places import Call, Place, launches, looked_up, with_config
+from fastvit_kernels.bench.tune.places import Call, Place, looked_up, with_config
 from fastvit_kernels.bench.tune.run import Request, all_calls, dry_run, run, try_config
 from fastvit_kernels.bench.tune.survey import Surveyed, places, survey
-from fastvit_kernels.ops import triton_support, tuning
+from fastvit_kernels.ops import library, triton_support, tuning
 from fastvit_kernels.ops.triton_configs import CONFIGS, Config
 from fastvit_kernels.ops.tuning import Preference, Tuning
 from fastvit_kernels.testing.numerics import NumericsError
@@ -214,10 +214,12 @@ def test_a_candidate_is_judged_before_it_is_timed(monkeypatch: pytest.MonkeyPatc
     assert not timed
 
 
-def test_calls_without_kernels_for_gradients_have_no_places_in_training() -> None:
-    with looked_up() as found:
-        launches(Call("pointwise_mlp", "tiny", 2, TRAINING), find)
-    assert not found
+def test_calls_without_kernels_for_gradients_have_no_places_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = CALL._replace(mode=TRAINING)
+    assert "weight_gradient" in {place.kernel for place in places(call, "sm_90", find)}
+    backend = next(type(b) for b in library.operators["pointwise_mlp"].backends if b.name == "triton")
+    monkeypatch.setattr(backend, "supports_backward", lambda *arguments: ["refused"])
+    assert not places(call, "sm_90", find)
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

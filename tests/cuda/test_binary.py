@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -64,20 +65,52 @@ def test_registers_without_spills(usage):
         assert registers * THREADS[kernel_of(mangled)] <= REGISTERS, f"{mangled} has {registers} registers on {arch}"
 
 
-@pytest.mark.parametrize(
-    ("kernel", "instructions"),
-    [
-        ("local_attention_kernelI13__nv_bfloat16", ("HMMA.16816.F32.BF16", "LDSM.16.M88", "LDSM.16.MT88", "LDGSTS")),
-        ("depthwise_mlp_kernelI6__half", ("HMMA.16816.F32 ", "LDSM.16.M88", "LDGSTS")),
-        ("conv_projection_kernelI6__half", ("HMMA.16816.F32 ", "LDSM.16.M88", "LDGSTS")),
-    ],
-)
-def test_matrix_instructions(usage, kernel, instructions):
-    """Tensor cores, matrices from shared memory, and copies into it."""
-    for arch, mangled in {arch: mangled for arch, mangled in usage if kernel in mangled}.items():
-        assembly = read("--dump-sass", "--gpu-architecture", arch, "--function", mangled)
-        for instruction in instructions:
-            assert instruction in assembly, f"no {instruction} in {mangled} for {arch}"
+@pytest.fixture(scope="module")
+def instructions():
+    """Those of matrices and of copies into shared memory, of every kernel, by architecture and mangled name."""
+    found = {}
+    arch, names = "", set()
+    for line in read("--dump-sass").splitlines() if PART.loaded else []:
+        if "arch = " in line:
+            arch = line.partition("arch = ")[2].strip()
+        elif "Function : " in line:
+            names = found.setdefault((arch, line.partition("Function : ")[2].strip()), set())
+        elif instruction := re.search(r"\b(H\w*MMA|LDSM|LDGSTS)[.\w]*", line):
+            names.add(instruction[0])
+    return found
+
+
+def expected(kernel, dtype):
+    """Products of fp32 stay in fp32; the others accumulate in it, and only attention has a transposed matrix."""
+    if kernel not in ("conv_projection_kernel", "depthwise_mlp_kernel", "local_attention_kernel"):
+        return set()
+    if dtype == "f":
+        return {"LDGSTS"}
+    transposed = {"LDSM.16.MT88"} if kernel == "local_attention_kernel" else set()
+    return {
+        "HMMA.16816.F32.BF16" if dtype == "13__nv_bfloat16" else "HMMA.16816.F32",
+        "LDSM.16.M88",
+        "LDGSTS",
+    } | transposed
+
+
+def test_matrix_instructions(usage, instructions):
+    """Tensor cores, matrices from shared memory, and copies into it, in each instantiation."""
+    assert instructions.keys() == usage.keys()
+    kinds = set()
+    for (arch, mangled), names in instructions.items():
+        kernel = kernel_of(mangled)
+        dtype = re.search(rf"{kernel}(?:I(f|6__half|13__nv_bfloat16))?", mangled)[1]
+        kinds.add((arch, kernel, dtype))
+        # Without widths and hints for caches.
+        found = {re.sub(r"^(LDGSTS|LDSM\.16\.MT?88)\b.*", r"\1", name) for name in names}
+        assert found == expected(kernel, dtype), f"{mangled} for {arch}"
+    dtypes = ("f", "6__half", "13__nv_bfloat16")
+    typed = [kernel for kernel in THREADS if kernel != "merge_moments_kernel"]
+    wanted = {
+        (arch, *kind) for arch in ARCHITECTURES for kind in [("merge_moments_kernel", None), *product(typed, dtypes)]
+    }
+    assert kinds == (wanted if PART.loaded else set())
 
 
 def test_later_gpus_can_compile_it():

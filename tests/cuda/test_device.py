@@ -26,7 +26,8 @@ def test_check(check):
 def test_models_keep_the_rule_and_can_be_captured(model, mode, launch):
     row = measure(Gpu(), Job(model, model, 1, mode, "fastvit", launch), find, Plan(seconds=0.0, fewest=2))
     assert row.status == OK, row.reason
-    assert {entry.split(":")[1] for entry in row.backends.split()} <= {"triton", "cuda", "reference"}
+    # Every operator of these models has kernels for all of its calls.
+    assert {entry.split(":")[1] for entry in row.backends.split()} <= {"triton", "cuda"}
 
 
 def test_the_clock_and_the_limits():

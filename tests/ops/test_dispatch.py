@@ -187,6 +187,14 @@ def test_the_nearest_width_decides(measured):
     assert [entry.channels for entry in found.values()] == [2, 2, 512, 512]
 
 
+def test_the_order_and_its_text_are_made_once(measured):
+    measured(_entry())
+    arguments = "pointwise_mlp", torch.device("cpu"), torch.float32, False, 4
+    first, second = preference._measured(*arguments), preference._measured(*arguments)
+    assert first[0] == ("cuda", "cpu", "triton", "reference") and first[1].startswith("cuda 1 ms, ")
+    assert first[0] is second[0] and first[1] is second[1]
+
+
 def test_a_measured_reference_goes_before_kernels(measured):
     measured(_entry(milliseconds={"cpu": 2.0, "reference": 1.0}), _entry(mode="training"))
     decision = _decision(_call())
