@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastvit_kernels.ops.tuning import VARIABLE
 from fastvit_kernels.testing.triton_aot import compiling_process
 
 _ARCHITECTURE = "sm_90"
+_ARCHITECTURES = r"sm_\d+|gfx[0-9a-f]+"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,12 +71,18 @@ def _architecture() -> str:
 
 
 def _list(request: Request) -> int:
-    with compiling_process() as pool:
-        for call, place, surveyed in dry_run(request, pool):
-            good = sum(not candidate.reason for candidate in surveyed)
-            print(f"{place} ({call}): {good} of {len(surveyed)}")
-            for config, reason in surveyed:
-                print(f"  {' '.join(map(str, config))}{f': {reason}' if reason else ''}")
+    if not re.fullmatch(_ARCHITECTURES, request.architecture):
+        raise UserError(f"--architecture {request.architecture}: expected one like sm_80, sm_90 or gfx942")
+    try:
+        with compiling_process() as pool:
+            for call, place, surveyed in dry_run(request, pool):
+                good = sum(not candidate.reason for candidate in surveyed)
+                print(f"{place} ({call}): {good} of {len(surveyed)}")
+                for config, reason in surveyed:
+                    print(f"  {' '.join(map(str, config))}{f': {reason}' if reason else ''}")
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:160]
+        raise UserError(f"--architecture {request.architecture}: Triton compiles nothing for it: {problem}") from error
     return 0
 
 

@@ -227,6 +227,8 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "torch sees no GPU" in capsys.readouterr().err
     assert cli.main(["tune", "--case", "nothing*"]) == 2
     assert "no such call" in capsys.readouterr().err
+    assert cli.main(["tune", "--dry-run", "--suite", "pointwise_mlp", "--architecture", "sm_123x"]) == 2
+    assert "--architecture sm_123x: expected one like sm_80" in capsys.readouterr().err
 
     found = [Surveyed(USUAL, ""), Surveyed(SPILLING, "linear_kernel spills 8 bytes")]
     monkeypatch.setattr(tune_cli, "dry_run", lambda request, pool: [(request.calls[0], FIRST, found)])
