@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("fastvit_kernels.testing")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Several processes share the tests file by file, or folder by folder where one build serves all files."""
     if config.pluginmanager.hasplugin("xdist"):

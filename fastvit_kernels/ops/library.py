@@ -294,7 +294,8 @@ def _gradients(
     if decision is not None:
         decision.gradients, decision.recomputed = "reference" if reasons else backend.name, reasons
     if isinstance(backend, BackwardBackend) and not reasons:
-        remaining = iter(backend.run_backward([*grads, *outputs], tensors, needs, static))
+        # Autograd hands results out with their history, which no kernel has a use for.
+        remaining = iter(backend.run_backward([*grads, *(o.detach() for o in outputs)], tensors, needs, static))
     else:
         recomputing = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward").default
         remaining = iter(recomputing(grads, list(tensors), needs, *static))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -216,7 +217,10 @@ def test_suites_run_under_pytest_benchmark(tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     options = ["--benchmark-only", f"--benchmark-json={saved}", "--benchmark-max-time=0.01", "--benchmark-warmup=off"]
     chosen = "pointwise_mlp and stage3-fp32-batch1-fastvit and 224"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(directory), *options, "-k", chosen]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=directory.parent)
+    # Under pytest-xdist, as the tests themselves run, nothing would be timed.
+    plain = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    command = [sys.executable, "-m", "pytest", *plain, str(directory), *options, "-k", chosen]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=directory.parent, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"gflop"' in saved.read_text()
