@@ -34,9 +34,13 @@ def main(argv: Sequence[str]) -> int:
         ModuleNotFoundError: Triton is not installed.
     """
     options = _parser().parse_args(argv)
+    known = all_calls()
+    suites = list(dict.fromkeys(call.suite for call in known))
+    if unknown := set(options.suite or ()) - set(suites):
+        raise UserError(f"--suite {' '.join(sorted(unknown))}: expected some of {', '.join(suites)}")
     calls = [
         call
-        for call in all_calls()
+        for call in known
         if (options.suite is None or call.suite in options.suite)
         and call.mode in options.mode
         and fnmatchcase(call.case, options.case)
@@ -51,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     if problem is not None or triton_support.interpreting():
         raise UserError(f"tune: {problem or 'TRITON_INTERPRET is set'}")
     architecture = triton_support.architecture(torch.device("cuda"))
-    request = Request(calls, architecture, options.output, options.minutes, options.kernel)
+    request = Request(calls, architecture, options.output, options.minutes, options.kernel, retry=options.retry)
     worker = Worker(Gpu)
     try:
         with compiling_process(options.processes) as pool:
@@ -95,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--output", type=Path, default=_output(), metavar="FILE", help=f"default: {VARIABLE}'s, else tuning.json")
-    add("--minutes", type=minutes, default=10.0, help="nothing is started later; default: %(default)g")
+    add("--minutes", type=minutes, default=10.0, help="nothing goes on longer; default: %(default)g")
+    add("--retry", action="store_true", help="places whose usual configuration failed once more")
     add("--suite", nargs="+", metavar="NAME", help="of operators; default: all")
     add("--case", default="*", metavar="PATTERN", help="only these of a suite's shapes")
     add("--mode", nargs="+", choices=MODES, default=MODES, help="default: both")

@@ -52,7 +52,8 @@ class Place(NamedTuple):
 
 def with_config(place: Place, config: Config) -> Tuning:
     """The entries in force, but this configuration at this place."""
-    return Tuning((place.launch(config),)) + tuning.current()
+    # Nobody reads these times, but without them it would count as failed.
+    return Tuning((place.launch(config, milliseconds=1.0, usual=1.0),)) + tuning.current()
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -15,7 +17,7 @@ from fastvit_kernels.bench.gpu.device import Device
 from fastvit_kernels.bench.gpu.jobs import FORWARD, OPERATORS, STREAM, TRAINING, Find, Job, cases_of, find
 from fastvit_kernels.bench.gpu.measure import Plan, judge, made, repeated
 from fastvit_kernels.bench.gpu.peers import prepare
-from fastvit_kernels.bench.gpu.worker import Lost, Worker
+from fastvit_kernels.bench.gpu.worker import Lost, TimedOut, Worker
 from fastvit_kernels.bench.tune.candidates import candidates
 from fastvit_kernels.bench.tune.places import Call, Place, with_config
 from fastvit_kernels.bench.tune.survey import Surveyed, places, survey
@@ -24,6 +26,8 @@ from fastvit_kernels.ops.triton_configs import Config
 from fastvit_kernels.ops.tuning import Launch, Tuning
 
 Say = Callable[[str], None]
+# Seconds, or None for as many as it takes.
+Left = Callable[[], float | None]
 T = TypeVar("T")
 
 BATCH = 64
@@ -51,10 +55,11 @@ class Request:
         calls: whose kernels are tuned, the most important first.
         architecture: of the device.
         output: the tuning file; what it has from this device is not measured again.
-        minutes: nothing is started after them.
+        minutes: nothing is started after them, nor goes on; a place that they end in is left for another run.
         kernels: only these; None for all.
         plan: for every candidate.
         find: makes the calls' cases.
+        retry: places whose usual configuration failed once more.
     """
 
     calls: Sequence[Call]
@@ -64,20 +69,24 @@ class Request:
     kernels: Sequence[str] | None = None
     plan: Plan = field(default_factory=lambda: Plan(seconds=0.05, fewest=10, most=100))
     find: Find = find
+    retry: bool = False
 
     def wants(self, place: Place) -> bool:
         return place.kernel not in SKIPPED if self.kernels is None else place.kernel in self.kernels
 
 
 class Outcome(NamedTuple):
-    """Places tuned in this run, left for another, and how many of the file's entries are faster than the usual ones."""
+    """Places tuned in this run, calls left for another, and of the file's entries those faster than the usual ones, and
+    those whose usual one failed."""
 
     tuned: int
     left: int
     faster: int
+    failed: int
 
     def __str__(self) -> str:
         text = f"{self.tuned} places tuned, {self.faster} of the file's entries are faster than the usual configuration"
+        text += f", which failed at {self.failed} (--retry repeats those)" if self.failed else ""
         return f"{text}; {self.left} calls are left: the same command goes on from here" if self.left else text
 
 
@@ -89,30 +98,44 @@ def all_calls(batch: int = BATCH) -> list[Call]:
 
 def dry_run(request: Request, pool: Pool) -> Iterator[tuple[Call, Place, list[Surveyed]]]:
     """Every place with its candidates, the usual configuration first, each place at the first call that has it."""
-    return _surveyed(request, pool, ())
+    return _surveyed(request, pool, (), lambda: None)
 
 
-def _surveyed(request: Request, pool: Pool, known: Iterable[Place]) -> Iterator[tuple[Call, Place, list[Surveyed]]]:
-    """Compiles ahead of who takes them."""
+def _surveyed(
+    request: Request, pool: Pool, known: Iterable[Place], left: Left
+) -> Iterator[tuple[Call, Place, list[Surveyed]]]:
+    """Compiles ahead of who takes them.
+
+    Raises:
+        TimeoutError: the seconds that were left are over.
+    """
     waiting: deque[tuple[Call, Place, list[Any]]] = deque()
-    for call, place, usual in _places(request, pool, known):
+    for call, place, usual in _places(request, pool, known, left):
         tasks = [pool.submit(survey, call, place, config, request.find) for config in candidates(place.kernel, usual)]
         waiting.append((call, place, tasks))
         if len(waiting) > _AHEAD:
-            yield _done(waiting.popleft())
+            yield _done(waiting.popleft(), left)
     while waiting:
-        yield _done(waiting.popleft())
+        yield _done(waiting.popleft(), left)
 
 
-def _done(waiting: tuple[Call, Place, list[Any]]) -> tuple[Call, Place, list[Surveyed]]:
+def _done(waiting: tuple[Call, Place, list[Any]], left: Left) -> tuple[Call, Place, list[Surveyed]]:
     call, place, tasks = waiting
-    return call, place, [task.result() for task in tasks]
+    return call, place, [_result(task, left) for task in tasks]
 
 
-def _places(request: Request, pool: Pool, known: Iterable[Place]) -> Iterator[tuple[Call, Place, Config]]:
+def _result(task: Any, left: Left) -> Any:
+    try:
+        return task.result(left())
+    except futures.TimeoutError as error:
+        # Another class before Python 3.11.
+        raise TimeoutError from error
+
+
+def _places(request: Request, pool: Pool, known: Iterable[Place], left: Left) -> Iterator[tuple[Call, Place, Config]]:
     seen = set(known)
     for call in request.calls:
-        found: dict[Place, Config] = pool.submit(places, call, request.architecture, request.find).result()
+        found: dict[Place, Config] = _result(pool.submit(places, call, request.architecture, request.find), left)
         for place, usual in found.items():
             if place not in seen and request.wants(place):
                 seen.add(place)
@@ -139,23 +162,24 @@ def run(
     except Lost as error:
         raise RuntimeError(f"the device does not work: {error}") from error
     entries = {Place(*entry.place): entry for entry in before.launches}
-    known = {place for place, entry in entries.items() if entry.device == device}
+    known = {p for p, e in entries.items() if e.device == device and not (request.retry and e.failed)}
     tuned, reached = 0, 0
-    for call, place, surveyed in _surveyed(request, pool, known):
-        reached = request.calls.index(call)
-        if clock() >= end:
-            break
-        usual, *others = surveyed
-        configs = [candidate.config for candidate in others if not candidate.reason]
-        entry = _tune(request, worker, call, place, usual.config, configs, device, say)
-        if entry is not None:
+
+    def left() -> float:
+        return max(end - clock(), 0.0)
+
+    with contextlib.suppress(TimeoutError):
+        for call, place, surveyed in _surveyed(request, pool, known, left):
+            reached = request.calls.index(call)
+            usual, *others = surveyed
+            configs = [candidate.config for candidate in others if not candidate.reason]
+            entry = _tune(request, worker, call, place, usual.config, configs, device, say, left)
             entries[place] = entry
             tuning.write(request.output, Tuning(tuple(entries[at] for at in sorted(entries)), before.preferences))
-            tuned += 1
-    else:
+            tuned += not entry.failed
         reached = len(request.calls)
     faster = sum(entry.milliseconds < entry.usual_milliseconds for entry in entries.values())
-    return Outcome(tuned, len(request.calls) - reached, faster)
+    return Outcome(tuned, len(request.calls) - reached, faster, sum(entry.failed for entry in entries.values()))
 
 
 def _name(device: Device) -> str:
@@ -171,16 +195,26 @@ def _tune(
     configs: Sequence[Config],
     device: str,
     say: Say,
-) -> Launch | None:
-    """The entry of a place; None where not even the usual configuration runs."""
+    left: Callable[[], float],
+) -> Launch:
+    """The entry of a place.
+
+    Raises:
+        TimeoutError: the seconds that were left are over before all candidates were tried.
+    """
     times: dict[Config, float] = {}
     for config in (usual, *configs):
+        limit = min(_LIMIT, left())
+        if limit <= 0:
+            raise TimeoutError
         try:
-            times[config] = worker.run(try_config, call, place, config, request.find, request.plan, limit=_LIMIT)
+            times[config] = worker.run(try_config, call, place, config, request.find, request.plan, limit=limit)
         except Lost as error:
+            if isinstance(error, TimedOut) and limit < _LIMIT:
+                raise TimeoutError from error
             say(f"{place}: {tuple(config)}: {str(error)[:160]}")
             if config == usual:
-                return None
+                return place.launch(usual, device)
     best = min(times, key=lambda config: times[config])
     if times[best] > _GAIN * times[usual]:
         best = usual

@@ -31,7 +31,8 @@ class Launch:
             that is all there is.
         config: tiles, warps and stages.
         device: it was measured on.
-        milliseconds, usual_milliseconds: of the operator with it, and with what `triton_configs` has.
+        milliseconds, usual_milliseconds: of the operator with it, and with what `triton_configs` has; both are 0 where
+            that failed: then `config` is the usual one, no other was tried, and the entry decides nothing.
     """
 
     kernel: str
@@ -43,6 +44,10 @@ class Launch:
     device: str
     milliseconds: float
     usual_milliseconds: float
+
+    @property
+    def failed(self) -> bool:
+        return self.usual_milliseconds == 0
 
     @property
     def place(self) -> tuple[str, str, str, int, int]:
@@ -106,7 +111,8 @@ class Tuning:
     def _configs(self) -> dict[tuple[str, str, str, int, int], Config]:
         found: dict[tuple[str, str, str, int, int], Config] = {}
         for entry in self.launches:
-            found.setdefault(entry.place, entry.config)
+            if not entry.failed:
+                found.setdefault(entry.place, entry.config)
         return found
 
     @cached_property

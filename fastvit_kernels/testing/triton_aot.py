@@ -68,8 +68,12 @@ def compiling_process(processes: int = 1, folder: Path | None = None) -> Iterato
         folder: where they find Triton; None for the installed one.
     """
     context = get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_compile_only, initargs=(folder,)) as pool:
+    pool = ProcessPoolExecutor(processes, context, initializer=_compile_only, initargs=(folder,))
+    try:
         yield pool
+    finally:
+        # Nobody waits for results any more.
+        pool.shutdown(cancel_futures=True)
 
 
 def _compile_only(folder: Path | None) -> None:

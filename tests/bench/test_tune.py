@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from unittest import mock
@@ -14,7 +15,7 @@ from fastvit_kernels import cli
 from fastvit_kernels.bench.gpu import measure as measuring
 from fastvit_kernels.bench.gpu.jobs import FORWARD, OPERATORS, TRAINING
 from fastvit_kernels.bench.gpu.measure import Plan
-from fastvit_kernels.bench.gpu.worker import Lost
+from fastvit_kernels.bench.gpu.worker import Lost, TimedOut
 from fastvit_kernels.bench.tune import cli as tune_cli
 from fastvit_kernels.bench.tune import run as running
 from fastvit_kernels.bench.tune.candidates import candidates
@@ -175,14 +176,71 @@ def test_wrong_candidates_and_places_that_do_not_run(tmp_path: Path, few: None) 
     assert run(_request(tmp_path), Inside(), worker, said.append).faster == 0
     assert any("outside the numerics rule" in line for line in said)
     worker.wrong = (USUAL,)
-    assert run(_request(tmp_path / "other"), Inside(), worker, said.append).tuned == 0
-    assert not (tmp_path / "other" / "tuning.json").exists()
+    outcome = run(_request(tmp_path / "other"), Inside(), worker, said.append)
+    assert (outcome.tuned, outcome.left, outcome.failed) == (0, 0, 2) and "--retry repeats those" in str(outcome)
+    # They are remembered, and decide nothing.
+    written = tuning.read(tmp_path / "other" / "tuning.json")
+    assert all(entry.failed and written.config(*entry.place) is None for entry in written.launches)
+    assert len(written.launches) == 2
+    tried = len(worker.tasks)
+    worker.wrong = ()
+    assert run(_request(tmp_path / "other"), Inside(), worker, said.append).failed == 2
+    assert len(worker.tasks) == tried + 1
+    outcome = run(_request(tmp_path / "other", retry=True), Inside(), worker, said.append)
+    assert (outcome.tuned, outcome.failed, outcome.faster) == (2, 0, 2)
+
+
+class Ticking(Timed):
+    """Each configuration is tried for 20 seconds, of which there are 100; three are tried at each place."""
+
+    now = 0.0
+
+    def run(self, task, *arguments, limit):
+        if task is try_config:
+            assert limit == min(60.0, 100.0 - self.now) > 0
+            self.now += 20.0
+        return super().run(task, *arguments, limit=limit)
 
 
 def test_the_time_ends_it(tmp_path: Path, few: None) -> None:
-    now = iter([0.0, 59.0, 61.0])
-    outcome = run(_request(tmp_path, minutes=1), Inside(), Timed(), lambda text: None, clock=lambda: next(now))
+    """In the middle of a place, which is left to the next run."""
+    worker = Ticking()
+    outcome = run(_request(tmp_path, minutes=100 / 60), Inside(), worker, lambda text: None, clock=lambda: worker.now)
     assert (outcome.tuned, outcome.left) == (1, 1) and "the same command goes on" in str(outcome)
+    assert worker.now == 100.0
+    assert [Place(*entry.place) for entry in tuning.read(tmp_path / "tuning.json").launches] == [FIRST]
+
+
+def test_a_candidate_that_the_end_of_the_time_interrupts_did_not_fail(tmp_path: Path, few: None) -> None:
+    class Late(Timed):
+        def run(self, task, *arguments, limit):
+            if task is try_config:
+                raise TimedOut("no result within 30 s")
+            return super().run(task, *arguments, limit=limit)
+
+    outcome = run(_request(tmp_path, minutes=0.5), Inside(), Late(), lambda text: None)
+    assert (outcome.left, outcome.failed) == (1, 0) and not (tmp_path / "tuning.json").exists()
+    assert run(_request(tmp_path, minutes=2), Inside(), Late(), lambda text: None).failed == 2
+
+
+@pytest.mark.parametrize("function", [survey, places])
+def test_compilers_that_take_too_long_end_it(function, tmp_path: Path, few: None) -> None:
+    class Compiling(Inside):
+        slow = staticmethod(function)
+
+        def submit(self, function, *arguments):
+            return Future() if function is self.slow else super().submit(function, *arguments)
+
+    outcome = run(_request(tmp_path, minutes=0.1 / 60), Compiling(), Timed(), lambda text: None)
+    assert (outcome.tuned, outcome.left) == (0, 1)
+
+
+def test_what_nobody_waits_for_is_not_compiled() -> None:
+    with compiling_process() as pool:
+        pool.submit(time.sleep, 0.0).result()
+        tasks = [pool.submit(time.sleep, 0.5) for _ in range(20)]
+    # One was running, and another was on its way to the process.
+    assert sum(task.cancelled() for task in tasks) >= 17
 
 
 def test_a_candidate_is_judged_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +284,9 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert cli.main(["tune"]) == 2
     assert "torch sees no GPU" in capsys.readouterr().err
     assert cli.main(["tune", "--case", "nothing*"]) == 2
-    assert "no such call" in capsys.readouterr().err
+    assert "--case nothing*: no such call" in capsys.readouterr().err
+    assert cli.main(["tune", "--suite", "cvt_13", "pointwise_mlp"]) == 2
+    assert "--suite cvt_13: expected some of patch_embedding, " in capsys.readouterr().err
     assert cli.main(["tune", "--dry-run", "--suite", "pointwise_mlp", "--architecture", "sm_123x"]) == 2
     assert "--architecture sm_123x: expected one like sm_80" in capsys.readouterr().err
 
