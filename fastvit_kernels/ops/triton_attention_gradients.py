@@ -22,6 +22,8 @@ from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 _SMALLEST_DOT = 16
 # A part of the queries writes gradients of all keys: it should have a few blocks to sum.
 _FEWEST_BLOCKS = 4
+# Where the launch configurations are.
+_SAVED, _GRADIENT, _BIAS = "attention_saved", "attention_gradient", "bias_gradient"
 
 
 class Attention(NamedTuple):
@@ -383,8 +385,8 @@ class AttentionGradients:
         width, value_width = a.widths
         crowded = a.bias is not None and a.dtype is torch.float32
         widest = max(width, value_width) * (2 if crowded else 1)
-        tables = ("attention_saved", "attention_gradient", "bias_gradient")
-        config, self.config, self.bias_config = (self._config(table, widest, width, value_width) for table in tables)
+        self.table_widths = widest, width, value_width
+        config, self.config, self.bias_config = map(self._config, (_SAVED, _GRADIENT, _BIAS))
         self.sizes = (a.queries, a.keys, a.heads, a.height, a.width)
         self.strides = tuple(t.stride(1) for t in (a.q, a.k, a.v, a.grad))
         self.saved = a.q.new_empty((a.groups, a.heads, a.queries, 3), dtype=torch.float32)
@@ -396,11 +398,12 @@ class AttentionGradients:
             *self.sizes,
             self.log2_scale,
             config=config,
+            table=_SAVED,
         )
 
-    def _config(self, table: str, *widths: int) -> Config:
+    def _config(self, table: str) -> Config:
         """Tiles no larger than a group."""
-        config = triton_support.config(table, self.arithmetic, *widths)
+        config = triton_support.config(table, self.arithmetic, *self.table_widths)
         return config._replace(
             block_m=min(config.block_m, max(_SMALLEST_DOT, triton.next_power_of_2(self.attention.queries))),
             block_n=min(config.block_n, max(_SMALLEST_DOT, triton.next_power_of_2(self.attention.keys))),
@@ -410,14 +413,17 @@ class AttentionGradients:
     def log2_scale(self) -> float:
         return self.attention.scale * math.log2(math.e)
 
-    def _launch(self, kernel: object, programs: int, *args: object, config: Config | None = None) -> None:
+    def _launch(
+        self, kernel: object, programs: int, *args: object, config: Config | None = None, table: str = _GRADIENT
+    ) -> None:
         a = self.attention
+        config = config or self.config
         width, value_width = a.widths
         triton_support.launch(
             kernel,
             programs,
             a.q.device,
-            config or self.config,
+            config,
             *(a.q, a.k, a.v, a.grad, a.bias),
             *args,
             WINDOW=a.window,
@@ -427,6 +433,7 @@ class AttentionGradients:
             BLOCK_D=max(_SMALLEST_DOT, triton.next_power_of_2(width)),
             BLOCK_V=max(_SMALLEST_DOT, triton.next_power_of_2(value_width)),
             ARITHMETIC=self.arithmetic.constexpr(),
+            **triton_support.all_registers(config, table, self.arithmetic, *self.table_widths),
         )
 
     def of_queries(self, out: Tensor) -> None:
@@ -490,5 +497,6 @@ class AttentionGradients:
             *self.sizes[3:],
             self.log2_scale,
             config=config,
+            table=_BIAS,
         )
         return sum_parts(parts, a.bias)[0]

@@ -1,8 +1,8 @@
 """Launch configurations of the Triton kernels, as data.
 
-Each was chosen by compiling CvT's sizes ahead of time for sm_80 and sm_90: no register is spilled to memory, and shared
-memory stays within the 99 KiB that the smaller GPUs of these generations have. Channel counts that are no multiple of
-16 are loaded element by element, which takes registers, hence smaller tiles.
+Each was chosen by compiling the published models' sizes ahead of time for sm_80 and sm_90: no register is spilled to
+memory, and shared memory stays within the 99 KiB that the smaller GPUs of these generations have. Channel counts that
+are no multiple of 16 are loaded element by element, which takes registers, hence smaller tiles.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INTERPRETER = ((ANY, Config(32, 64, 64, 4, 1)),)
 # A tile holds rows as a whole: fewer of them the wider they are.
 _WHOLE_ROWS = (
     (64, Config(32, 0, 0, 4, 1)),
-    (256, Config(16, 0, 0, 4, 1)),
+    (128, Config(16, 0, 0, 4, 1)),
     (512, Config(8, 0, 0, 4, 1)),
     (1024, Config(4, 0, 0, 4, 1)),
     (2048, Config(2, 0, 0, 4, 1)),
@@ -54,7 +54,7 @@ _COLUMN_SUMS: Table = {
 CONFIGS: dict[str, Table] = {
     "linear": {
         ("default", "half"): (
-            (64, Config(128, 64, 64, 8, 3)),
+            (64, Config(128, 64, 64, 8, 2)),
             (512, Config(64, 64, 64, 4, 3)),
             (ANY, Config(128, 128, 32, 8, 3)),
         ),
@@ -93,6 +93,11 @@ CONFIGS: dict[str, Table] = {
     },
     "depthwise_projection": {
         ("default", "half"): (
+            (64, Config(64, 64, 32, 8, 1)),
+            (128, Config(64, 128, 64, 16, 1)),
+            (ANY, Config(64, 256, 32, 8, 1)),
+        ),
+        ("sm_90", "half"): (
             (64, Config(64, 64, 64, 8, 1)),
             (128, Config(64, 128, 64, 16, 1)),
             (ANY, Config(64, 256, 32, 8, 1)),
@@ -112,7 +117,7 @@ CONFIGS: dict[str, Table] = {
         ),
         ("default", "tf32"): ((64, Config(64, 64, 32, 4, 2)), (ANY, Config(64, 128, 32, 8, 2))),
         ("default", "ieee"): ((64, Config(64, 64, 16, 8, 2)), (ANY, Config(32, 128, 16, 8, 2))),
-        ("default", "unaligned"): ((64, Config(32, 64, 32, 4, 2)), (ANY, Config(32, 128, 32, 8, 2))),
+        ("default", "unaligned"): ((64, Config(32, 64, 32, 8, 2)), (ANY, Config(32, 128, 32, 8, 2))),
         ("interpreter", "any"): _INTERPRETER,
     },
     "attention": {
@@ -139,7 +144,7 @@ CONFIGS: dict[str, Table] = {
     },
     # Of output channels; the wider of them do not fit, nor do loads element by element.
     "attention_projection": {
-        ("default", "half"): ((128, Config(32, 64, 64, 8, 1)),),
+        ("default", "half"): ((32, Config(32, 64, 64, 4, 1)), (128, Config(32, 64, 64, 8, 1))),
         ("sm_90", "half"): ((128, Config(64, 64, 64, 8, 1)),),
         ("default", "tf32"): ((128, Config(32, 64, 32, 8, 2)),),
         ("default", "ieee"): ((64, Config(32, 64, 16, 16, 1)),),
@@ -225,7 +230,7 @@ CONFIGS: dict[str, Table] = {
         ("interpreter", "any"): _INTERPRETER,
     },
     "input_gradient": {
-        ("default", "half"): ((64, Config(128, 64, 64, 8, 3)), (ANY, Config(128, 128, 32, 8, 3))),
+        ("default", "half"): ((64, Config(128, 64, 64, 8, 2)), (ANY, Config(128, 128, 32, 8, 3))),
         ("default", "tf32"): ((ANY, Config(64, 64, 32, 4, 3)),),
         ("default", "ieee"): ((ANY, Config(64, 64, 16, 8, 2)),),
         ("default", "unaligned"): ((ANY, Config(32, 32, 32, 4, 2)),),
@@ -246,10 +251,11 @@ CONFIGS: dict[str, Table] = {
         ("interpreter", "any"): ((ANY, Config(32, 64, 32, 4, 1)),),
     },
     "patch_input_gradient": {
-        ("default", "half"): ((64, Config(128, 64, 64, 8, 2)), (ANY, Config(128, 128, 32, 8, 2))),
+        ("default", "half"): ((64, Config(64, 64, 64, 8, 2)), (ANY, Config(128, 128, 32, 8, 2))),
+        ("sm_90", "half"): ((64, Config(128, 64, 64, 8, 2)), (ANY, Config(128, 128, 32, 8, 2))),
         ("default", "tf32"): ((ANY, Config(64, 64, 32, 4, 2)),),
         ("default", "ieee"): ((ANY, Config(64, 64, 16, 8, 1)),),
-        ("default", "unaligned"): ((ANY, Config(64, 32, 32, 8, 1)),),
+        ("default", "unaligned"): ((ANY, Config(64, 32, 16, 8, 1)),),
         ("interpreter", "any"): _INTERPRETER,
     },
     "norm_gradient": {
@@ -264,7 +270,12 @@ CONFIGS: dict[str, Table] = {
         ("default", "unaligned"): _SUMMED_ROWS,
         ("interpreter", "any"): ((ANY, Config(16, 0, 0, 4, 1)),),
     },
-    "elementwise": _MEMORY_BOUND,
+    "elementwise": {
+        **_MEMORY_BOUND,
+        ("default", "ieee"): ((ANY, Config(16, 64, 0, 4, 1)),),
+        ("default", "tf32"): ((ANY, Config(16, 64, 0, 4, 1)),),
+    },
+    "depthwise": _MEMORY_BOUND,
     "filter_gradient": {**_COLUMN_SUMS, ("interpreter", "any"): ((ANY, Config(64, 64, 0, 4, 1)),)},
     "sums": _COLUMN_SUMS,
     "sum": {
@@ -273,4 +284,16 @@ CONFIGS: dict[str, Table] = {
         ("default", "unaligned"): ((ANY, Config(16, 128, 0, 4, 1)),),
         ("interpreter", "any"): ((ANY, Config(16, 1024, 0, 4, 1)),),
     },
+}
+
+# Where NVIDIA's assembler would give threads fewer registers than they need, for more programs side by side, and spill
+# two or four: kernel -> kinds of product. Elsewhere it makes worse code of more registers.
+ALL_REGISTERS: dict[str, tuple[str, ...]] = {
+    "attention": ("unaligned half",),
+    "attention_saved": ("unaligned ieee",),
+    "bias_gradient": ("unaligned ieee",),
+    "depthwise": ("ieee", "tf32", "unaligned ieee", "unaligned tf32"),
+    "input_gradient": ("unaligned half",),
+    "patch_input_gradient": ("half",),
+    "patch_weight_gradient": ("half", "unaligned half"),
 }

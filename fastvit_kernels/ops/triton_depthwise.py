@@ -293,7 +293,8 @@ def depthwise(
     num_rows = x.shape[0] * geometry.out_height * geometry.out_width
     if num_rows == 0:
         return
-    config = triton_support.config("elementwise", triton_support.arithmetic(torch.float32, x.device), channels)
+    place = "depthwise", triton_support.arithmetic(torch.float32, x.device), channels
+    config = triton_support.config(*place)
     triton_support.launch(
         depthwise_kernel,
         triton.cdiv(num_rows, config.block_m) * triton.cdiv(channels, config.block_n),
@@ -314,6 +315,7 @@ def depthwise(
         ADDS_BEHIND=inner_residual == "after_activation",
         ACTIVATION=step.activation,
         BN_AFTER_ACTIVATION=step.bn_after_activation,
+        **triton_support.all_registers(config, *place),
     )
 
 

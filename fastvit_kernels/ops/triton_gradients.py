@@ -137,7 +137,8 @@ def input_gradient(grad: Tensor, weight: Tensor, dtype: torch.dtype, out_dtype: 
         return out
     num_rows = out.numel() // in_channels
     arithmetic = triton_support.arithmetic(dtype, grad.device)
-    config = triton_support.config("input_gradient", arithmetic, in_channels, out_channels)
+    place = "input_gradient", arithmetic, in_channels, out_channels
+    config = triton_support.config(*place)
     triton_support.launch(
         input_gradient_kernel,
         triton.cdiv(num_rows, config.block_m) * triton.cdiv(in_channels, config.block_n),
@@ -151,6 +152,7 @@ def input_gradient(grad: Tensor, weight: Tensor, dtype: torch.dtype, out_dtype: 
         in_channels,
         EVEN_K=out_channels % config.block_k == 0,
         ARITHMETIC=arithmetic.constexpr(),
+        **triton_support.all_registers(config, *place),
     )
     return out
 

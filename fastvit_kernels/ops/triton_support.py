@@ -12,7 +12,7 @@ import torch
 from fastvit_kernels.ops import tuning
 from fastvit_kernels.ops.arguments import short
 from fastvit_kernels.ops.operator import Tensors
-from fastvit_kernels.ops.triton_configs import ALIGNMENT, CONFIGS, Config
+from fastvit_kernels.ops.triton_configs import ALIGNMENT, ALL_REGISTERS, CONFIGS, Config
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST_NVIDIA = (8, 0)
@@ -167,16 +167,25 @@ def _row(kernel: str, architecture: str, kind: str, width: int) -> Config | None
     return next((row for widest, row in rows if width <= widest), None)
 
 
-def all_registers(arithmetic: Arithmetic, config: Config, width: int) -> dict[str, int]:
-    """Launch options with which threads get the registers that they need: for heads of this width, in fp32 on NVIDIA.
+def all_registers(config: Config, kernel: str, arithmetic: Arithmetic, width: int, *channels: int) -> dict[str, int]:
+    """Launch options with which threads get the registers that they need, where `ALL_REGISTERS` says so."""
+    kind = place(kernel, arithmetic, width, *channels)[2]
+    if kind == "unaligned":
+        kind += f" {arithmetic.kind}"
+    return _all_registers(arithmetic, config) if kind in ALL_REGISTERS.get(kernel, ()) else {}
 
-    Otherwise the assembler spills two or four now and then, whatever the tiles, so that more programs fit side by side.
-    """
-    of_nvidia = arithmetic.architecture.startswith("sm_")
-    if not of_nvidia or arithmetic.dtype is not torch.float32 or config.num_warps > _WARPS_WITH_ALL_REGISTERS:
-        return {}
+
+def all_registers_of_windows(arithmetic: Arithmetic, config: Config, width: int) -> dict[str, int]:
+    """The same for heads of this width in windows."""
     # For wider ones it makes worse code.
-    return {"maxnreg": _MOST_REGISTERS} if width <= _WIDTH_WITH_ALL_REGISTERS else {}
+    wanted = arithmetic.dtype is torch.float32 and width <= _WIDTH_WITH_ALL_REGISTERS
+    return _all_registers(arithmetic, config) if wanted else {}
+
+
+def _all_registers(arithmetic: Arithmetic, config: Config) -> dict[str, int]:
+    of_nvidia = arithmetic.architecture.startswith("sm_")
+    fits = config.num_warps <= _WARPS_WITH_ALL_REGISTERS
+    return {"maxnreg": _MOST_REGISTERS} if of_nvidia and fits else {}
 
 
 def launch(kernel: Any, programs: int, device: torch.device, config: Config, *args: Any, **constexprs: Any) -> None:

@@ -372,11 +372,14 @@ def attend(
     # In fp32 a tile of biases beside the scores takes the registers of a head twice as wide.
     crowded = attn_bias is not None and static.dtype is torch.float32
     widest = max(width, value_width) * (2 if crowded else 1)
-    config = triton_support.config("attention", arithmetic, widest, width, value_width, q.shape[2])
+    place = "attention", arithmetic, widest, width, value_width, q.shape[2]
+    config = triton_support.config(*place)
     programs = triton.cdiv(q.shape[1], config.block_m) * heads
     moments = empty_moments(out, programs) if return_statistics else None
     more = attn_bias, residual, out, moments
-    _launch(attention_kernel, programs, config, q, k, v, front, static, more, ONE_BLOCK=keys <= config.block_n)
+    options = triton_support.all_registers(config, *place)
+    one_block = keys <= config.block_n
+    _launch(attention_kernel, programs, config, q, k, v, front, static, more, ONE_BLOCK=one_block, **options)
     return out, None if moments is None else merged_statistics(moments)
 
 

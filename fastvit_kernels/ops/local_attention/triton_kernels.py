@@ -406,6 +406,6 @@ def attend(
         BLOCK_D=max(_SMALLEST_DOT, triton.next_power_of_2(width)),
         BLOCK_V=max(_SMALLEST_DOT, triton.next_power_of_2(value_width)),
         ARITHMETIC=arithmetic.constexpr(),
-        **triton_support.all_registers(arithmetic, config, max(width, value_width)),
+        **triton_support.all_registers_of_windows(arithmetic, config, max(width, value_width)),
     )
     return out, None if moments is None else merged_statistics(moments)

@@ -230,7 +230,8 @@ def _weight_gradient(
     length = channels * kernel**2
     num_rows = grad.numel() // out_channels
     arithmetic = triton_support.arithmetic(static.dtype, grad.device)
-    config = triton_support.config("patch_weight_gradient", arithmetic, out_channels, 0 if channels_first else channels)
+    place = "patch_weight_gradient", arithmetic, out_channels, 0 if channels_first else channels
+    config = triton_support.config(*place)
     tiles = triton.cdiv(out_channels, config.block_m) * triton.cdiv(length, config.block_n)
     num_parts, part_rows = split_rows(num_rows, config.block_k, tiles, _FEWEST_BLOCKS)
     size = weight.numel() + (0 if bias is None else out_channels)
@@ -255,6 +256,7 @@ def _weight_gradient(
         ONE_TAP=not channels_first and channels % config.block_n == 0,
         HAS_BIAS=bias is not None,
         ARITHMETIC=arithmetic.constexpr(),
+        **triton_support.all_registers(config, *place),
     )
     found = sum_parts(parts, weight, bias)
     filter = found[0]
@@ -270,7 +272,8 @@ def _input_gradient(grad: Tensor, weight: Tensor, static: Static, out: Tensor) -
     stride = static.stride
     num_rows = batch * triton.cdiv(height, stride) * triton.cdiv(width, stride)
     arithmetic = triton_support.arithmetic(static.dtype, grad.device)
-    config = triton_support.config("patch_input_gradient", arithmetic, channels, out_channels)
+    place = "patch_input_gradient", arithmetic, channels, out_channels
+    config = triton_support.config(*place)
     triton_support.launch(
         pixel_gradient_kernel,
         triton.cdiv(num_rows, config.block_m)
@@ -291,4 +294,5 @@ def _input_gradient(grad: Tensor, weight: Tensor, static: Static, out: Tensor) -
         WINDOW=(kernel, stride, static.padding),
         EVEN_K=out_channels % config.block_k == 0,
         ARITHMETIC=arithmetic.constexpr(),
+        **triton_support.all_registers(config, *place),
     )
