@@ -208,7 +208,11 @@ CONFIGS: dict[str, Table] = {
         ("interpreter", "any"): _INTERPRETER,
     },
     "attention_gradient": {
-        ("default", "half"): ((64, Config(64, 32, 0, 8, 1)), (ANY, Config(32, 32, 0, 8, 1))),
+        ("default", "half"): (
+            (64, Config(64, 32, 0, 8, 1)),
+            (128, Config(32, 32, 0, 8, 1)),
+            (ANY, Config(16, 16, 0, 8, 1)),
+        ),
         ("default", "tf32"): ((ANY, Config(16, 16, 0, 8, 1)),),
         ("default", "ieee"): ((ANY, Config(16, 16, 0, 8, 1)),),
         ("default", "unaligned"): ((64, Config(16, 16, 0, 4, 1)), (ANY, Config(16, 16, 0, 8, 1))),
