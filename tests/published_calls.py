@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -12,7 +11,8 @@ import torch
 from triton_calls import RUNNING_STATISTICS, Precision
 
 from fastvit_kernels import models
-from fastvit_kernels.ops import arguments, library
+from fastvit_kernels.bench.tune.places import autocast_without_memory
+from fastvit_kernels.ops import library
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
 
 BATCH = 8
@@ -50,7 +50,8 @@ def _calls(model: str, precision: Precision, training: bool) -> list[tuple[Opera
     def statistics(operator: Operator, tensors: Tensors, static: Any, backend: str | None) -> None:
         keep(operator, tensors, static, "statistics")
 
-    with torch.device("meta"), torch.no_grad(), _precision(precision):
+    autocast = None if precision.products == precision.parameters else precision.products
+    with torch.device("meta"), torch.no_grad(), autocast_without_memory(autocast):
         built = models.create_model(model).train(training).to(precision.parameters)
         images = torch.empty(BATCH, 3, side, side, dtype=precision.activations)
         with (
@@ -59,19 +60,6 @@ def _calls(model: str, precision: Precision, training: bool) -> list[tuple[Opera
         ):
             built(images)
     return list(found.values())
-
-
-@contextmanager
-def _precision(precision: Precision) -> Iterator[None]:
-    """Autocast for tensors without memory, which torch has none for."""
-    if precision.products == precision.parameters:
-        yield
-        return
-    with (
-        mock.patch.object(arguments, "autocast_is_on", lambda device: True),
-        mock.patch.object(torch, "get_autocast_dtype", lambda device: precision.products),
-    ):
-        yield
 
 
 def _launches(operator: Operator, tensors: Tensors, static: Any, part: str) -> list[Launch]:

@@ -72,14 +72,14 @@ def looked_up() -> Iterator[dict[Place, Config]]:
 
 
 @contextmanager
-def _precision(variant: str) -> Iterator[None]:
-    """Autocast for tensors without memory, which torch has none for."""
-    if variant != "autocast":
+def autocast_without_memory(dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast to this dtype, or none, for tensors without memory, which torch has none for."""
+    if dtype is None:
         yield
         return
     with (
         mock.patch.object(arguments, "autocast_is_on", lambda device: True),
-        mock.patch.object(torch, "get_autocast_dtype", lambda device: torch.bfloat16),
+        mock.patch.object(torch, "get_autocast_dtype", lambda device: dtype),
     ):
         yield
 
@@ -98,7 +98,8 @@ def launches(call: Call, find: Find) -> Callable[[], None]:
         caught.append((operator, library.dense(tensors), static))
         raise Stop
 
-    with mock.patch.object(library, "call", catch), _precision(VARIANTS[call.mode]), contextlib.suppress(Stop):
+    autocast = autocast_without_memory(torch.bfloat16 if VARIANTS[call.mode] == "autocast" else None)
+    with mock.patch.object(library, "call", catch), autocast, contextlib.suppress(Stop):
         module(*inputs)
     ((operator, tensors, static),) = caught
     needs = [t is not None and t.requires_grad for t in tensors]

@@ -11,8 +11,6 @@ constexpr int64_t kAlignment = 64;
 // Of what lies between the calls of a plan, which has a place in memory that the thread keeps.
 constexpr int64_t kMostBytes = int64_t{64} << 20;
 
-int64_t bytes_of(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
-
 // Where a call keeps the address of something that lies `offset` bytes behind the start of a region.
 struct Pointer {
   void* location;
@@ -80,8 +78,8 @@ class Recorder {
 
   std::shared_ptr<Plan> finish(const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) {
     std::vector<Region> regions;
-    for (const std::vector<Tensor>* tensors : {&inputs, &const_cast<const std::vector<Tensor>&>(results_)})
-      for (const Tensor& t : *tensors) regions.push_back({static_cast<const char*>(t.const_data_ptr()), extent(t)});
+    for (const Tensor& t : inputs) regions.push_back(region_of(t));
+    for (const Tensor& t : results_) regions.push_back(region_of(t));
     if (!usable || calls_.empty() || overlap(regions) || !resolve(&regions)) return nullptr;
 
     auto plan = std::make_shared<Plan>();
@@ -93,7 +91,7 @@ class Recorder {
     for (size_t i = inputs.size(); i < regions.size(); ++i) between.push_back(&regions[i]);
     for (const Tensor& t : outputs) {
       const auto at = std::find_if(between.begin(), between.end(), [&](const Region* r) {
-        return r->begin == t.const_data_ptr() && r->bytes == bytes_of(t);
+        return r->begin == t.const_data_ptr() && r->bytes == extent(t);
       });
       if (at == between.end() || !t.is_contiguous() || t.numel() == 0) return nullptr;
       plan->outputs.emplace_back(t);
@@ -124,6 +122,8 @@ class Recorder {
     for (int64_t axis = 0; axis < t.dim(); ++axis) last += (t.size(axis) - 1) * t.stride(axis);
     return (last + 1) * static_cast<int64_t>(t.element_size());
   }
+
+  static Region region_of(const Tensor& t) { return {static_cast<const char*>(t.const_data_ptr()), extent(t)}; }
 
   // Inputs that share memory now need not do so later.
   static bool overlap(std::vector<Region> regions) {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit_kernels.ops.arguments import short
-from fastvit_kernels.ops.operator import Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 from fastvit_kernels.ops.precision import wide
 
 # Queries, keys, values, bias table, keys that are left out, scale.
@@ -73,3 +74,22 @@ def sdpa_gradient_reasons(tensors: Tensors, dtype: torch.dtype) -> list[str]:
         return []
     # There PyTorch's kernel has an approximate exponential: errors of up to 28 times the reference's were seen in fp32.
     return [f"{short(dtype)} on a CPU: PyTorch's gradients of attention break the numerics rule but in bfloat16"]
+
+
+class SdpaBackend(GradientKernels):
+    """An attention operator's reference with PyTorch's attention in it; gradients by recomputing the same."""
+
+    name = "sdpa"
+
+    def supports(self, tensors: Tensors, static: Any) -> list[str]:
+        return sdpa_reasons(tensors)
+
+    def run(self, tensors: Tensors, packed: Tensor | None, static: Any) -> Outputs:
+        name, overload = self.backward
+        kernels = getattr(getattr(torch.ops.fastvit, name.removesuffix("_backward")), overload)
+        return tuple(kernels(tensors, *static))
+
+    def supports_backward(
+        self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
+    ) -> list[str]:
+        return sdpa_gradient_reasons(tensors, static.dtype)
