@@ -248,6 +248,20 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
   return {found.out, found.summary};
 }
 
+// The same, and what the gradients would run the forward for: the branch in front of its own norm.
+std::tuple<Tensor, Tensor, Tensor> run_keeping(TensorList t, std::string norm, double norm_eps,
+                                               std::string hidden_activation, std::string activation,
+                                               std::string inner_residual, bool bn_after_activation,
+                                               std::vector<double> bn_eps, bool, std::optional<double> out_norm_eps,
+                                               int64_t height, int64_t width, int64_t prefix, std::string summary,
+                                               ScalarType dtype) {
+  const Outputs found = forward(t, std::nullopt,
+                                {norm, norm_eps, hidden_activation, activation, inner_residual, bn_after_activation,
+                                 bn_eps, out_norm_eps, height, width, prefix, summary, dtype},
+                                std::nullopt);
+  return {found.out, found.summary, found.raw};
+}
+
 Tensor pack_only(TensorList t, std::string norm, double norm_eps, std::string hidden_activation, std::string activation,
                  std::string inner_residual, bool bn_after_activation, std::vector<double> bn_eps, bool,
                  std::optional<double> out_norm_eps, int64_t height, int64_t width, int64_t prefix, std::string summary,
@@ -265,5 +279,6 @@ Tensor pack_only(TensorList t, std::string norm, double norm_eps, std::string hi
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit, CPU, m) {
   m.impl("depthwise_mlp", TORCH_BOX(&fk::mlp::run));
+  m.impl("depthwise_mlp_keeping", TORCH_BOX(&fk::mlp::run_keeping));
   m.impl("depthwise_mlp_pack", TORCH_BOX(&fk::mlp::pack_only));
 }

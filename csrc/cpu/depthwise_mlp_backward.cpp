@@ -169,7 +169,7 @@ void choose_tiles(fk_depthwise_mlp_backward* p, int64_t hidden) {
   p->stack = std::max<int64_t>(1, std::min(p->batch, kFewPixels / (p->height * p->width)));
   const int64_t stacks = blocks(p->batch, p->stack), rows = p->stack * p->height;
   const int64_t padded = (p->stack * (p->height + reach) + reach) * (p->width + 2 * reach);
-  const bool steps = p->store;
+  const bool steps = p->stores;
   p->chunk = std::max<int64_t>(panel, 64);
   while (!steps && p->chunk < 256 && padded * p->chunk * 2 * 4 <= 128 * 1024) p->chunk *= 2;
   p->chunk = std::min(p->chunk, hidden);
@@ -211,13 +211,14 @@ Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p) {
   ChannelNorm norm2(m.bn[1], m.hidden, hidden, b->of_batch(1), &b->memory);
   p->norm1 = norm1.vectors;
   p->norm2 = norm2.vectors;
-  char sizing;
-  p->store = steps ? &sizing : nullptr;
+  char* sizing = nullptr;
+  p->stores = steps ? &sizing : nullptr;
   choose_tiles(p, hidden);
   p->first = 0;
   p->rows = steps ? p->chunk : hidden;
-  p->store_bytes = steps ? k.store_depthwise_mlp_backward(p) : 0;
-  p->store = steps ? b->memory.take<char>(blocks(m.batch, p->stack) * p->store_bytes) : nullptr;
+  std::vector<char*> stores;
+  if (steps) stores = take_stores(blocks(m.batch, p->stack), k.store_depthwise_mlp_backward(p), &b->memory);
+  if (steps) p->stores = stores.data();
   p->expand_sums =
       p->wants_expand ? b->memory.take<float>(std::max<int64_t>(1, p->groups) * p->rows * channels) : nullptr;
   p->project_sums = p->wants_project ? b->memory.take<float>(std::max<int64_t>(1, p->groups) * p->rows * out) : nullptr;
@@ -423,6 +424,18 @@ std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, cons
   b.taps = m.kernel * m.kernel;
 
   const ScalarType out_dtype = promoted(o.dtype, t[kResidual]);
+  // What the forward kept comes last.
+  std::optional<Tensor> kept, raw_branch;
+  if (b.of_batch(2) && grads.size() > 2) {
+    STD_TORCH_CHECK(grads.size() == 4, "grads: expected 2 or 4 entries, got ", grads.size());
+    kept = grads[2];
+    raw_branch = grads[3];
+    grads.resize(2);
+  }
+  if (o.out_norm_eps.has_value() && grads.size() % 2 == 1) {
+    raw_branch = grads.back();
+    grads.pop_back();
+  }
   auto results = take_results(grads, {m.batch, m.tokens, m.out}, out_dtype);
   STD_TORCH_CHECK(grads.size() == 2, "grads: expected 2 entries, got ", grads.size());
   STD_TORCH_CHECK(grads[0].scalar_type() == out_dtype, "grads: unexpected dtype");
@@ -448,7 +461,8 @@ std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, cons
   // The forward again, as far as its results matter and did not come along.
   std::optional<Outputs> again;
   const bool of_statistics = summary.data && statistics;
-  if ((of_statistics && !results) || (branch && normed)) again = forward(t, std::nullopt, o, std::nullopt);
+  if ((of_statistics && !results) || (branch && normed && !raw_branch))
+    again = forward(t, std::nullopt, o, std::nullopt);
   if (of_statistics && !results) results = std::make_tuple(again->out, again->summary);
   float* map = nullptr;
   if (summary.data || normed || normalises) map = gather(&b, grad, summary, of_statistics ? results : std::nullopt);
@@ -458,7 +472,7 @@ std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, cons
   p.grad = map ? fk_array{map, FK_F32, m.batch * b.pixels * m.out} : grad;
   p.grad_prefix = map ? 0 : o.prefix;
   if (normed) {
-    const fk_array raw = view(again->raw, "raw");
+    const fk_array raw = branch_view(again ? again->raw : *raw_branch, m, b.pixels);
     const fk_norm norm = [&] {
       fk_norm n = {nullptr, nullptr, static_cast<float>(*o.out_norm_eps), FK_GROUP_NORM, nullptr};
       float* values = b.memory.take<float>(2 * m.out);
@@ -475,21 +489,25 @@ std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, cons
     set_group_statistics(&with_groups, nullptr, raw, m.batch, 0, b.pixels, m.out, &groups);
     std::vector<double> weight, bias;
     NormGradients out;
-    out.x = again->raw.mutable_data_ptr();
+    out.x = b.memory.take<float>(raw.size);
     out.weight = &weight;
     out.bias = &bias;
     norm_gradients(raw, with_groups, false, map, m.out, 1, m.batch, 0, b.pixels, m.out, out);
     write_vector(&b, kOutNormWeight, weight);
     write_vector(&b, kOutNormBias, bias);
-    p.grad = raw;
+    p.grad = {out.x, FK_F32, raw.size};
   } else if (normalises) {
-    TensorList inner = t;
-    for (size_t i = kBn3; i < kBn3 + 4; ++i) inner[i].reset();
-    inner[kResidual].reset();
-    Options plain = o;
-    plain.summary = "none";
-    const Outputs found = forward(inner, std::nullopt, plain, ScalarType::Float);
-    batch_norm_gradients(&b, map, view(found.out, "out"), o.prefix);
+    if (raw_branch) {
+      batch_norm_gradients(&b, map, branch_view(*raw_branch, m, b.pixels), 0);
+    } else {
+      TensorList inner = t;
+      for (size_t i = kBn3; i < kBn3 + 4; ++i) inner[i].reset();
+      inner[kResidual].reset();
+      Options plain = o;
+      plain.summary = "none";
+      const Outputs found = forward(inner, std::nullopt, plain, ScalarType::Float);
+      batch_norm_gradients(&b, map, view(found.out, "out"), o.prefix);
+    }
   }
   std::vector<double> scale(static_cast<size_t>(m.out), 1.0);
   for (int64_t n = 0; m.bn[2].present() && !training && n < m.out; ++n) scale[n] = m.bn[2].scale(n);
@@ -507,6 +525,7 @@ std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, cons
 
   std::vector<float> groups;
   const Tensor block = describe_hidden(m, o, t, &b.memory, &groups, &p);
+  if (kept) take_kept(m, o, *kept, &p);
   // Running statistics behind the second linear scale the gradient that passes through it.
   std::vector<float> scaled;
   fk_array project = m.project;

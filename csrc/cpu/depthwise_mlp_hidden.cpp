@@ -51,4 +51,33 @@ Tensor describe_hidden(const Mlp& m, const Options& o, const TensorList& t, Memo
   return block;
 }
 
+// A multiple of every instruction set's panel.
+constexpr int64_t kKeptPanel = 64;
+
+std::vector<int64_t> kept_shape(const Mlp& m, int64_t pixels) {
+  return {m.batch, blocks(m.hidden, kKeptPanel) * kKeptPanel, pixels};
+}
+
+void take_kept(const Mlp& m, const Options& o, const Tensor& kept, fk_depthwise_mlp_backward* p) {
+  const std::vector<int64_t> shape = kept_shape(m, p->height * p->width);
+  const fk_array array = view(kept, "kept", {shape[0], shape[1], shape[2]});
+  STD_TORCH_CHECK(array.dtype == kernel_dtype(o.dtype), "kept: unexpected dtype");
+  p->kept_dtype = array.dtype;
+  p->kept = const_cast<void*>(array.data);
+  p->kept_planes = shape[1] / kernels().lanes;
+}
+
+fk_array branch_view(const Tensor& branch, const Mlp& m, int64_t pixels) {
+  const fk_array array = view(branch, "branch", {m.batch, pixels, m.out});
+  STD_TORCH_CHECK(array.dtype == FK_F32, "branch: expected float32");
+  return array;
+}
+
+// One by one: the allocator gives blocks of moderate size again that it was given back, larger ones are fresh pages.
+std::vector<char*> take_stores(int64_t count, int64_t bytes, Memory* memory) {
+  std::vector<char*> stores;
+  for (int64_t i = 0; i < count; ++i) stores.push_back(memory->take<char>(bytes));
+  return stores;
+}
+
 }  // namespace fk::mlp

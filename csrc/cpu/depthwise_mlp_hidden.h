@@ -11,6 +11,16 @@ namespace fk::mlp {
 Tensor describe_hidden(const Mlp& m, const Options& o, const TensorList& t, Memory* memory, std::vector<float>* groups,
                        fk_depthwise_mlp_backward* p);
 
+// What a forward with batch statistics keeps for the backward, whatever the lanes of a vector; and that the kernels
+// read or write it.
+std::vector<int64_t> kept_shape(const Mlp& m, int64_t pixels);
+void take_kept(const Mlp& m, const Options& o, const Tensor& kept, fk_depthwise_mlp_backward* p);
+// The branch in front of its batch norm [B, H * W, N], checked.
+fk_array branch_view(const Tensor& branch, const Mlp& m, int64_t pixels);
+
+// Memory for each image or stack of them.
+std::vector<char*> take_stores(int64_t count, int64_t bytes, Memory* memory);
+
 // Mean and biased variance of each channel of fp32 rows [images, skipped + rows, n], without the skipped ones.
 struct ChannelStatistics {
   std::vector<double> mean, variance;

@@ -50,10 +50,7 @@ void Gradients::copy(size_t index, const Tensor& from) {
   if (wants(index)) torch::stable::copy_(*results_[index], from);
 }
 
-float* Gradients::memory(int64_t floats) {
-  memory_.push_back(empty({4 * floats}, ScalarType::Byte));
-  return static_cast<float*>(memory_.back().mutable_data_ptr());
-}
+float* Gradients::memory(int64_t floats) { return memory_.take<float>(floats); }
 
 float* Gradients::sums(size_t index, int64_t count, int64_t rows, int64_t columns, int64_t taps) {
   if (!wants(index)) return nullptr;

@@ -1,7 +1,7 @@
 // The results of a backward: one fresh tensor per wanted gradient, some written by the kernels, some as partial sums.
 #pragma once
 
-#include "packed.h"
+#include "memory.h"
 
 namespace fk {
 
@@ -47,7 +47,7 @@ class Gradients {
 
  private:
   std::vector<std::optional<Tensor>> results_;
-  std::vector<Tensor> memory_;
+  Memory memory_;
   std::vector<fk_partial_sums> sums_;
 };
 

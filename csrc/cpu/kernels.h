@@ -192,6 +192,26 @@ struct fk_group_norm_rows {
   double* moments;  // per task [3], of the result; null: not wanted
 };
 
+// Batch normalisation per channel, for its backward. Vectors are padded with zeros.
+struct fk_channel_norm {
+  const float *mean, *rstd, *weight, *bias;  // mean null: there is no norm
+  const float* rest;                         // what rounding took from `rstd`
+  // Of the gradient, alone and times the normalised input, where both flow into batch statistics; null: they do not.
+  const float *grad_mean, *grad_slope;
+};
+
+// out = BatchNorm(raw) + residual for rows of images.
+struct fk_batch_norm_rows {
+  const float* raw;  // [B, rows, N]
+  struct fk_channel_norm norm;
+  struct fk_array residual;
+  void* out;  // [B, skipped + rows, N], like the residual
+  fk_dtype out_dtype;
+  int64_t rows, skipped, columns;
+  int64_t rows_per_task, tasks_per_image;
+  double* means;  // per task [N], sums of BatchNorm(raw); null: not wanted
+};
+
 // A weight matrix [n, k] to be packed; columns of the source may be permuted by `channels` (see pack.h).
 struct fk_pack_linear {
   struct fk_array weight, bias;
@@ -342,14 +362,6 @@ struct fk_statistics_backward {
   float* to;
 };
 
-// Batch normalisation per channel, for its backward. Vectors are padded with zeros.
-struct fk_channel_norm {
-  const float *mean, *rstd, *weight, *bias;  // mean null: there is no norm
-  const float* rest;                         // what rounding took from `rstd`
-  // Of the gradient, alone and times the normalised input, where both flow into batch statistics; null: they do not.
-  const float *grad_mean, *grad_slope;
-};
-
 // Sums over pixels per channel; the gradients of the filter's taps come behind them. Those of the filter's results
 // count as the norm's where there is none.
 enum fk_conv_sum { FK_CONV_GRADS, FK_CONV_GRADS_X, FK_CONV_X, FK_CONV_TAPS };
@@ -412,8 +424,14 @@ struct fk_depthwise_mlp_backward {
   int64_t stack;  // images that are worked at together
   int64_t chunk, rows_per_band, groups, slices;
   int64_t first, rows;  // hidden channels that the partial sums are of
-  char* store;          // of each stack what steps leave to each other; null: one step does it all
-  int64_t store_bytes;  // of a stack
+  char* const* stores;  // of each stack what steps leave to each other; null: one step does it all
+  // What the first linear gave, [B][kept_planes][H * W][lanes]; null: it is computed again.
+  void* kept;
+  fk_dtype kept_dtype;
+  int64_t kept_planes;
+  // Of a forward with batch statistics only: the second linear, and its results [B, H * W, N]; null: not wanted.
+  struct fk_linear project;
+  float* branch;
   float* expand_sums;   // per group [rows][C, padded]: gradient of the first linear's weight
   float* project_sums;  // per group [rows][N, padded]: of the second one's, transposed
   double* sums;         // per group [FK_SUM_TAPS + taps][rows]
@@ -479,7 +497,10 @@ struct fk_table {
   int64_t (*store_depthwise_mlp_backward)(const struct fk_depthwise_mlp_backward*);
   int64_t (*scratch_depthwise_mlp_backward)(const struct fk_depthwise_mlp_backward*);
   void (*depthwise_mlp_backward)(const struct fk_depthwise_mlp_backward*, int64_t task, void* scratch);
-  void (*depthwise_mlp_statistics)(const struct fk_depthwise_mlp_backward*, int64_t step, int64_t image);
+  int64_t (*store_depthwise_mlp_statistics)(const struct fk_depthwise_mlp_backward*);
+  int64_t (*scratch_depthwise_mlp_statistics)(const struct fk_depthwise_mlp_backward*);
+  void (*depthwise_mlp_statistics)(const struct fk_depthwise_mlp_backward*, int64_t step, int64_t image, void* scratch);
+  void (*batch_norm_rows)(const struct fk_batch_norm_rows*, int64_t task, void* scratch);
   void (*depthwise_mlp_backward_step)(const struct fk_depthwise_mlp_backward*, int64_t step, int64_t task,
                                       void* scratch);
   double (*peak)(int32_t low_precision, int64_t iterations);  // floating-point operations done

@@ -1,8 +1,8 @@
 // Gradients as tensors, and those of the norm in front of an operator or behind it.
 #pragma once
 
+#include "memory.h"
 #include "norms.h"
-#include "packed.h"
 
 namespace fk {
 
@@ -30,22 +30,6 @@ class Writer {
   static uint16_t rounded(float value);
   bool wide_;
   void* data_;
-};
-
-// Memory for kernels, freed at the end of the call.
-class Memory {
- public:
-  template <class T>
-  T* take(int64_t values) {
-    const int64_t bytes = values * static_cast<int64_t>(sizeof(T));
-    blocks_.push_back(empty({bytes}, ScalarType::Byte));
-    char* block = static_cast<char*>(blocks_.back().mutable_data_ptr());
-    prefer_large_pages(block, bytes);
-    return reinterpret_cast<T*>(block);
-  }
-
- private:
-  std::vector<Tensor> blocks_;
 };
 
 // Sums over the rows of a tensor [images, skipped + rows, columns] without the skipped ones.

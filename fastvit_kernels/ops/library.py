@@ -8,7 +8,7 @@ For every operator `name` this defines
 * `fastvit::name_backward(Tensor[] grads, Tensor?[] tensors, bool[] needs, ...)`: gradients, recomputed through the
   reference;
 * `fastvit::name_statistics`, where batch norms take those of the batch: their means and variances, from C++, and with
-  the overload `.triton` from Triton;
+  the overload `.triton` from Triton; of depthwise_mlp the former also returns what `fastvit::name_finish` goes on from;
 * `fastvit::name_backward.native` and `fastvit::name_backward.triton`, where there are such kernels: the same gradients
   from C++ (CPU and CUDA dispatch keys) and from Triton;
 * `fastvit::name.sdpa` and `fastvit::name_backward.sdpa`, of the attentions: the reference around PyTorch's own
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,15 @@ from torch.library import Library
 
 from fastvit_kernels.ops import dispatch
 from fastvit_kernels.ops.dispatch import Decision
-from fastvit_kernels.ops.operator import Backend, BackwardBackend, GradientKernels, Operator, Outputs, Tensors
+from fastvit_kernels.ops.operator import (
+    Backend,
+    BackwardBackend,
+    GradientKernels,
+    Operator,
+    Outputs,
+    Tensors,
+    TwoStepBackend,
+)
 from fastvit_kernels.ops.packing import PackedWeights
 
 NAMESPACE = "fastvit"
@@ -43,6 +51,7 @@ library = Library(NAMESPACE, "DEF")
 library.define("cpu_isa() -> str")
 library.define("cpu_peak(str kind, float seconds) -> float")
 library.define("cpu_bandwidth(float seconds) -> float")
+library.define("release_memory() -> int")
 library.define("plan_begin() -> ()")
 library.define("plan_end(Tensor[] inputs, Tensor[] outputs) -> int")
 library.define("plan_replay(Tensor[] inputs, int plan) -> Tensor[]")
@@ -55,6 +64,7 @@ _NATIVE = ("cpu", "cuda")
 _functions: dict[str, Any] = {}
 # By the helper operator's name and the backend.
 _statistics: dict[tuple[str, str], Any] = {}
+_two_steps: set[str] = set()
 _cpu_ops: dict[str, Any] = {}
 
 
@@ -77,6 +87,38 @@ def define_statistics(name: str, static_schema: str, fake: Callable[..., Tensor]
     _statistics[name, "cpu"] = getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def define_two_steps(operator: Operator, fake: Callable[..., Outputs]) -> None:
+    """Define C++ helpers that split a call with batch statistics in two.
+
+    `fastvit::name_statistics(Tensor?[] tensors, ..., bool keep)` returns the statistics, with `keep` what the gradients
+    read besides the tensors, and the result of the last step in front of the last batch norm (empty where the call
+    cannot go on from there); `fastvit::name_finish(Tensor?[] tensors, Tensor branch, ...)` is the rest.
+    """
+    name, statics = operator.name, operator.static_schema
+    _define(f"{name}_statistics(Tensor?[] tensors, {statics}, bool keep) -> (Tensor, Tensor, Tensor)")
+    returns = ", ".join(["Tensor"] * operator.returns)
+    _define(f"{name}_finish(Tensor?[] tensors, Tensor branch, {statics}) -> ({returns})")
+
+    def fake_finish(tensors: Tensors, branch: Tensor, *static: Any) -> Outputs:
+        _check_one_device(f"{name}_finish", [*tensors, branch])
+        return operator.fake(tensors, operator.static(*static))
+
+    for helper, function in ((f"{name}_statistics", fake), (f"{name}_finish", fake_finish)):
+        torch.library.register_fake(f"{NAMESPACE}::{helper}", function, lib=library)
+    _statistics[f"{name}_statistics", "cpu"] = getattr(getattr(torch.ops, NAMESPACE), f"{name}_statistics").default
+    _two_steps.add(name)
+
+
+def define_keeping(operator: Operator, fake: Callable[..., Outputs]) -> None:
+    """Define the C++ helper `fastvit::name_keeping(Tensor?[] tensors, ...)`.
+
+    It is the operator without packed weights, and returns behind the results one tensor that the gradients read.
+    """
+    returns = ", ".join(["Tensor"] * (operator.returns + 1))
+    _define(f"{operator.name}_keeping(Tensor?[] tensors, {operator.static_schema}) -> ({returns})")
+    torch.library.register_fake(f"{NAMESPACE}::{operator.name}_keeping", fake, lib=library)
+
+
 def define_triton_statistics(
     operator: Operator, launcher: Callable[[Tensors, Any], Tensor], fake: Callable[..., Tensor]
 ) -> None:
@@ -95,14 +137,26 @@ def define_triton_statistics(
     _statistics[name, "triton"] = getattr(getattr(torch.ops, NAMESPACE), name).triton
 
 
-def statistics_by_kernels(operator: Operator, tensors: Tensors, static: Any, backend: str | None) -> Tensor | None:
-    """The batch's statistics, from the kernels of the backend that runs this call; None where it has none for them."""
+class BatchStatistics(NamedTuple):
+    """What kernels for a batch's statistics computed: these, and what the call goes on from (empty: nothing)."""
+
+    moments: Tensor
+    begun: Outputs = ()
+
+
+def statistics_by_kernels(
+    operator: Operator, tensors: Tensors, static: Any, backend: str | None, gradients: bool = False
+) -> BatchStatistics | None:
+    """Those of the backend that runs this call; None where it has none. `gradients`: some of the call are wanted."""
     chosen = dispatch.select(operator, tensors, static, backend).name
     kernels = _statistics.get((f"{operator.name}_statistics", chosen))
     if kernels is None:
         return None
-    found: Tensor = kernels(dense(tensors, operator.triton_any_layout if chosen == "triton" else ()), *static)
-    return found
+    tensors = dense(tensors, operator.triton_any_layout if chosen == "triton" else ())
+    if chosen != "cpu" or operator.name not in _two_steps:
+        return BatchStatistics(kernels(tensors, *static))
+    moments, kept, branch = kernels(tensors, *static, gradients and dispatch.keeps_maps())
+    return BatchStatistics(moments, (kept, branch) if branch.numel() else ())
 
 
 def register(
@@ -285,7 +339,7 @@ def _gradients(
 
     Args:
         decision: told who computed them.
-        outputs: those of the forward, where the backend reads them.
+        outputs: those of the forward, where the backend reads them, or what it kept besides.
     """
     if not any(needs):
         return [None] * len(needs)
@@ -307,16 +361,25 @@ def _make_function(operator: Operator) -> Any:
         """A backend's forward and, where it has one for the gradients in question, its backward."""
 
         @staticmethod
-        def forward(ctx: Any, backend: Backend, static: Any, *tensors: Tensor | None) -> Any:
-            outputs = backend.run(tensors, None, static)
-            kept = outputs if isinstance(backend, GradientKernels) and backend.reads_outputs(static) else ()
+        def forward(ctx: Any, backend: Backend, static: Any, begun: int, *given: Tensor | None) -> Any:
+            tensors, steps = given[begun:], tuple(t for t in given[:begun] if t is not None)
+            kept: Outputs = ()
+            if steps:
+                outputs = _finish(backend, tensors, steps, static)
+                kept = steps if steps[0].numel() else ()
+            elif isinstance(backend, GradientKernels) and dispatch.keeps_maps():
+                outputs, kept = backend.run_keeping(tensors, static)
+            else:
+                outputs = backend.run(tensors, None, static)
+            if isinstance(backend, GradientKernels) and backend.reads_outputs(static):
+                kept = (*outputs, *kept)
             ctx.save_for_backward(*tensors, *kept)
-            ctx.backend, ctx.static, ctx.decision = backend, static, dispatch.latest_decision()
+            ctx.backend, ctx.static, ctx.decision, ctx.begun = backend, static, dispatch.latest_decision(), begun
             return _unwrap(outputs)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            needs, static = [bool(n) for n in ctx.needs_input_grad[2:]], ctx.static
+            needs, static = [bool(n) for n in ctx.needs_input_grad[3 + ctx.begun :]], ctx.static
             saved = ctx.saved_tensors
             tensors, outputs = saved[: len(needs)], saved[len(needs) :]
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -328,10 +391,15 @@ def _make_function(operator: Operator) -> Any:
                 found = _gradients(operator, ctx.backend, grads, tensors, needs, static, ctx.decision, outputs)
                 if at is not None:
                     found[at] = grads[0]
-            return (None, None, *found)
+            return (*[None] * (3 + ctx.begun), *found)
 
     Fused.__name__ = Fused.__qualname__ = f"Fused[{operator.name}]"
     return Fused
+
+
+def _finish(backend: Backend, tensors: Tensors, begun: Outputs, static: Any) -> Outputs:
+    assert isinstance(backend, TwoStepBackend)
+    return backend.finish(tensors, begun, static)
 
 
 def row_major(grads: Sequence[Tensor]) -> list[Tensor]:
@@ -385,8 +453,12 @@ def call(
     *,
     packed: PackedWeights | None = None,
     backend: str | None = None,
+    begun: Outputs = (),
 ) -> Outputs:
-    """Run `operator` on the backend that `dispatch` selects, with autograd when a gradient is needed."""
+    """Run `operator` on the backend that `dispatch` selects, with autograd when a gradient is needed.
+
+    `begun` is what `statistics_by_kernels` found for this call.
+    """
     chosen = dispatch.select(operator, tensors, static, backend)
     if chosen.name == "reference":
         outputs = chosen.run(tensors, None, static)
@@ -400,7 +472,9 @@ def call(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if torch.compiler.is_compiling():
             tensors = _distinct(tensors)
-        return _as_tuple(_functions[operator.name].apply(chosen, static, *tensors))
+        return _as_tuple(_functions[operator.name].apply(chosen, static, len(begun), *begun, *tensors))
+    if begun:
+        return _finish(chosen, tensors, begun, static)
     prepared = packed.get(operator, tensors, static) if packed is not None and chosen.name == "cpu" else None
     return chosen.run(tensors, prepared, static)
 

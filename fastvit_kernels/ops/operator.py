@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -35,7 +36,7 @@ class BackwardBackend(Protocol):
     `supports_backward` lists every reason it cannot compute the wanted ones, beyond those of `supports`. `run_backward`
     returns one fresh dense tensor for each tensor that `needs` asks for, in order, of its shape and dtype. `grads` are
     the row-major gradients of the outputs, where `GradientKernels.reads_outputs` with the outputs themselves behind
-    them; `tensors` those of the forward.
+    them, and with what `run_keeping` or a `TwoStepBackend` kept at the end; `tensors` those of the forward.
     """
 
     def supports_backward(
@@ -47,7 +48,17 @@ class BackwardBackend(Protocol):
     ) -> list[Tensor]: ...
 
 
-class GradientKernels:
+@runtime_checkable
+class TwoStepBackend(Protocol):
+    """A backend whose kernels for batch statistics do most of the call: `finish` does the rest.
+
+    `begun` is what they kept for the gradients, maybe empty, and what `finish` reads.
+    """
+
+    def finish(self, tensors: Tensors, begun: Outputs, static: Any) -> Outputs: ...
+
+
+class GradientKernels(ABC):
     """The `BackwardBackend` part of a backend with kernels for every gradient; one that refuses some says which.
 
     Attributes:
@@ -55,6 +66,13 @@ class GradientKernels:
     """
 
     backward: ClassVar[tuple[str, str]]
+
+    @abstractmethod
+    def run(self, tensors: Tensors, packed: Tensor | None, static: Any) -> Outputs: ...
+
+    def run_keeping(self, tensors: Tensors, static: Any) -> tuple[Outputs, Outputs]:
+        """`run`, and what spares the gradients a good part of their work; by default nothing."""
+        return self.run(tensors, None, static), ()
 
     def reads_outputs(self, static: Any) -> bool:
         """Whether the kernels need the outputs: they take them behind their gradients, or run the forward again."""

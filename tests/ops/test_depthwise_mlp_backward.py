@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastvit_kernels import use_recompute
 from fastvit_kernels.testing import inputs
 from fastvit_kernels.testing.contract.base import backward_operators, check, reference_results, run
 from fastvit_kernels.testing.inputs import BF16, FP32, depthwise_mlp_case
@@ -30,7 +31,10 @@ LARGE = [
     depthwise_mlp_case("hat", grid=(26, 32), channels=12, hidden=96, batch=2, return_statistics=True, **HAT),
     depthwise_mlp_case("groups_and_slices", grid=(3, 3), channels=96, hidden=600, batch=9),
     depthwise_mlp_case("steps_of_daff", grid=(25, 31), channels=16, hidden=64, bn_training=True, **DAFF_STEPS),
+    depthwise_mlp_case("steps_of_irffn", grid=(9, 11), channels=13, hidden=98, bn_training=True, **IRFFN),
 ]
+# Those whose forward keeps maps for the gradients unless it is told not to.
+KEEPING = ("hat", "steps_of_daff", "steps_of_irffn")
 
 
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=str)
@@ -39,6 +43,46 @@ def test_every_gradient_keeps_the_numerics_rule(case, precision):
     call = case.call(precision)
     assert backward_operators(call, "cpu") == NATIVE
     check(run(call, "cpu"), *reference_results(call), case.vanishing)
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("case", [case for case in LARGE if case.name in KEEPING], ids=str)
+def test_recomputed_gradients_keep_it_as_well(case, precision):
+    call = case.call(precision)
+    with use_recompute(True):
+        assert backward_operators(call, "cpu") == NATIVE
+        check(run(call, "cpu"), *reference_results(call), case.vanishing)
+
+
+def test_what_a_forward_kept_is_checked():
+    (case,) = (case for case in LARGE if case.name == "steps_of_daff")
+    tensors, static = raw_call(case.call())
+    ops = torch.ops.fastvit
+    statistics, kept, branch = ops.depthwise_mlp_statistics.default(tensors, *static, True)
+    hidden, out = tensors[4].shape[0], tensors[16].shape[0]
+    for first, mean, variance in zip(
+        (6, 12, 18), *(row.split([hidden, hidden, out]) for row in statistics), strict=True
+    ):
+        tensors[first + 2], tensors[first + 3] = mean.clone(), variance.clone()
+    outputs = ops.depthwise_mlp_finish.default(tensors, branch, *static)
+    whole = ops.depthwise_mlp.default(tensors, None, *static)
+    torch.testing.assert_close(outputs, whole)
+    grads = [torch.ones_like(output) for output in outputs]
+    needs = [t is not None and index not in (8, 9, 14, 15, 20, 21) for index, t in enumerate(tensors)]
+    found = ops.depthwise_mlp_backward.native([*grads, kept, branch], tensors, needs, *static)
+    again = ops.depthwise_mlp_backward.native(grads, tensors, needs, *static)
+    assert [t.shape for t in found] == [t.shape for t in again]
+    for wrong in (kept[:, :-1].contiguous(), kept.double(), kept.bfloat16(), kept.mT, kept.to("meta")):
+        _raises([*grads, wrong, branch], tensors, needs, static)
+    for wrong in (branch[:, 1:].contiguous(), branch.bfloat16(), branch.to("meta")):
+        _raises([*grads, kept, wrong], tensors, needs, static)
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            ops.depthwise_mlp_finish.default(tensors, wrong, *static)
+    _raises([*grads, kept], tensors, needs, static)
+    without = [None if index in range(18, 22) else t for index, t in enumerate(tensors)]
+    assert [t.numel() for t in ops.depthwise_mlp_statistics.default(without, *static, True)[1:]] == [0, 0]
+    with pytest.raises(RuntimeError, match="branch"):
+        ops.depthwise_mlp_finish.default(without, branch, *static)
 
 
 def _backward_call():

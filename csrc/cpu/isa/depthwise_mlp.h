@@ -189,18 +189,17 @@ FK_INLINE void filter_band(const struct fk_depthwise_mlp& p, const MlpBand& b, c
     filter_band<Activation, false>(p, b, s, column, channels);
 }
 
-// Prefix rows skip the branch: what is left is the residual.
-FK_INLINE void write_prefix(const struct fk_depthwise_mlp& p, int64_t image) {
-  const int64_t n = p.project.n, tokens = p.prefix + p.height * p.width;
-  for (int64_t i = 0; i < p.prefix * n; ++i) {
-    const int64_t at = image * tokens * n + i;
-    const float y = !p.residual.data             ? 0.0f
-                    : p.residual.dtype == FK_F32 ? ((const float*)p.residual.data)[at]
-                                                 : to_float(((const bf16*)p.residual.data)[at]);
-    if (p.out_dtype == FK_F32)
-      ((float*)p.out)[at] = y;
+// Prefix rows skip the branch: what is left is the residual, `count` values from `first` on.
+FK_INLINE void write_prefix(const struct fk_array& residual, void* out, fk_dtype out_dtype, int64_t first,
+                            int64_t count) {
+  for (int64_t at = first; at < first + count; ++at) {
+    const float y = !residual.data             ? 0.0f
+                    : residual.dtype == FK_F32 ? ((const float*)residual.data)[at]
+                                               : to_float(((const bf16*)residual.data)[at]);
+    if (out_dtype == FK_F32)
+      ((float*)out)[at] = y;
     else
-      from_float((bf16*)p.out + at, y);
+      from_float((bf16*)out + at, y);
   }
 }
 
@@ -249,7 +248,8 @@ FK_INLINE void depthwise_task(const struct fk_depthwise_mlp& p, int64_t task, vo
   const DepthwiseScratch<A> s = DepthwiseScratch<A>::layout(p, scratch);
   const MlpBand b = mlp_band(p, task);
   const int64_t tokens = p.prefix + p.height * p.width, start = b.image * tokens + p.prefix;
-  if (b.first == 0 && b.slice == 0) write_prefix(p, b.image);
+  if (b.first == 0 && b.slice == 0)
+    write_prefix(p.residual, p.out, p.out_dtype, b.image * tokens * p.project.n, p.prefix * p.project.n);
   const int64_t in_pixels = b.in_rows * p.width, pixels = b.rows * p.width;
   for (int64_t i = 0; i < in_pixels; ++i)
     any_norm_row(p.x, (start + b.top * p.width + i) * p.channels, p.channels, round_up(p.channels, 2), p.norm, b.image,

@@ -5,6 +5,7 @@
 #include "conv_projection_backward.h"
 #include "depthwise_conv.h"
 #include "depthwise_mlp_backward.h"
+#include "depthwise_mlp_statistics.h"
 #include "global_attention.h"
 #include "head_tokens_backward.h"
 #include "linear_backward.h"
@@ -77,7 +78,10 @@
       store_depthwise_mlp_backward,                   \
       scratch_depthwise_mlp_backward,                 \
       depthwise_mlp_backward,                         \
+      store_depthwise_mlp_statistics,                 \
+      scratch_depthwise_mlp_statistics,               \
       depthwise_mlp_statistics,                       \
+      batch_norm_rows,                                \
       depthwise_mlp_backward_step,                    \
       peak,                                           \
   };

@@ -225,7 +225,7 @@ def _use_batch_statistics(
         raise ValueError(f"x: expected more than 1 value per channel when training, got {min(counts)}")
     with torch.no_grad():
         found = library.statistics_by_kernels(OPERATOR, tensors, static, backend)
-        statistics = batch_statistics(tensors, static) if found is None else found
+        statistics = batch_statistics(tensors, static) if found is None else found.moments
         for index, (bn, count) in enumerate(zip(norms, counts, strict=True)):
             mean, var = statistics[index]
             first = 3 + PER_BRANCH * index

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,34 @@ def _fake_statistics(tensors: Tensors, *static: object) -> Tensor:
     return x.new_empty((2, 2 * fc1_weight.shape[0] + fc2_weight.shape[0]), dtype=torch.float32)
 
 
+# Hidden channels of a kept map come in multiples of this, which every instruction set's vectors divide.
+_KEPT_PANEL = 64
+
+
+def _fake_two_steps(tensors: Tensors, *arguments: Any) -> Outputs:
+    """Statistics; the hidden map in front of its norm, in a layout of the kernels' own; the branch in front of bn3."""
+    static, keep = Static(*arguments[:-1]), arguments[-1]
+    x, fc1_weight, fc2_weight, last_mean = tensors[0], tensors[4], tensors[16], tensors[20]
+    assert x is not None and fc1_weight is not None and fc2_weight is not None
+    batch, pixels, hidden = x.shape[0], static.height * static.width, fc1_weight.shape[0]
+    goes_on = last_mean is not None and static.out_norm_eps is None and static.summary != "statistics"
+    kept = (batch, -(-hidden // _KEPT_PANEL) * _KEPT_PANEL, pixels) if goes_on and keep else (0,)
+    branch = (batch, pixels, fc2_weight.shape[0]) if goes_on else (0,)
+    return (
+        _fake_statistics(tensors),
+        x.new_empty(kept, dtype=static.dtype if goes_on and keep else torch.float32),
+        x.new_empty(branch, dtype=torch.float32),
+    )
+
+
+def _fake_keeping(tensors: Tensors, *arguments: Any) -> Outputs:
+    """The results, and the branch in front of its own norm."""
+    static, x, fc2_weight = Static(*arguments), tensors[0], tensors[16]
+    assert x is not None and fc2_weight is not None
+    branch = (0,) if static.out_norm_eps is None else (x.shape[0], static.height * static.width, fc2_weight.shape[0])
+    return (*_fake(tensors, static), x.new_empty(branch, dtype=torch.float32))
+
+
 OPERATOR = Operator(
     name="depthwise_mlp",
     static=Static,
@@ -68,7 +98,8 @@ OPERATOR = Operator(
     backends=[native.Cpu(), triton.Triton(), native.Cuda()],
 )
 library.register(OPERATOR, triton.launch, triton.launch_backward)
-library.define_statistics("depthwise_mlp_statistics", STATIC_SCHEMA, _fake_statistics)
+library.define_two_steps(OPERATOR, _fake_two_steps)
+library.define_keeping(OPERATOR, _fake_keeping)
 library.define_triton_statistics(OPERATOR, triton.launch_statistics, _fake_statistics)
 
 
@@ -224,9 +255,9 @@ def depthwise_mlp(
         "statistics" if return_statistics else "mean" if return_mean else "none",
         compute_dtype(x),
     )
-    if training:
-        _use_batch_statistics(tensors, static, norms, backend)
-    found, summary = library.call(OPERATOR, tensors, static, packed=None if training else packed, backend=backend)
+    begun = _use_batch_statistics(tensors, static, norms, backend) if training else ()
+    packed = None if training else packed
+    found, summary = library.call(OPERATOR, tensors, static, packed=packed, backend=backend, begun=begun)
     return found if static.summary == "none" else (found, summary)
 
 
@@ -247,20 +278,26 @@ def _check_batch_norms(
 
 def _use_batch_statistics(
     tensors: list[Tensor | None], static: Static, norms: tuple[BatchNorm | None, ...], backend: str | None
-) -> None:
-    """Put this batch's means and variances into `tensors`, update the running statistics as BatchNorm2d does."""
+) -> Outputs:
+    """Put this batch's means and variances into `tensors`, update the running statistics as BatchNorm2d does.
+
+    Returns:
+        What the kernels for them found on the way, which the call goes on from.
+    """
     x = tensors[0]
     assert x is not None
     count = x.shape[0] * static.height * static.width
     if count < 2:
         raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
+    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     with torch.no_grad():
-        moments = library.statistics_by_kernels(OPERATOR, tensors, static, backend)
-        statistics = batch_statistics(tensors, static) if moments is None else _by_norm(moments, tensors)
+        kernels = library.statistics_by_kernels(OPERATOR, tensors, static, backend, gradients)
+        statistics = batch_statistics(tensors, static) if kernels is None else _by_norm(kernels.moments, tensors)
         for bn, first, found in zip(norms, BATCH_NORMS, statistics, strict=True):
             if bn is not None and found is not None:
                 tensors[first + 2], tensors[first + 3] = found
                 update_running_statistics(bn, *found, count)
+    return () if kernels is None else kernels.begun
 
 
 def _by_norm(moments: Tensor, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:

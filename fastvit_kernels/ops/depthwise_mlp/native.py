@@ -32,6 +32,15 @@ class Cpu(GradientKernels):
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.depthwise_mlp.default(tensors, packed, *static))
 
+    def run_keeping(self, tensors: Tensors, static: Static) -> tuple[Outputs, Outputs]:
+        if static.out_norm_eps is None:
+            return self.run(tensors, None, static), ()
+        out, summary, branch = torch.ops.fastvit.depthwise_mlp_keeping.default(tensors, *static)
+        return (out, summary), (branch,)
+
+    def finish(self, tensors: Tensors, begun: Outputs, static: Static) -> Outputs:
+        return tuple(torch.ops.fastvit.depthwise_mlp_finish.default(tensors, begun[1], *static))
+
     def supports_backward(
         self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
     ) -> list[str]:

@@ -172,7 +172,7 @@ def patch_embedding(
             raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
         with torch.no_grad():
             found = library.statistics_by_kernels(OPERATOR, tensors, static, backend)
-            mean, var = batch_statistics(tensors, static) if found is None else found
+            mean, var = batch_statistics(tensors, static) if found is None else found.moments
             tensors[9:] = mean, var
             update_running_statistics(bn, mean, var, count)
     packed = None if training else packed

@@ -1,0 +1,320 @@
+// The forward of depthwise_mlp with batch statistics. A batch norm needs the whole batch before the next step begins,
+// so all images take a step for one chunk of hidden channels, then the next step: expansion, filter, projection. Their
+// maps of a chunk wait in the cache; nothing is computed twice.
+#pragma once
+
+#include "depthwise_mlp_maps.h"
+
+namespace {
+
+// What an image keeps from step to step. Maps have a border, as in MlpMaps.
+template <class A>
+struct BatchMaps {
+  A* normed;                 // [H * W][lda]
+  float *hidden, *filtered;  // the filter's input, and its result
+  float* branch;             // [H * W][ldb]: the second linear's result, of the chunks so far
+  int64_t lda, ldb, bordered, bytes;
+};
+template <class A>
+FK_INLINE BatchMaps<A> batch_maps(const struct fk_depthwise_mlp_backward& p, void* base) {
+  BatchMaps<A> m;
+  char* at = (char*)base;
+  const int64_t pixels = p.height * p.width, reach = p.kernel / 2;
+  m.lda = round_up(p.channels, kPanel) + kRowPad;
+  m.ldb = round_up(p.out, kPanel) + kRowPad;
+  m.bordered = (p.height + 2 * reach) * mlp_line(p);
+  m.normed = take<A>(&at, pixels * m.lda);
+  m.hidden = take<float>(&at, p.chunk / FK_VL * m.bordered);
+  m.filtered = take<float>(&at, p.chunk / FK_VL * m.bordered);
+  m.branch = take<float>(&at, p.branch ? pixels * m.ldb : 0);
+  m.bytes = at - (char*)base;
+  return m;
+}
+
+template <class A>
+struct BatchChunk {
+  const struct fk_depthwise_mlp_backward& p;
+  const BatchMaps<A>& m;
+  int64_t image, channels;  // of p.first on, with padding
+  int64_t line, corner;     // of a bordered map: values of a line, and where its first pixel is
+};
+
+// Per channel of a vector, over rows of pixels `step` apart: the sum, and the sum of squares around the mean.
+FK_INLINE void pixel_moments(const float* from, int64_t step, int64_t line, int64_t rows, int64_t width, double* sums,
+                             double* squares) {
+  const double n = (double)(rows * width);
+  vf total = splat(0.0f);
+  for (int64_t y = 0; y < rows; ++y) {
+    vf of_row = splat(0.0f);
+    for (int64_t x = 0; x < width; ++x) of_row += load(from + y * line + x * step);
+    total += of_row;
+  }
+  const vf mean = total / splat((float)n);
+  vf rest = splat(0.0f);
+  ExactSum square;
+  constexpr int64_t kFew = 8;
+  for (int64_t y = 0; y < rows; ++y)
+    for (int64_t x = 0; x < width; x += kFew) {
+      vf few = splat(0.0f), few_rest = splat(0.0f);
+      for (int64_t i = x; i < min64(x + kFew, width); ++i) {
+        const vf d = load(from + y * line + i * step) - mean;
+        few += d * d;
+        few_rest += d;
+      }
+      square.add(few);
+      rest += few_rest;
+    }
+  float lanes[4][FK_VL] __attribute__((aligned(64)));
+  store(lanes[0], mean);
+  store(lanes[1], rest);
+  store(lanes[2], square.total);
+  store(lanes[3], square.lost);
+  for (int i = 0; i < FK_VL; ++i) {
+    // What rounding left out of the mean.
+    sums[i] = n * (double)lanes[0][i] + (double)lanes[1][i];
+    const double square_sum = (double)lanes[2][i] + (double)lanes[3][i];
+    squares[i] = square_sum - (double)lanes[1][i] * (double)lanes[1][i] / n;
+  }
+}
+template <class A>
+FK_INLINE void map_moments(const BatchChunk<A>& c, const float* map) {
+  double *sums = c.p.sums + c.image * 2 * c.p.rows, *squares = sums + c.p.rows;
+  for (int64_t at = 0; at < c.channels; at += FK_VL)
+    pixel_moments(map + at / FK_VL * c.m.bordered + c.corner, FK_VL, c.line, c.p.height, c.p.width, sums + at,
+                  squares + at);
+}
+
+// What the first norm meets, into the hidden map.
+template <class A, fk_activation Activation>
+static __attribute__((noinline)) void expand_unnormed(const BatchChunk<A>& c) {
+  constexpr bool kLow = sizeof(A) == 2;
+  const struct fk_depthwise_mlp_backward& p = c.p;
+  const int64_t depth = round_up(p.channels, kStep<A>), first = p.first / kPanel;
+  const A* panels = (const A*)p.expand.panels;
+  product(c.m.normed, c.m.lda, p.height * p.width, panels, p.channels, first, first + c.channels / kPanel,
+          panels + first * depth * kPanel, [&](int64_t row, int64_t height, int64_t n, const float* tile) {
+            for (int j = 0; j < FK_NV; ++j) {
+              const int64_t channel = n + j * FK_VL, plane = (channel - p.first) / FK_VL;
+              const vf bias = load(p.expand.bias + channel);
+              int64_t y = row / p.width, x = row % p.width;
+              const Kept kept = p.kept ? kept_row(p, c.image, channel, 0) : Kept{};
+              float* map = c.m.hidden + plane * c.m.bordered + c.corner;
+              for (int64_t i = 0; i < height; ++i) {
+                vf v = load(tile + i * kPanel + j * FK_VL) + bias;
+                if (p.kept) {
+                  kept.set((row + i) * FK_VL, v);
+                  v = kept.at((row + i) * FK_VL);  // as the backward will read it
+                }
+                store(map + y * c.line + x * FK_VL, activate<kLow, Activation>(v));
+                if (++x == p.width) {
+                  x = 0;
+                  ++y;
+                }
+              }
+            }
+          });
+}
+
+// The first norm, and the activation behind it, in place.
+template <class A, fk_activation Activation>
+static __attribute__((noinline)) void norm_hidden(const BatchChunk<A>& c) {
+  const struct fk_depthwise_mlp_backward& p = c.p;
+  for (int64_t at = 0; at < c.channels; at += FK_VL) {
+    const NormVectors norm = norm_vectors(p.norm1, p.first + at);
+    for (int64_t y = 0; y < p.height; ++y) {
+      float* to = c.m.hidden + at / FK_VL * c.m.bordered + c.corner + y * c.line;
+      for (int64_t x = 0; x < p.width; ++x, to += FK_VL) {
+        vf v = load(to);
+        if (norm.present) v = normalized(norm, v) * norm.weight + norm.bias;
+        store(to, activate<sizeof(A) == 2, Activation>(v));
+      }
+    }
+  }
+}
+
+// What the second norm meets, into the map of the filter's results.
+template <class A, int Kernel, fk_activation Activation>
+static __attribute__((noinline)) void filter_unnormed(const BatchChunk<A>& c) {
+  constexpr bool kLow = sizeof(A) == 2;
+  const struct fk_depthwise_mlp_backward& p = c.p;
+  constexpr int64_t step = FK_VL;
+  const int64_t taps_step = round_up(p.expand.n, kPanel), reach = p.kernel / 2;
+  for (int64_t at = 0; at < c.channels; at += FK_VL) {
+    const int64_t plane = at / FK_VL * c.m.bordered;
+    const vf bias = load(p.filter_bias + p.first + at);
+    for (int64_t y = 0; y < p.height; ++y) {
+      const float *from = c.m.hidden + plane + y * c.line, *filter = p.filter + p.first + at;
+      const float* centre = from + reach * (c.line + step);
+      float* to = c.m.filtered + plane + c.corner + y * c.line;
+      int64_t x = 0;
+      for (; x + 7 <= p.width; x += 7) {
+        vf sums[7];
+        filter_sums<7, Kernel>(from + x * step, c.line, step, filter, taps_step, bias, p.kernel, sums);
+#pragma GCC unroll 8
+        for (int i = 0; i < 7; ++i) {
+          if (p.adds_input) sums[i] += load(centre + (x + i) * step);
+          store(to + (x + i) * step, activate<kLow, Activation>(sums[i]));
+        }
+      }
+      for (; x < p.width; ++x) {
+        vf sum;
+        filter_sums<1, Kernel>(from + x * step, c.line, step, filter, taps_step, bias, p.kernel, &sum);
+        if (p.adds_input) sum += load(centre + x * step);
+        store(to + x * step, activate<kLow, Activation>(sum));
+      }
+    }
+  }
+}
+
+// The second norm and what comes behind it, as rows of the second linear: pixels [from, to) of image rows [first,
+// last).
+template <class A, fk_activation Activation>
+static __attribute__((noinline)) void middle_of_rows(const BatchChunk<A>& c, int64_t first, int64_t last, A* rows,
+                                                     int64_t stride) {
+  const struct fk_depthwise_mlp_backward& p = c.p;
+  for (int64_t at = 0; at < c.channels; at += FK_VL) {
+    const NormVectors norm = norm_vectors(p.norm2, p.first + at);
+    const int64_t plane = at / FK_VL * c.m.bordered + c.corner;
+    for (int64_t y = first; y < last; ++y) {
+      const float *from = c.m.filtered + plane + y * c.line, *hidden = c.m.hidden + plane + y * c.line;
+      A* to = rows + (y - first) * p.width * stride + at;
+      for (int64_t x = 0; x < p.width; ++x, to += stride) {
+        vf v = load(from + x * FK_VL);
+        if (norm.present) v = normalized(norm, v) * norm.weight + norm.bias;
+        v = activate<sizeof(A) == 2, Activation>(v);
+        if (p.adds_hidden) v += load(hidden + x * FK_VL);
+        store(to, v);
+      }
+    }
+  }
+}
+
+// Adds the chunk's share to the second linear's results.
+template <class A>
+FK_INLINE void project_chunk(const BatchChunk<A>& c, A* rows, int64_t stride) {
+  const struct fk_depthwise_mlp_backward& p = c.p;
+  const int64_t depth = round_up(p.project.k, kStep<A>), k = min64(c.channels, depth - p.first);
+  const A* project = (const A*)p.project.panels + p.first * kPanel;
+  for (int64_t first = 0; first < p.height; first += p.rows_per_band) {
+    const int64_t last = min64(first + p.rows_per_band, p.height);
+    with_activation(p.norms_after_activation ? FK_NO_ACTIVATION : p.activation,
+                    [&](auto activation) { middle_of_rows<A, activation.value>(c, first, last, rows, stride); });
+    const RowTiles tiles = row_tiles((last - first) * p.width);
+    float* to = c.m.branch + first * p.width * c.m.ldb;
+    for (int64_t n = 0; n < ceil_div(p.out, kPanel); ++n) {
+      const A* panel = project + n * depth * kPanel;
+      for (int64_t t = 0; t < tiles.count; ++t) {
+        const int64_t row = tile_start(tiles, t);
+        tile(tile_height(tiles, t), rows + row * stride, stride, panel, k, to + row * c.m.ldb + n * kPanel, c.m.ldb,
+             p.first > 0, fetch_nothing(panel));
+      }
+    }
+  }
+}
+
+// The second linear's bias, its results, and what the third norm meets.
+template <class A>
+FK_INLINE void finish_branch(const struct fk_depthwise_mlp_backward& p, const BatchMaps<A>& m, int64_t image) {
+  const int64_t pixels = p.height * p.width;
+  double *sums = p.sums + image * 2 * p.rows, *squares = sums + p.rows;
+  for (int64_t i = 0; i < pixels; ++i) {
+    float *row = m.branch + i * m.ldb, *to = p.branch + (image * pixels + i) * p.out;
+    for (int64_t n = 0; n < p.out; n += FK_VL) {
+      const vf v = load(row + n) + load(p.project.bias + n);
+      store(row + n, v);
+      if (n + FK_VL <= p.out)
+        store(to + n, v);
+      else
+        store_tail(to + n, v, p.out - n);
+    }
+  }
+  for (int64_t n = 0; n < p.out; n += FK_VL)
+    pixel_moments(m.branch + n, m.ldb, p.width * m.ldb, p.height, p.width, sums + n, squares + n);
+}
+
+// Step 0 prepares an image; for a chunk, step 1 has what the first norm meets, step 2 the second, step 3 projects; step
+// 4 has what the third one meets.
+template <class A>
+FK_INLINE void statistics_step(const struct fk_depthwise_mlp_backward& p, int64_t step, int64_t image, void* scratch) {
+  const BatchMaps<A> m = batch_maps<A>(p, p.stores[image]);
+  const int64_t pixels = p.height * p.width, reach = p.kernel / 2, line = mlp_line(p);
+  if (step == 0) {
+    const int64_t x = (image * (p.prefix + pixels) + p.prefix) * p.channels;
+    for (int64_t i = 0; i < pixels; ++i)
+      any_norm_row(p.x, x + i * p.channels, p.channels, round_up(p.channels, kPanel), p.norm, image,
+                   m.normed + i * m.lda);
+    return clear_border(p, m.hidden, m.bordered, 1);
+  }
+  if (step == 4) return finish_branch(p, m, image);
+  const BatchChunk<A> c = {
+      p, m, image, min64(p.chunk, round_up(p.expand.n, kPanel) - p.first), line, reach * (line + FK_VL)};
+  const bool after = p.norms_after_activation;
+  if (step == 1) {
+    with_activation(after ? p.hidden_activation : FK_NO_ACTIVATION,
+                    [&](auto activation) { expand_unnormed<A, activation.value>(c); });
+    return map_moments(c, m.hidden);
+  }
+  if (step == 3) return project_chunk(c, (A*)scratch, p.chunk + kRowPad);
+  with_activation(after ? FK_NO_ACTIVATION : p.hidden_activation,
+                  [&](auto activation) { norm_hidden<A, activation.value>(c); });
+  with_activation(after ? p.activation : FK_NO_ACTIVATION, [&](auto activation) {
+    with_kernel(p.kernel,
+                [&](auto kernel) { filter_unnormed<A, decltype(kernel)::value, decltype(activation)::value>(c); });
+  });
+  map_moments(c, m.filtered);
+}
+
+int64_t store_depthwise_mlp_statistics(const struct fk_depthwise_mlp_backward* p) {
+  return batch_maps<float>(*p, nullptr).bytes;
+}
+
+int64_t scratch_depthwise_mlp_statistics(const struct fk_depthwise_mlp_backward* p) {
+  return min64(p->rows_per_band, p->height) * p->width * (p->chunk + kRowPad) * 4;
+}
+
+void depthwise_mlp_statistics(const struct fk_depthwise_mlp_backward* p, int64_t step, int64_t image, void* scratch) {
+#if FK_NATIVE_BF16
+  if (p->expand.low_precision) return statistics_step<bf16>(*p, step, image, scratch);
+#endif
+  statistics_step<float>(*p, step, image, scratch);
+}
+
+template <class Out, class Residual>
+FK_INLINE void batch_norm_row(const float* raw, int64_t n, const struct fk_channel_norm& norm, const Residual* residual,
+                              Out* out, float* sums) {
+  for (int64_t i = 0; i < n; i += FK_VL) {
+    const NormVectors v = norm_vectors(norm, i);
+    const int64_t lanes = min64(FK_VL, n - i);
+    vf y = normalized(v, lanes < FK_VL ? load_tail(raw + i, lanes) : load(raw + i)) * v.weight + v.bias;
+    if (sums) store(sums + i, load(sums + i) + y);
+    if (residual) y += lanes < FK_VL ? load_tail(residual + i, lanes) : load(residual + i);
+    if (lanes < FK_VL)
+      store_tail(out + i, y, lanes);
+    else
+      store(out + i, y);
+  }
+}
+
+void batch_norm_rows(const struct fk_batch_norm_rows* p, int64_t task, void* scratch) {
+  const int64_t image = task / p->tasks_per_image, first = task % p->tasks_per_image * p->rows_per_task;
+  const int64_t rows = min64(p->rows_per_task, p->rows - first), n = p->columns;
+  const int64_t start = (image * (p->skipped + p->rows) + p->skipped + first) * n;
+  const float* raw = p->raw + (image * p->rows + first) * n;
+  const float* residual32 = p->residual.dtype == FK_F32 ? (const float*)p->residual.data : nullptr;
+  const bf16* residual16 = p->residual.dtype == FK_BF16 ? (const bf16*)p->residual.data : nullptr;
+  if (first == 0) write_prefix(p->residual, p->out, p->out_dtype, start - p->skipped * n, p->skipped * n);
+  float* sums = p->means ? (float*)scratch : nullptr;
+  if (sums) clear(sums, round_up(n, FK_VL));
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = start + i * n;
+    if (p->out_dtype == FK_F32 && residual16)
+      batch_norm_row(raw + i * n, n, p->norm, residual16 + at, (float*)p->out + at, sums);
+    else if (p->out_dtype == FK_F32)
+      batch_norm_row(raw + i * n, n, p->norm, residual32 ? residual32 + at : nullptr, (float*)p->out + at, sums);
+    else
+      batch_norm_row(raw + i * n, n, p->norm, residual16 ? residual16 + at : nullptr, (bf16*)p->out + at, sums);
+  }
+  for (int64_t i = 0; sums && i < n; ++i) p->means[task * n + i] = sums[i];
+}
+
+}  // namespace
