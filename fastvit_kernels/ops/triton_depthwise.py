@@ -16,6 +16,7 @@ from torch import Tensor
 from fastvit_kernels.ops import triton_support
 from fastvit_kernels.ops.primitives import vector
 from fastvit_kernels.ops.triton_channel_moments import row_moments
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 from fastvit_kernels.ops.triton_steps import Step, apply_step, step_gradient
 from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 
@@ -401,3 +402,30 @@ def depthwise_filter_gradient(
     taps_first, bias_sums = sum_parts(parts, parts.new_empty(taps, channels), like if bias is None else bias)
     filter = taps_first.t().contiguous().to(weight.dtype).view(weight.shape)
     return filter, None if bias is None else bias_sums
+
+
+_MAP = Geometry(28, 28, 28, 28, 3, 1, 1, 0)
+
+
+def _forward(empty: Empty) -> None:
+    step = Step("gelu", (*empty.batch_norm(256), 1e-5))
+    rows = empty(8, 784, 256), empty.wide(9, 256), empty(256)
+    depthwise(*rows, _MAP, step, empty(8, 784, 256), empty(8, 784, 256), "before_activation")
+
+
+def _backward(empty: Empty) -> None:
+    grad, before, out = empty(8, 784, 256), empty(8, 784, 256), empty(8, 784, 256)
+    step = Step("gelu", (*empty.batch_norm(256), 1e-5))
+    depthwise_input_gradient(grad, empty.wide(9, 256), _MAP, out, added=grad, x=before, step=step)
+
+
+SPECS = (
+    Spec(depthwise_kernel, _forward),
+    Spec(depthwise_input_gradient_kernel, _backward),
+    Spec(
+        depthwise_filter_gradient_kernel,
+        lambda empty: depthwise_filter_gradient(
+            *(empty(8, 784, 256), empty(8, 784, 256), empty(256, 1, 3, 3), empty(256)), _MAP
+        ),
+    ),
+)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
 from fastvit_kernels.ops.primitives import dot
+from fastvit_kernels.ops.triton_specs import Spec
 from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 
 # A part writes as much as it reads in about so many blocks of rows.
@@ -201,3 +202,19 @@ def weight_gradient(
         )
     found = sum_parts(parts, weight, bias)
     return found[0], found[1] if bias is not None else None
+
+
+SPECS = (
+    Spec(
+        input_gradient_kernel,
+        lambda empty: input_gradient(empty(8, 784, 256), empty(256, 64), empty.dtype, empty.dtype),
+        products=True,
+    ),
+    Spec(
+        weight_gradient_kernel,
+        lambda empty: weight_gradient(
+            *(empty(8, 784, 256), empty(8, 784, 64), empty(256, 64), empty(256), empty.dtype), (True, True)
+        ),
+        products=True,
+    ),
+)

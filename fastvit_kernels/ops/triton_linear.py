@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
 from fastvit_kernels.ops.primitives import activate, batch_normalize, dot, normalize, row_statistics, vector
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 
 # Weight, bias, mean, variance and epsilon; the mean is None where there is no batch norm.
 BatchNormTensors = tuple["Tensor | float | None", ...]
@@ -177,3 +178,19 @@ def linear(
         ARITHMETIC=arithmetic.constexpr(),
     )
     return out
+
+
+def _with_everything(empty: Empty) -> Tensor:
+    """An expansion of CMT's."""
+    return linear(
+        *(empty(8, 784, 64), empty(256, 64), empty(256), empty.dtype),
+        norm_weight=empty(64),
+        norm_bias=empty(64),
+        norm_eps=1e-6,
+        activation="gelu",
+        bn=(*empty.batch_norm(256), 1e-5),
+        residual=empty(8, 784, 256),
+    )
+
+
+SPECS = (Spec(linear_kernel, _with_everything, products=True),)

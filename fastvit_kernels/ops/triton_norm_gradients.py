@@ -12,6 +12,7 @@ from torch import Tensor
 from fastvit_kernels.ops import triton_support
 from fastvit_kernels.ops.primitives import vector
 from fastvit_kernels.ops.triton_moments import group_statistics
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 
 
@@ -339,3 +340,24 @@ def norm_gradient(
     if kind == "layer":
         return [*layer_norm_gradient(grad, x, weight, bias, eps, needs[:3]), None]
     return [grad.to(x.dtype), None, None, None]
+
+
+def _of_group_norm(empty: Empty) -> list[Tensor | None]:
+    rows = empty(8, 784, 64), empty(8, 784, 64), empty(64), empty(64)
+    return group_norm_gradient(*rows, None, 1e-6, (True, True, True, False))
+
+
+SPECS = (
+    Spec(
+        layer_norm_gradient_kernel,
+        lambda empty: layer_norm_gradient(
+            *(empty(8, 784, 64), empty(8, 784, 64), empty(64), empty(64)), 1e-6, (True, True, True)
+        ),
+    ),
+    Spec(group_norm_sums_kernel, _of_group_norm),
+    Spec(group_norm_gradient_kernel, _of_group_norm),
+    Spec(
+        statistics_gradient_kernel,
+        lambda empty: add_statistics_gradient(empty(8, 784, 64), empty(8, 784, 64), empty.wide(8, 2)),
+    ),
+)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastvit_kernels.ops import triton_support
 from fastvit_kernels.ops.primitives import activate, activation_gradient, batch_normalize, vector
 from fastvit_kernels.ops.triton_linear import NO_BATCH_NORM, BatchNormTensors
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 
 
@@ -301,3 +302,17 @@ def through_step(grad: Tensor, x: Tensor, step: Step, needs: Sequence[bool]) -> 
         sums = batch_norm_sums(grad, x, step)
         found = batch_norm_gradients(step, sums)
     return gradient_behind(grad, x, step, sums), found
+
+
+def _step(empty: Empty) -> Step:
+    return Step("gelu", (*empty.batch_norm(256), 1e-5), training=True)
+
+
+SPECS = (
+    Spec(step_kernel, lambda empty: apply(empty(8, 784, 256), _step(empty), empty(8, 784, 256))),
+    Spec(step_sums_kernel, lambda empty: batch_norm_sums(empty(8, 784, 256), empty(8, 784, 256), _step(empty))),
+    Spec(
+        step_gradient_kernel,
+        lambda empty: gradient_behind(empty(8, 784, 256), empty(8, 784, 256), _step(empty), empty.wide(2, 256)),
+    ),
+)

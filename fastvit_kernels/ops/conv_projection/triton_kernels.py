@@ -13,6 +13,7 @@ from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.primitives import dot, fold_filter, vector
 from fastvit_kernels.ops.triton_depthwise import Geometry, depthwise_moments, filter_rows
 from fastvit_kernels.ops.triton_normalization import normalize_rows, normalize_tile
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 
 
 @triton.jit
@@ -270,3 +271,13 @@ def statistics(tensors: Tensors, static: Static) -> Tensor:
         filter = filter_rows(branch(tensors, index).conv_weight)
         found.append(depthwise_moments(normed, filter, None, geometry(tensors, static, index), static.dtype))
     return torch.stack(found)
+
+
+def _of_cvt(empty: Empty) -> Outputs:
+    """Stage 2 of CvT-13."""
+    norms = [empty(192, 1, 3, 3), *empty.batch_norm(192)]
+    tensors = [empty(8, 784, 192), empty(192), empty(192), *(3 * [*norms, empty(192, 192), empty(192)])]
+    return run(tensors, Static(1e-5, [1e-5] * 3, False, 28, 28, 0, [1, 2, 2], [1, 1, 1], empty.dtype))
+
+
+SPECS = (Spec(prepare_kernel, _of_cvt), Spec(project_kernel, _of_cvt, products=True))

@@ -15,6 +15,7 @@ from fastvit_kernels.ops.patch_embedding.reference import Static
 from fastvit_kernels.ops.patch_embedding.triton_kernels import Source, embed, readable, step_of
 from fastvit_kernels.ops.primitives import dot
 from fastvit_kernels.ops.triton_norm_gradients import layer_norm_gradient
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 from fastvit_kernels.ops.triton_steps import Step, through_step
 from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 
@@ -296,3 +297,26 @@ def _input_gradient(grad: Tensor, weight: Tensor, static: Static, out: Tensor) -
         ARITHMETIC=arithmetic.constexpr(),
         **triton_support.all_registers(config, *place),
     )
+
+
+def _static(empty: Empty) -> Static:
+    return Static(None, None, 2, 1, "none", False, 0.0, False, empty.dtype, empty.dtype)
+
+
+SPECS = (
+    Spec(
+        filter_gradient_kernel,
+        lambda empty: _weight_gradient(
+            *(empty(8, 28, 28, 128), Source(empty(8, 56, 56, 64), False), empty(128, 64, 3, 3), empty(128)),
+            *(_static(empty), (True, True)),
+        ),
+        products=True,
+    ),
+    Spec(
+        pixel_gradient_kernel,
+        lambda empty: _input_gradient(
+            *(empty(8, 28, 28, 128), empty(128, 64, 3, 3), _static(empty), empty(8, 56, 56, 64))
+        ),
+        products=True,
+    ),
+)

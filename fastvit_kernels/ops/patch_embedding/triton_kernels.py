@@ -17,6 +17,7 @@ from fastvit_kernels.ops.primitives import dot, vector
 from fastvit_kernels.ops.triton_channel_moments import row_moments
 from fastvit_kernels.ops.triton_configs import ALIGNMENT, Config
 from fastvit_kernels.ops.triton_normalization import normalize_rows, row_normalize
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 from fastvit_kernels.ops.triton_steps import Step, apply_step
 
 
@@ -273,3 +274,13 @@ def _pack(weight: Tensor, channels_first: bool, dtype: torch.dtype) -> Tensor:
         CHANNELS_FIRST=channels_first,
     )
     return packed
+
+
+def _of_pvt(empty: Empty) -> Outputs:
+    """PVTv2's, to its stage 2."""
+    rest = [empty(128, 64, 3, 3), *(empty(128) for _ in range(3)), *[None] * 6]
+    static = Static(1e-6, None, 2, 1, "none", False, 0.0, False, empty.dtype, empty.dtype)
+    return run([empty(8, 56, 56, 64), *rest], static)
+
+
+SPECS = (Spec(embed_kernel, _of_pvt, products=True), Spec(pack_kernel, _of_pvt))

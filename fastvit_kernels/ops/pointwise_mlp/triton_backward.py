@@ -16,6 +16,7 @@ from fastvit_kernels.ops.primitives import activate, activation_gradient, dot, v
 from fastvit_kernels.ops.triton_gradients import input_gradient, input_gradient_tile, weight_gradient
 from fastvit_kernels.ops.triton_norm_gradients import layer_norm_gradient
 from fastvit_kernels.ops.triton_normalization import normalize_rows
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -132,3 +133,13 @@ def _hidden(
             ARITHMETIC=arithmetic.constexpr(),
         )
     return hidden, hidden_grad
+
+
+def _of_cvt(empty: Empty) -> list[Tensor]:
+    """Stage 1 of CvT-13."""
+    rows = empty(8, 784, 64)
+    tensors = [rows, empty(64), empty(64), empty(256, 64), empty(256), empty(64, 256), empty(64), rows]
+    return run([rows], tensors, [True] * 8, Static(1e-5, "quick_gelu", empty.dtype))
+
+
+SPECS = (Spec(hidden_gradient_kernel, _of_cvt, products=True),)

@@ -18,6 +18,7 @@ from fastvit_kernels.ops.triton_gradients import input_gradient, weight_gradient
 from fastvit_kernels.ops.triton_moments import group_statistics
 from fastvit_kernels.ops.triton_norm_gradients import add_statistics_gradient, group_norm_gradient
 from fastvit_kernels.ops.triton_normalization import normalize_rows
+from fastvit_kernels.ops.triton_specs import Spec
 
 
 @triton.jit(do_not_specialize=["num_rows", "height", "width", "pooled_height", "pooled_width", "kernel_size"])
@@ -120,3 +121,11 @@ def _spread(grad: Tensor, x: Tensor, static: Static) -> Tensor:
         channels,
     )
     return out
+
+
+SPECS = (
+    Spec(
+        spread_kernel,
+        lambda empty: _spread(empty(8, 49, 128), empty(8, 784, 128), Static(1e-6, 1e-6, 28, 28, 4, False, empty.dtype)),
+    ),
+)
