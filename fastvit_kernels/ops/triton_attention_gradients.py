@@ -403,12 +403,12 @@ class AttentionGradients:
         )
 
     def _config(self, table: str) -> Config:
-        """Tiles no larger than a group."""
+        """Tiles no larger than a window, whose size is the module's own; few rows of a sample leave theirs unfilled."""
         config = triton_support.config(table, self.arithmetic, *self.table_widths)
-        return config._replace(
-            block_m=min(config.block_m, max(_SMALLEST_DOT, triton.next_power_of_2(self.attention.queries))),
-            block_n=min(config.block_n, max(_SMALLEST_DOT, triton.next_power_of_2(self.attention.keys))),
-        )
+        if self.attention.window == 0:
+            return config
+        most = max(_SMALLEST_DOT, triton.next_power_of_2(self.attention.queries))
+        return config._replace(block_m=min(config.block_m, most), block_n=min(config.block_n, most))
 
     @property
     def log2_scale(self) -> float:

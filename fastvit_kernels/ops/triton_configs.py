@@ -3,6 +3,10 @@
 Each was chosen by compiling the published models' sizes ahead of time for sm_80 and sm_90: no register is spilled to
 memory, and shared memory stays within the 99 KiB that the smaller GPUs of these generations have. Channel counts that
 are no multiple of 16 are loaded element by element, which takes registers, hence smaller tiles.
+
+The batch and the map choose no configuration. They choose between two variants of the same tiles in few places: whether
+a block holds all keys of an attention (`ONE_BLOCK`, and the output projection in its launch), whether the gradients of
+keys are written at once or in parts. A window's size, which is the module's own, bounds tiles of its pixels.
 """
 
 from __future__ import annotations

@@ -55,10 +55,13 @@ def compile_with_tf32(*what: Any) -> list[Compiled]:
         matmul.fp32_precision = before
 
 
-def launches_by_size(part: str, stage: Stage, sizes: Sequence[tuple[int, int, int]]) -> dict[str, list[set[Launch]]]:
+def launches_by_size(
+    part: str, stage: Stage, sizes: Sequence[tuple[int, int, int]], operators: Sequence[str] = tuple(OPERATORS)
+) -> dict[str, list[set[Launch]]]:
     """What each operator with such a part launches at batches, heights and widths; nothing is compiled."""
     found: dict[str, list[set[Launch]]] = {}
-    for operator, make in OPERATORS.items():
+    for operator in operators:
+        make = OPERATORS[operator]
         for batch, height, width in sizes:
             call = make(stage._replace(batch=batch, height=height, width=width), PRECISIONS["bfloat16"])
             if hasattr(call.bridge, LAUNCHERS[part]):
@@ -186,6 +189,17 @@ def test_one_compilation_serves_all_sizes(process: Executor, part: str, channels
             # The smaller a call, the fewer of its sums are shared out.
             missing = {launch for launch in together - launched if launch.name != "sum_parts_kernel"}
             assert not missing, (operator, size, missing)
+
+
+def test_few_rows_have_the_tiles_of_many(process: Executor) -> None:
+    """The gradients of an attention of 9 queries or 4 keys are compiled like those of any."""
+    sizes = [(64, 28, 28), (64, 6, 6), (64, 3, 3)]
+    only = ("global_attention",)
+    found = process.submit(launches_by_size, "backward", Stage(64, 1), sizes, only).result()["global_attention"]
+    # Those of keys are shared out among programs where there are many queries.
+    names = {"attention_saved_kernel", "query_gradient_kernel"}
+    many, *few = [{launch for launch in launched if launch.name in names} for launched in found]
+    assert {launch.name for launch in many} == names and all(launched == many for launched in few)
 
 
 def test_an_interpreting_process_refuses() -> None:
