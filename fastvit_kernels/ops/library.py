@@ -50,6 +50,7 @@ library.define("plan_forget(int plan) -> ()")
 library.define("places_note(Tensor[] tensors) -> int")
 library.define("places_unchanged(int places) -> bool")
 library.define("places_forget(int places) -> ()")
+library.define("fetch_ahead(Tensor objects, Tensor tables, int arrays) -> ()")
 operators: dict[str, Operator] = {}
 _NATIVE = ("cpu", "cuda")
 _functions: dict[str, Any] = {}
