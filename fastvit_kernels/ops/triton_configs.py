@@ -23,6 +23,10 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def tiles(self, rows: int, columns: int) -> int:
+        """How many of these tiles cover a matrix."""
+        return -(-rows // self.block_m) * -(-columns // self.block_n)
+
 
 Table = dict[tuple[str, str], tuple[tuple[int, Config], ...]]
 ALIGNMENT = 16

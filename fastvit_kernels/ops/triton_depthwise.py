@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
-from fastvit_kernels.ops.primitives import vector
+from fastvit_kernels.ops.primitives import rows_and_columns, vector
 from fastvit_kernels.ops.triton_channel_moments import row_moments
 from fastvit_kernels.ops.triton_specs import Empty, Spec
 from fastvit_kernels.ops.triton_steps import Step, apply_step, step_gradient
@@ -84,9 +84,7 @@ def depthwise_kernel(
     STRIDE: tl.constexpr = WINDOW[1]
     PADDING: tl.constexpr = WINDOW[2]
     AT_ONCE: tl.constexpr = KERNEL if KERNEL <= 3 else 1
-    tiles = tl.cdiv(channels, BLOCK_N)
-    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), channels, BLOCK_M, BLOCK_N)
     column_mask = columns < channels
     inside = rows < num_rows
     sample, y, x = place(rows, out_height, out_width)
@@ -154,9 +152,7 @@ def depthwise_input_gradient_kernel(
     STRIDE: tl.constexpr = WINDOW[1]
     PADDING: tl.constexpr = WINDOW[2]
     AT_ONCE: tl.constexpr = KERNEL if KERNEL <= 3 else 1
-    tiles = tl.cdiv(channels, BLOCK_N)
-    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), channels, BLOCK_M, BLOCK_N)
     column_mask = columns < channels
     inside = rows < num_rows
     sample, y, x = place(rows, height, width)
@@ -298,7 +294,7 @@ def depthwise(
     config = triton_support.config(*place)
     triton_support.launch(
         depthwise_kernel,
-        triton.cdiv(num_rows, config.block_m) * triton.cdiv(channels, config.block_n),
+        config.tiles(num_rows, channels),
         x.device,
         config,
         x,
@@ -351,7 +347,7 @@ def depthwise_input_gradient(
     config = triton_support.config("elementwise", triton_support.arithmetic(torch.float32, out.device), channels)
     triton_support.launch(
         depthwise_input_gradient_kernel,
-        triton.cdiv(num_rows, config.block_m) * triton.cdiv(channels, config.block_n),
+        config.tiles(num_rows, channels),
         out.device,
         config,
         grad,

@@ -110,7 +110,7 @@ def _launch(kernel: object, written: Tensor, *args: Tensor | int | None) -> None
     """One program for each tile of the rows that are written."""
     batch, rows, channels = written.shape
     config = triton_support.config("elementwise", triton_support.arithmetic(torch.float32, written.device), channels)
-    programs = batch * triton.cdiv(rows, config.block_m) * triton.cdiv(channels, config.block_n)
+    programs = batch * config.tiles(rows, channels)
     if programs > 0:
         triton_support.launch(kernel, programs, written.device, config, *args)
 

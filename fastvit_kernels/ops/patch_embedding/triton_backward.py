@@ -233,7 +233,7 @@ def _weight_gradient(
     arithmetic = triton_support.arithmetic(static.dtype, grad.device)
     place = "patch_weight_gradient", arithmetic, out_channels, 0 if channels_first else channels
     config = triton_support.config(*place)
-    tiles = triton.cdiv(out_channels, config.block_m) * triton.cdiv(length, config.block_n)
+    tiles = config.tiles(out_channels, length)
     num_parts, part_rows = split_rows(num_rows, config.block_k, tiles, _FEWEST_BLOCKS)
     size = weight.numel() + (0 if bias is None else out_channels)
     parts = grad.new_empty((num_parts, size), dtype=torch.float32)

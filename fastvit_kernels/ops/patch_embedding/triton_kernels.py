@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.patch_embedding.reference import Static, output_size
-from fastvit_kernels.ops.primitives import dot, vector
+from fastvit_kernels.ops.primitives import dot, rows_and_columns, vector
 from fastvit_kernels.ops.triton_channel_moments import row_moments
 from fastvit_kernels.ops.triton_configs import ALIGNMENT, Config
 from fastvit_kernels.ops.triton_normalization import normalize_rows, row_normalize
@@ -81,9 +81,7 @@ def embed_kernel(
     """
     TAPS: tl.constexpr = KERNEL * KERNEL
     # Programs that share pixels are neighbours.
-    column_tiles = tl.cdiv(out_channels, BLOCK_N)
-    rows = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), out_channels, BLOCK_M, BLOCK_N)
     row_mask = rows < num_rows
     column_mask = columns < out_channels
     top = rows // out_width % out_height * STRIDE - PADDING
@@ -212,7 +210,7 @@ def embed(
     num_rows = out.numel() // out_channels
     triton_support.launch(
         embed_kernel,
-        triton.cdiv(num_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),
+        config.tiles(num_rows, out_channels),
         x.device,
         config,
         x,

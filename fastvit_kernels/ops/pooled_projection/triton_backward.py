@@ -14,6 +14,7 @@ from fastvit_kernels.ops.operator import Tensors
 from fastvit_kernels.ops.pooled_projection.reference import Static
 from fastvit_kernels.ops.pooled_projection.triton_kernels import average
 from fastvit_kernels.ops.pooling import pooled_side
+from fastvit_kernels.ops.primitives import rows_and_columns
 from fastvit_kernels.ops.triton_gradients import input_gradient, weight_gradient
 from fastvit_kernels.ops.triton_moments import group_statistics
 from fastvit_kernels.ops.triton_norm_gradients import add_statistics_gradient, group_norm_gradient
@@ -37,9 +38,7 @@ def spread_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """The gradients of BLOCK_M pixels in BLOCK_N channels: equal shares of their squares', zeros outside of squares."""
-    tiles = tl.cdiv(channels, BLOCK_N)
-    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), channels, BLOCK_M, BLOCK_N)
     row_mask = rows < num_rows
     column_mask = columns < channels
     y = rows // width % height // kernel_size
@@ -108,7 +107,7 @@ def _spread(grad: Tensor, x: Tensor, static: Static) -> Tensor:
     config = triton_support.config("elementwise", triton_support.arithmetic(torch.float32, x.device), channels)
     triton_support.launch(
         spread_kernel,
-        triton.cdiv(num_rows, config.block_m) * triton.cdiv(channels, config.block_n),
+        config.tiles(num_rows, channels),
         x.device,
         config,
         grad,

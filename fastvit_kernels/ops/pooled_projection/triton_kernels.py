@@ -74,7 +74,7 @@ def average(x: Tensor, norm: tuple[Tensor | float | None, ...] | None, static: S
     config = triton_support.config("pool", arithmetic, channels)
     triton_support.launch(
         pool_kernel,
-        triton.cdiv(num_squares, config.block_m) * triton.cdiv(channels, config.block_n),
+        config.tiles(num_squares, channels),
         x.device,
         config,
         x,
