@@ -19,6 +19,8 @@ from fastvit_kernels.testing.numerics import to_fp64
 # How a peer can reach a dtype. `autocast`: fp32 weights under torch.autocast; `cast`: the model in bf16 throughout;
 # `hint`: a runtime told to compute an fp32 model in bf16.
 VARIANTS = {"fp32": ("fp32",), "bf16": ("autocast", "cast", "hint")}
+# On GPUs alone.
+HALF_VARIANTS = {"fp16": ("autocast-fp16", "cast-fp16")}
 
 IMAGES_IN_FP64 = 8
 
@@ -30,9 +32,16 @@ def as_outputs(result: Tensor | Outputs) -> Outputs:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
+def products(variant: str) -> torch.dtype:
+    """The dtype of its matrix products."""
+    if variant == "fp32":
+        return torch.float32
+    return torch.float16 if variant in HALF_VARIANTS["fp16"] else torch.bfloat16
+
+
 def precision(variant: str, device: str = "cpu") -> AbstractContextManager[Any]:
-    """bf16 autocast where the variant says so."""
-    return torch.autocast(device, torch.bfloat16) if variant == "autocast" else nullcontext()
+    """Autocast where the variant says so."""
+    return torch.autocast(device, products(variant)) if variant.startswith("autocast") else nullcontext()
 
 
 @contextmanager
@@ -55,7 +64,7 @@ class Case:
         make_inputs: its inputs in fp32.
         fuse: takes a copy of the stock module, returns it running on the fused kernels with packed weights.
         settle: changes the stock module's random weights where they would make activations explode or vanish.
-        products: positions of the inputs that matrix products make: autocast delivers them in bf16.
+        products: positions of the inputs that matrix products make: autocast delivers them in its dtype.
         attention: there is an attention in it that `F.scaled_dot_product_attention` can stand in for.
         end_to_end: a whole model, held to the end-to-end rule in fp32.
         twin: takes the stock module, returns transformers' module with the same weights; None where it has none.
@@ -115,8 +124,9 @@ class Case:
 
     def inputs(self, variant: str = "fp32") -> tuple[Tensor, ...]:
         """The inputs as the variant meets them."""
-        low = {"cast": range(len(self._fp32_inputs)), "autocast": self.products}.get(variant, ())
-        return tuple(x.bfloat16() if index in low else x for index, x in enumerate(self._fp32_inputs))
+        ways = {"cast": range(len(self._fp32_inputs)), "autocast": self.products}
+        low, dtype = ways.get(variant.partition("-")[0], ()), products(variant)
+        return tuple(x.to(dtype) if index in low else x for index, x in enumerate(self._fp32_inputs))
 
     @cached_property
     def exact(self) -> Outputs:
@@ -149,7 +159,7 @@ class Case:
 
 def as_user_has_it(module: nn.Module, variant: str) -> nn.Module:
     """Weights in the variant's dtype, filters in channels_last memory."""
-    module = module.bfloat16() if variant == "cast" else module
+    module = module.to(products(variant)) if variant.startswith("cast") else module
     # nn.Module.to takes a memory format; its type stubs do not say so.
     converted: nn.Module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return converted

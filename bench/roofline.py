@@ -9,7 +9,7 @@ import torch
 from fastvit_kernels import _extension
 from fastvit_kernels.bench.flops import Cost
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,11 @@ class Roofline:
     copy_gbs: float
 
     def peak(self, dtype: str) -> float:
-        """GFLOP/s of matrix products in `dtype`; bf16 can always be computed in fp32, so it is never the slower."""
-        return max(self.fp32_gflops, self.bf16_gflops) if dtype == "bf16" else self.fp32_gflops
+        """GFLOP/s of matrix products in `dtype`; bf16 can always be computed in fp32, so it is never the slower.
+
+        GPUs multiply fp16 as fast as bf16.
+        """
+        return self.fp32_gflops if dtype == "fp32" else max(self.fp32_gflops, self.bf16_gflops)
 
     def floor(self, cost: Cost, dtype: str) -> float:
         """Seconds that no implementation of this arithmetic and this traffic can undercut."""

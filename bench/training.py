@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit_kernels.bench.cases import Case, Outputs, as_outputs, deterministic, precision
+from fastvit_kernels.bench.cases import Case, Outputs, as_outputs, deterministic, precision, products
 from fastvit_kernels.bench.flops import Cost
 from fastvit_kernels.bench.gate import Verdict
 from fastvit_kernels.testing.numerics import FACTOR, NumericsError, relative_l2
@@ -112,7 +112,7 @@ def check(case: Case, variant: str, found: Outputs) -> Verdict:
     if shapes[0] != shapes[1]:
         raise NumericsError(f"gradients: got {shapes[0]}, expected {shapes[1]}")
     vectors = [torch.cat([g.double().flatten() for g in grads]) for grads in (found, exact, low)]
-    eps = torch.finfo(torch.float32 if variant == "fp32" else torch.bfloat16).eps
+    eps = torch.finfo(products(variant)).eps
     verdict = Verdict(relative_l2(vectors[0], vectors[1]), FACTOR * relative_l2(vectors[2], vectors[1]) + eps)
     # Not "error > allowed": NaN must fail.
     if not verdict.error <= verdict.allowed:

@@ -108,7 +108,7 @@ def _go_back(model: nn.Module, results: Any) -> None:
 
 def _join_repeated(decisions: list[Decision]) -> None:
     """Calls that activation checkpointing repeated are listed once, with their gradients."""
-    known = [replace(decision, gradients="", recomputed=[]) for decision in decisions if decision.gradients]
+    known = [replace(decision, gradients="", gradients_rejected=[]) for decision in decisions if decision.gradients]
     decisions[:] = [decision for decision in decisions if decision.gradients or decision not in known]
 
 
@@ -186,8 +186,8 @@ def _decision_table(decisions: list[Decision]) -> str:
     trained = any(decision.gradients for decision in decisions)
     for decision in decisions:
         parts = [f"{name}: {', '.join(reasons)}" for name, reasons in decision.rejected.items()]
-        if decision.recomputed:
-            parts.append(f"gradients by {decision.chosen}: {', '.join(decision.recomputed)}")
+        if decision.gradients_rejected:
+            parts.append(f"gradients by {decision.chosen}: {', '.join(decision.gradients_rejected)}")
         why = "; ".join([*parts, f"measured: {decision.measured}"] if decision.measured else parts)
         number = notes.setdefault(why, len(notes) + 1)
         gradients = (decision.gradients or "-",) if trained else ()

@@ -39,7 +39,7 @@ def _calls(model: str, precision: Precision, training: bool) -> list[tuple[Opera
     found: dict[str, tuple[Operator, Tensors, Any, str]] = {}
 
     def keep(operator: Operator, tensors: Tensors, static: Any, part: str) -> None:
-        tensors = [t if t is None else t.detach() for t in library.dense(tensors)]
+        tensors = [t if t is None else t.detach() for t in library.dense(tensors, operator.triton_any_layout)]
         shapes = [None if t is None else (t.shape, t.dtype) for t in tensors]
         found.setdefault(f"{operator.name} {shapes} {static} {part}", (operator, tensors, static, part))
 

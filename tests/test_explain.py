@@ -168,7 +168,7 @@ def test_who_computes_the_gradients_of_a_training_model():
     for decision in explanation.decisions:
         assert decision.chosen == usual() and decision.gradients in (usual(), "reference")
         recomputed = decision.gradients != decision.chosen
-        assert bool(decision.recomputed) == recomputed
+        assert bool(decision.gradients_rejected) == recomputed
     attention = next(decision for decision in explanation.decisions if decision.operator == "global_attention")
     assert attention.gradients == usual()
     lines = str(explanation).splitlines()
@@ -196,7 +196,7 @@ def test_gradients_of_frozen_parts_are_nobodys():
     assert f" {usual()} " in text and " - " in text
     with fastvit_kernels.use_backend("reference"):
         first, second = fastvit_kernels.explain(_Mlp(["first"]), x, training=True).decisions
-    assert (first.gradients, second.gradients) == ("", "reference") and not second.recomputed
+    assert (first.gradients, second.gradients) == ("", "reference") and not second.gradients_rejected
     with pytest.raises(ValueError, match="training: expected a model .* got 0 such parameters and 0 such results"):
         fastvit_kernels.explain(_Mlp(["first", "second"]), x, training=True)
 
@@ -207,7 +207,7 @@ def test_reasons_for_recomputed_gradients_are_told(monkeypatch):
     monkeypatch.setattr(type(kernels), "supports_backward", lambda *arguments: ["it is Sunday"])
     explanation = fastvit_kernels.explain(_Mlp(), torch.randn(2, 5, 8), training=True)
     assert [d.gradients for d in explanation.decisions] == ["reference"] * 2
-    assert [d.recomputed for d in explanation.decisions] == [["it is Sunday"]] * 2
+    assert [d.gradients_rejected for d in explanation.decisions] == [["it is Sunday"]] * 2
     assert "gradients by cpu: it is Sunday" in str(explanation)
 
 

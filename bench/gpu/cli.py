@@ -15,6 +15,7 @@ from fastvit_kernels.bench.gpu import rows as files
 from fastvit_kernels.bench.gpu.device import Gpu
 from fastvit_kernels.bench.gpu.jobs import (
     BATCHES,
+    DTYPES,
     FORWARD,
     MODELS,
     MODES,
@@ -30,11 +31,16 @@ from fastvit_kernels.bench.gpu.worker import Worker
 from fastvit_kernels.demo.errors import UserError
 from fastvit_kernels.testing import device as checking
 from fastvit_kernels.testing.device import Check
-from fastvit_kernels.testing.inputs import BF16, BF16_FP32
+from fastvit_kernels.testing.inputs import BF16, BF16_FP32, FP16, FP32
 
 _MOST_PROCESSES = 14
-# Those of the rows: bf16 throughout, and beside weights in fp32.
-_PRECISIONS = {FORWARD: str(BF16), TRAINING: str(BF16_FP32)}
+# Those of the rows: of bf16 beside weights in fp32 in training.
+_PRECISIONS = {
+    ("bf16", FORWARD): str(BF16),
+    ("bf16", TRAINING): str(BF16_FP32),
+    **{("fp16", mode): str(FP16) for mode in MODES},
+    **{("fp32", mode): str(FP32) for mode in MODES},
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,9 +92,10 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvit-kernels bench --device cuda",
-        description="First the correctness of all kernels in bf16 on the GPU; then times of operators and models, "
-        "forward and training, against eager, SDPA and torch.compile; at batch 1 in CUDA graphs, too. Rows go to a "
-        "file named after the GPU as they are finished; those of the same sources and versions are not repeated.",
+        description="First the correctness of all kernels on the GPU, in the dtypes of the rows; then times of "
+        "operators and models, forward and training, against eager, SDPA and torch.compile; at batch 1 in CUDA graphs, "
+        "too. Rows go to a file named after the GPU as they are finished; those of the same sources and versions are "
+        "not repeated.",
     )
     add = parser.add_argument
     add("--device", choices=("cuda",), default="cuda")
@@ -102,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--case", default="*", metavar="PATTERN", help="only these of a suite's shapes")
     add("--batch", nargs="+", type=int, choices=BATCHES, metavar="N", help=f"of {' '.join(map(str, BATCHES))}")
     add("--mode", nargs="+", choices=MODES, default=MODES, help="default: both")
+    add("--dtype", nargs="+", choices=DTYPES, default=DTYPES[:1], help="each row in these; default: bf16")
     add("--peers", nargs="+", choices=PEERS, default=PEERS, metavar="NAME", help=f"default: {' '.join(PEERS)}")
     add("--retry", action="store_true", help="repeat rows and checks that failed or took too long")
     processes = min(_MOST_PROCESSES, os.cpu_count() or 1)
@@ -130,13 +138,12 @@ def minutes(text: str) -> float:
 
 def _checks(jobs: Sequence[Job], backends: Sequence[str]) -> list[Check]:
     """Those of the operators, precisions and modes of the rows; a model may run every operator."""
-    measured = {(OPERATORS.get(job.suite, job.suite), job.mode) for job in jobs}
-    modes_of_models = {job.mode for job in jobs if job.suite in MODELS}
+    measured = {(OPERATORS.get(job.suite, job.suite), _PRECISIONS[job.dtype, job.mode], job.mode) for job in jobs}
+    of_models = {(_PRECISIONS[job.dtype, job.mode], job.mode) for job in jobs if job.suite in MODELS}
     found = []
-    for check in checking.checks(backends, sorted({_PRECISIONS[job.mode] for job in jobs})):
-        mode = TRAINING if check.what == checking.GRADIENTS else FORWARD
-        wanted = mode in modes_of_models or (check.operator, mode) in measured
-        if wanted and check.precision == _PRECISIONS[mode]:
+    for check in checking.checks(backends, sorted({precision for _, precision, _ in measured})):
+        kind = check.precision, TRAINING if check.what == checking.GRADIENTS else FORWARD
+        if kind in of_models or (check.operator, *kind) in measured:
             found.append(check)
     return found
 
@@ -157,7 +164,8 @@ def _chosen(options: argparse.Namespace) -> list[Job]:
 
 def _matching(jobs: Sequence[Job], options: argparse.Namespace) -> list[Job]:
     return [
-        job
+        job._replace(dtype=dtype)
+        for dtype in options.dtype
         for job in jobs
         if (options.suite is None or job.suite in options.suite)
         and (options.batch is None or job.batch in options.batch)

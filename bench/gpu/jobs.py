@@ -23,6 +23,8 @@ BATCHES = (1, 64, 256)
 FORWARD, TRAINING = "forward", "training"
 MODES = (FORWARD, TRAINING)
 STREAM, GRAPH = "stream", "graph"
+BF16 = "bf16"
+DTYPES = (BF16, "fp16", "fp32")
 # From this batch size on, launches hide behind each other without a graph.
 _LARGEST_IN_GRAPH = 1
 
@@ -37,6 +39,7 @@ class Job(NamedTuple):
         mode: `"forward"`, or `"training"` for forward and backward.
         peer: as in `fastvit_kernels.bench.gpu.peers`.
         launch: `"stream"` for calls as they are, `"graph"` for replays of a CUDA graph.
+        dtype: of the matrix products: `"bf16"`, `"fp16"` or `"fp32"`.
     """
 
     suite: str
@@ -45,11 +48,13 @@ class Job(NamedTuple):
     mode: str
     peer: str
     launch: str
+    dtype: str = BF16
 
     def __str__(self) -> str:
         case = self.suite if self.case == self.suite else f"{self.suite} {self.case}"
         graph = " in a graph" if self.launch == GRAPH else ""
-        return f"{case}, batch {self.batch}, {self.mode}, {self.peer}{graph}"
+        dtype = "" if self.dtype == BF16 else f", {self.dtype}"
+        return f"{case}, batch {self.batch}, {self.mode}{dtype}, {self.peer}{graph}"
 
 
 def find(suite: str, case: str, batch: int) -> Case:

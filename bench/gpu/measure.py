@@ -19,7 +19,7 @@ from fastvit_kernels.bench.gpu.peers import OURS, VARIANTS, prepare
 from fastvit_kernels.bench.gpu.rows import Row
 from fastvit_kernels.bench.peers import Unavailable
 from fastvit_kernels.bench.results import FAILED, OK, UNAVAILABLE
-from fastvit_kernels.bench.roofline import Roofline
+from fastvit_kernels.bench.roofline import DTYPES, Roofline
 from fastvit_kernels.ops import dispatch
 from fastvit_kernels.testing.numerics import NumericsError
 
@@ -50,7 +50,7 @@ def measure(device: Device, job: Job, find: Find, plan: Plan, distrusted: Collec
         distrusted: operators and backends, as `global_attention:triton`, whose checks have failed: a row that one of
             them takes part in gets no time.
     """
-    row = Row(*job, dtype="bf16", variant=VARIANTS[job.mode], status=OK)
+    row = Row(*job, variant=VARIANTS[job.dtype, job.mode], status=OK)
     torch._dynamo.reset()
     device.release()
     try:
@@ -115,13 +115,13 @@ def judge(job: Job, case: Case, step: Callable[[], Outputs]) -> tuple[gate.Verdi
     if job.mode == FORWARD:
         verdict = _check_forward(job, case, results)
     else:
-        verdict = training.check(case, VARIANTS[TRAINING], results)
+        verdict = training.check(case, VARIANTS[job.dtype, TRAINING], results)
     ran = {f"{d.operator}:{d.chosen}:{d.channels}" for d in recorder.decisions} if job.peer in OURS else set()
     return verdict, ran
 
 
 def _check_forward(job: Job, case: Case, outputs: Outputs) -> gate.Verdict:
-    return gate.check(case, VARIANTS[FORWARD], outputs, ours=job.peer in OURS)
+    return gate.check(case, VARIANTS[job.dtype, FORWARD], outputs, ours=job.peer in OURS)
 
 
 def made(find: Find, job: Job, device: Device) -> Case:
@@ -146,7 +146,7 @@ def with_limits(row: Row, cost: Cost, limits: Roofline) -> Row:
     if row.mode == TRAINING:
         cost = training.cost(cost)
     floor = 1e3 * limits.floor(cost, row.dtype)
-    nbytes = cost.nbytes(torch.bfloat16.itemsize)
+    nbytes = cost.nbytes(DTYPES[row.dtype].itemsize)
     row = replace(row, gflop=cost.flops / 1e9, least_mb=nbytes / 1e6, floor_ms=floor)
     if row.p50_ms is None:
         return row

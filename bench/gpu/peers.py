@@ -19,8 +19,15 @@ from fastvit_kernels.bench.training import Training
 
 OURS = ("fastvit", *BY_NAME)
 PEERS = (*OURS, "eager", "sdpa", "compile")
-# Inference in bf16 throughout; training with weights in fp32, as it is usual.
-VARIANTS = {FORWARD: "cast", TRAINING: "autocast"}
+# By dtype and mode: inference in a dtype throughout; training with weights in fp32, as it is usual.
+VARIANTS = {
+    ("bf16", FORWARD): "cast",
+    ("bf16", TRAINING): "autocast",
+    ("fp16", FORWARD): "cast-fp16",
+    ("fp16", TRAINING): "autocast-fp16",
+    ("fp32", FORWARD): "fp32",
+    ("fp32", TRAINING): "fp32",
+}
 
 Step = Callable[[], Outputs]
 
@@ -31,7 +38,8 @@ def prepare(job: Job, case: Case) -> Step:
     Raises:
         Unavailable: the call itself may raise it as well.
     """
-    module = stock(case, job.mode)
+    variant = VARIANTS[job.dtype, job.mode]
+    module = stock(case, job.mode, variant)
     if job.peer in OURS:
         module = case.fuse(module)
     elif job.peer == "compile":
@@ -39,16 +47,14 @@ def prepare(job: Job, case: Case) -> Step:
         tuning = "max-autotune-no-cudagraphs" if job.launch == GRAPH else "max-autotune"
         # After another batch size the compiler would otherwise make code for any: no user of one size runs that.
         module = torch.compile(module, fullgraph=True, dynamic=False, mode=tuning)  # type: ignore[assignment]
-    variant = VARIANTS[job.mode]
     step = forward(module, case, variant) if job.mode == FORWARD else Training(module, case, variant).gradients
     if job.peer == "compile" and job.launch != GRAPH:
         step = _in_steps(step)
     return _within(_context(job.peer), step)
 
 
-def stock(case: Case, mode: str) -> nn.Module:
+def stock(case: Case, mode: str, variant: str) -> nn.Module:
     """The stock module as it is called in this mode; what is random in training is switched off."""
-    variant = VARIANTS[mode]
     return training.stock(case, variant) if mode == TRAINING else case.stock(variant)
 
 

@@ -10,13 +10,15 @@ from fastvit_kernels.bench.gpu.jobs import OPERATORS, STREAM
 from fastvit_kernels.bench.gpu.peers import OURS
 from fastvit_kernels.bench.gpu.rows import Conditions, Row
 from fastvit_kernels.bench.results import OK
+from fastvit_kernels.bench.roofline import DTYPES
 from fastvit_kernels.ops import tuning
+from fastvit_kernels.ops.arguments import short
 from fastvit_kernels.ops.tuning import Preference, Tuning
 
 # The stock modules of the suites, by what they stand for. With PyTorch's attention in them they are not our backend of
 # this name, which keeps less for its gradients.
 _OTHERS = {"eager": "reference"}
-_DTYPES = {"bf16": "bfloat16"}
+_DTYPES = {name: short(dtype) for name, dtype in DTYPES.items()}
 
 Call = tuple[str, str, int]
 Place = tuple[str, str, str, int]
@@ -52,14 +54,14 @@ def preferences(records: Sequence[tuple[Row, Conditions]], results: str) -> list
 
 def _by_place(rows: Sequence[Row]) -> dict[Place, list[Row]]:
     """The timed rows of calls as they are, by what dispatch knows of them; that is known where a row of ours is."""
-    places: dict[tuple[Call, str], Place] = {}
+    places: dict[tuple[Call, str, str], Place] = {}
     for row in rows:
         if row.suite in OPERATORS and row.peer in OURS and row.status == OK and len(row.backends.split()) == 1:
             operator, _, channels = row.backends.split(":")
-            places[(row.suite, row.case, row.batch), row.mode] = operator, row.dtype, row.mode, int(channels)
+            places[(row.suite, row.case, row.batch), row.mode, row.dtype] = operator, row.dtype, row.mode, int(channels)
     found: dict[Place, list[Row]] = {}
     for row in rows:
-        place = places.get(((row.suite, row.case, row.batch), row.mode))
+        place = places.get(((row.suite, row.case, row.batch), row.mode, row.dtype))
         taken = row.status == OK and row.launch == STREAM and (row.peer in OURS or row.peer in _OTHERS)
         if place is not None and taken:
             found.setdefault(place, []).append(row)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastvit_kernels.bench.gpu.jobs import GRAPH, MODELS
+from fastvit_kernels.bench.gpu.jobs import BF16, GRAPH, MODELS
 from fastvit_kernels.bench.gpu.peers import OURS
 from fastvit_kernels.bench.gpu.rows import Conditions, Row
 from fastvit_kernels.bench.results import OK
@@ -41,7 +41,8 @@ class Group(NamedTuple):
     def title(self) -> str:
         first = self.rows[0]
         case = first.case if first.suite == first.case else f"{first.suite} {first.case}"
-        return f"{case}, batch {first.batch}, {first.mode}" + (", in a graph" if first.launch == GRAPH else "")
+        dtype = "" if first.dtype == BF16 else f", {first.dtype}"
+        return f"{case}, batch {first.batch}, {first.mode}{dtype}" + (", in a graph" if first.launch == GRAPH else "")
 
     @property
     def ranked(self) -> list[Row]:
@@ -71,7 +72,7 @@ def groups(records: Iterable[Record]) -> list[Group]:
     """Rows by call and conditions, models first, in the order they come."""
     found: dict[tuple[object, ...], Group] = {}
     for row, conditions in records:
-        key = (row.suite, row.case, row.batch, row.mode, row.launch, conditions)
+        key = (row.suite, row.case, row.batch, row.mode, row.launch, row.dtype, conditions)
         found.setdefault(key, Group([], conditions)).rows.append(row)
     return sorted(found.values(), key=lambda group: group.rows[0].suite not in MODELS)
 

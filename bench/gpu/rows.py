@@ -78,7 +78,7 @@ class Row:
 
     @property
     def job(self) -> Job:
-        return Job(self.suite, self.case, self.batch, self.mode, self.peer, self.launch)
+        return Job(self.suite, self.case, self.batch, self.mode, self.peer, self.launch, self.dtype)
 
 
 @dataclass(frozen=True)

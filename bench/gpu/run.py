@@ -269,7 +269,7 @@ def _measure(
         limit = min(_LIMITS[_class(job)], budget.left)
         started = budget.left
         status = FAILED if job.peer in OURS else UNAVAILABLE
-        row = Row(*job, dtype="bf16", variant=VARIANTS[job.mode], status=status)
+        row = Row(*job, variant=VARIANTS[job.dtype, job.mode], status=status)
         try:
             row = worker.run(measure, job, request.find, request.plan, distrusted, limit=limit)
         except TimedOut as error:

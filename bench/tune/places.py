@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from fastvit_kernels.bench.gpu.jobs import FORWARD, Find
+from fastvit_kernels.bench.gpu.jobs import BF16, FORWARD, Find
 from fastvit_kernels.bench.gpu.peers import VARIANTS, stock
 from fastvit_kernels.ops import arguments, library, triton_support, tuning
 from fastvit_kernels.ops.operator import Tensors
@@ -87,18 +87,19 @@ def autocast_without_memory(dtype: torch.dtype | None) -> Iterator[None]:
 def launches(call: Call, find: Find) -> Callable[[], None]:
     """Launches the kernels of a call on tensors without memory: its forward or, in training, its gradients."""
     case = replace(find(call.suite, call.case, call.batch), device="meta", _remembered={})
-    module = case.fuse(stock(case, call.mode))
-    inputs = [x.requires_grad_(call.mode != FORWARD) for x in case.inputs(VARIANTS[call.mode])]
+    variant = VARIANTS[BF16, call.mode]
+    module = case.fuse(stock(case, call.mode, variant))
+    inputs = [x.requires_grad_(call.mode != FORWARD) for x in case.inputs(variant)]
     caught: list[tuple[Any, list[Any], Any]] = []
 
     class Stop(Exception):
         pass
 
     def catch(operator: Any, tensors: Tensors, static: Any, **options: Any) -> Any:
-        caught.append((operator, library.dense(tensors), static))
+        caught.append((operator, library.dense(tensors, operator.triton_any_layout), static))
         raise Stop
 
-    autocast = autocast_without_memory(torch.bfloat16 if VARIANTS[call.mode] == "autocast" else None)
+    autocast = autocast_without_memory(torch.bfloat16 if variant == "autocast" else None)
     with mock.patch.object(library, "call", catch), autocast, contextlib.suppress(Stop):
         module(*inputs)
     ((operator, tensors, static),) = caught

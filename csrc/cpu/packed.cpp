@@ -27,59 +27,37 @@ int64_t offset(const Tensor& tensor, int64_t index) {
   return at;
 }
 
-// Where a few elements of each weight lie.
+// A few elements of each weight.
 class Samples {
  public:
-  explicit Samples(uint64_t key) : key_(key) {}
+  explicit Samples(uint64_t key) : mixed_(key) {}
 
   void add(const std::optional<Tensor>& tensor) {
     if (!tensor.has_value()) {
-      found_.push_back({nullptr, 1});
+      mixed_ = mix(mixed_, 1);
       return;
     }
     const int64_t n = tensor->numel();
-    const bool wide = tensor->scalar_type() == ScalarType::Float;
+    const uint32_t bytes = tensor->scalar_type() == ScalarType::Float ? 4 : 2;
     const char* data = static_cast<const char*>(tensor->const_data_ptr());
     const bool row_major = tensor->is_contiguous();
-    weights_.push_back({*tensor, data});
-    found_.push_back({nullptr, static_cast<uint64_t>(n) * 2 + wide});
+    weights_.push_back(*tensor);
+    mixed_ = mix(mixed_, static_cast<uint64_t>(n) * 2 + (bytes == 4));
     for (int i = 0; n > 0 && i < kSamples; ++i) {
       const int64_t index = (n - 1) * i / (kSamples - 1);
-      found_.push_back({data + (row_major ? index : offset(*tensor, index)) * (wide ? 4 : 2), wide ? 4u : 2u});
+      const Sample sample(data + (row_major ? index : offset(*tensor, index)) * bytes, bytes);
+      found_.push_back(sample);
+      mixed_ = mix(mixed_, sample.bits);
     }
   }
 
-  // Whether all weights still lie there, so that it is safe to read them.
-  bool in_place() const {
-    return std::all_of(weights_.begin(), weights_.end(),
-                       [](const Weight& w) { return w.tensor.const_data_ptr() == w.data; });
-  }
-
-  uint64_t mixed() const {
-    uint64_t state = key_;
-    for (const Sample& s : found_) {
-      uint64_t bits = s.value;
-      if (s.address) {
-        bits = 0;
-        std::memcpy(&bits, s.address, s.value);
-      }
-      state = mix(state, bits);
-    }
-    return state;
-  }
+  uint64_t mixed() const { return mixed_; }
+  const std::vector<Tensor>& weights() const { return weights_; }
+  const std::vector<Sample>& found() const { return found_; }
 
  private:
-  struct Weight {
-    Tensor tensor;
-    const void* data;
-  };
-  struct Sample {
-    const char* address;  // null: `value` is all there is
-    uint64_t value;       // else the bytes there
-  };
-
-  uint64_t key_;
-  std::vector<Weight> weights_;
+  uint64_t mixed_;
+  std::vector<Tensor> weights_;
   std::vector<Sample> found_;
 };
 
@@ -266,8 +244,7 @@ uint64_t identify(std::initializer_list<int64_t> key, TensorList& tensors, size_
   state = samples.mixed();
   const bool packs = !carries(packed, state);
   if (recording() && packs) give_up_recording();
-  if (recording() && !packs)
-    record_weights([samples, state] { return samples.in_place() && samples.mixed() == state; });
+  if (recording() && !packs) record_weights(samples.weights(), samples.found());
   if (!packs) return state;
   bool copied = false;
   for (size_t i = first; i < last; ++i)

@@ -1,48 +1,104 @@
-// Where tensors lie and how: that of hundreds is looked at before every call of a model.
+// What is looked at before every call of a model: where hundreds of tensors lie and how, and objects of Python. Behind
+// a call, which reads all weights, none of that is in a cache: it is fetched ahead.
+
+#include <cstring>
 
 #include "registry.h"
 
 namespace fk {
 namespace {
 
-struct Place {
-  Tensor tensor;
-  const void* data;
-  ScalarType dtype;
-  std::vector<int64_t> sizes, strides;
+constexpr int64_t kLine = 64;
 
-  explicit Place(const Tensor& t)
-      : tensor(t),
-        data(t.const_data_ptr()),
-        dtype(t.scalar_type()),
-        sizes(t.sizes().begin(), t.sizes().end()),
-        strides(t.strides().begin(), t.strides().end()) {}
+// Starts to load what lies at an address, which need not be one.
+void fetch(const void* at, int lines = 1) {
+  for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(at) + i * kLine);
+}
+
+const void* word(const void* at, int64_t offset) {
+  const void* found;
+  std::memcpy(&found, static_cast<const char*>(at) + offset, sizeof found);
+  return found;
+}
+
+class Places {
+ public:
+  explicit Places(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {
+    for (const Tensor& t : tensors_) {
+      // A handle is a pointer to torch's own object, whose first words point to the storage and other parts of it.
+      places_.push_back({t.get(), word(t.get(), 0), t.const_data_ptr(), t.scalar_type(), t.dim()});
+      layouts_.insert(layouts_.end(), t.sizes().begin(), t.sizes().end());
+      layouts_.insert(layouts_.end(), t.strides().begin(), t.strides().end());
+    }
+  }
 
   bool unchanged() const {
-    const auto now = tensor.sizes(), steps = tensor.strides();
-    return tensor.const_data_ptr() == data && tensor.scalar_type() == dtype &&
-           std::equal(sizes.begin(), sizes.end(), now.begin(), now.end()) &&
-           std::equal(strides.begin(), strides.end(), steps.begin(), steps.end());
+    const size_t n = places_.size();
+    const int64_t* layout = layouts_.data();
+    for (size_t i = 0; i < n + 2 * kAhead; ++i) {
+      if (i < n) {
+        fetch(places_[i].handle);
+        fetch(places_[i].object, 3);
+      }
+      if (i >= kAhead && i < n + kAhead)
+        for (int64_t w = 2; w < 7; ++w) fetch(word(places_[i - kAhead].object, w * 8));
+      if (i >= 2 * kAhead && !unchanged(i - 2 * kAhead, &layout)) return false;
+    }
+    return true;
   }
-};
 
-using Places = std::vector<Place>;
+ private:
+  // How many tensors ahead.
+  static constexpr size_t kAhead = 12;
+
+  struct Place {
+    AtenTensorHandle handle;
+    const void* object;
+    const void* data;
+    ScalarType dtype;
+    int64_t dim;
+  };
+
+  bool unchanged(size_t i, const int64_t** layout) const {
+    const Place& p = places_[i];
+    const Tensor& t = tensors_[i];
+    if (t.const_data_ptr() != p.data || t.scalar_type() != p.dtype || t.dim() != p.dim) return false;
+    const auto sizes = t.sizes(), strides = t.strides();
+    const int64_t* expected = *layout;
+    *layout += 2 * p.dim;
+    return std::equal(sizes.begin(), sizes.end(), expected) &&
+           std::equal(strides.begin(), strides.end(), expected + p.dim);
+  }
+
+  std::vector<Tensor> tensors_;
+  std::vector<Place> places_;
+  std::vector<int64_t> layouts_;  // sizes and strides of each
+};
 
 Registry<Places>& all() {
   static Registry<Places>& found = *new Registry<Places>;  // never destroyed: what it holds needs torch
   return found;
 }
 
-int64_t note(std::vector<Tensor> tensors) {
-  return all().add(std::make_shared<Places>(tensors.begin(), tensors.end()));
-}
+int64_t note(std::vector<Tensor> tensors) { return all().add(std::make_shared<Places>(std::move(tensors))); }
 
-bool unchanged(int64_t number) {
-  const std::shared_ptr<Places> places = all().find(number, "places");
-  return std::all_of(places->begin(), places->end(), [](const Place& p) { return p.unchanged(); });
-}
+bool unchanged(int64_t number) { return all().find(number, "places")->unchanged(); }
 
 void forget(int64_t number) { all().forget(number); }
+
+// `tables`: objects that live, whose words at `arrays` and behind that point to more.
+void fetch_ahead(Tensor objects, Tensor tables, int64_t arrays) {
+  const auto addresses = [](const Tensor& t) {
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Long && t.is_contiguous(), "expected addresses");
+    return static_cast<const void* const*>(t.const_data_ptr());
+  };
+  const void* const* table = addresses(tables);
+  const void* const* object = addresses(objects);
+  for (int64_t i = 0; i < tables.numel(); ++i) fetch(table[i], 2);
+  for (int64_t i = 0; i < objects.numel(); ++i) fetch(object[i]);
+  for (int64_t i = 0; i < tables.numel(); ++i)
+    for (int64_t w = 0; w < 2; ++w) fetch(word(table[i], arrays + 8 * w), 4);
+}
 
 }  // namespace
 }  // namespace fk
@@ -51,4 +107,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastvit, CompositeExplicitAutograd, m) {
   m.impl("places_note", TORCH_BOX(&fk::note));
   m.impl("places_unchanged", TORCH_BOX(&fk::unchanged));
   m.impl("places_forget", TORCH_BOX(&fk::forget));
+  m.impl("fetch_ahead", TORCH_BOX(&fk::fetch_ahead));
 }

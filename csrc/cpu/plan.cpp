@@ -1,7 +1,5 @@
 #include "plan.h"
 
-#include <cstring>
-
 #include "registry.h"
 
 namespace fk {
@@ -41,10 +39,47 @@ struct Boundary {
   }
 };
 
+// The weights of all calls, where they lay and what samples of them were.
+class Weights {
+ public:
+  void add(const std::vector<Tensor>& weights, const std::vector<Sample>& samples) {
+    for (const Tensor& t : weights) places_.push_back({t, t.const_data_ptr()});
+    samples_.insert(samples_.end(), samples.begin(), samples.end());
+  }
+
+  // They are read in the order of their addresses, which memory likes best.
+  void sort() {
+    std::sort(samples_.begin(), samples_.end(), [](const Sample& a, const Sample& b) { return a.address < b.address; });
+  }
+
+  bool unchanged() const {
+    // Only those that still lie there may be read.
+    for (const Place& p : places_)
+      if (p.weight.const_data_ptr() != p.data) return false;
+    const size_t n = samples_.size();
+    uint32_t different = 0;
+    for (size_t i = 0; i < n; ++i) {
+      if (i + kAhead < n) __builtin_prefetch(samples_[i + kAhead].address);
+      different |= samples_[i].now() ^ samples_[i].bits;
+    }
+    return different == 0;
+  }
+
+ private:
+  static constexpr size_t kAhead = 32;
+
+  struct Place {
+    Tensor weight;
+    const void* data;
+  };
+  std::vector<Place> places_;
+  std::vector<Sample> samples_;
+};
+
 struct Plan {
   std::mutex busy;
   std::vector<Boundary> inputs, outputs;
-  std::vector<std::function<bool()>> weights;
+  Weights weights;
   std::vector<std::function<void()>> calls;
   // What lies between the calls: all pointers to it, for now to offsets from `memory`, which has this many bytes.
   std::vector<Pointer> between;
@@ -64,7 +99,7 @@ struct Region {
 class Recorder {
  public:
   bool usable = true;
-  std::vector<std::function<bool()>> weights;
+  Weights weights;
 
   void add(std::function<void()> run, std::initializer_list<void*> pointers, std::vector<Tensor> results) {
     for (void* location : pointers) {
@@ -104,6 +139,7 @@ class Recorder {
       for (const Pointer& pointer : region->pointers)
         plan->between.push_back({pointer.location, region->place + pointer.offset});
     plan->weights = std::move(weights);
+    plan->weights.sort();
     plan->calls = std::move(calls_);
     return plan;
   }
@@ -203,8 +239,7 @@ std::vector<Tensor> replay(std::vector<Tensor> inputs, int64_t number) {
                   inputs.size());
   for (size_t i = 0; i < inputs.size(); ++i)
     STD_TORCH_CHECK(plan->inputs[i].describes(inputs[i]), "inputs: entry ", i, " is not laid out like the plan's");
-  for (const auto& unchanged : plan->weights)
-    if (!unchanged()) return {};
+  if (!plan->weights.unchanged()) return {};
   for (size_t i = 0; i < inputs.size(); ++i) {
     const char* data = static_cast<const char*>(inputs[i].const_data_ptr());
     STD_TORCH_CHECK(data || inputs[i].numel() == 0, "inputs: the memory of entry ", i, " has been freed");
@@ -229,7 +264,9 @@ std::vector<Tensor> replay(std::vector<Tensor> inputs, int64_t number) {
 
 bool recording() { return recorder != nullptr; }
 
-void record_weights(std::function<bool()> unchanged) { recorder->weights.push_back(std::move(unchanged)); }
+void record_weights(const std::vector<Tensor>& weights, const std::vector<Sample>& samples) {
+  recorder->weights.add(weights, samples);
+}
 
 void give_up_recording() { recorder->usable = false; }
 

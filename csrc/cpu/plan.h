@@ -3,9 +3,10 @@
 // keeps.
 //
 // A thread records what it calls between `plan_begin` and `plan_end`. Weights are taken as they lie then; `replay`
-// looks at the fingerprint of each (see `identify`) and does nothing where one has changed.
+// looks at samples of each (see `identify`) and does nothing where one has changed.
 #pragma once
 
+#include <cstring>
 #include <functional>
 #include <memory>
 
@@ -16,8 +17,21 @@ namespace fk {
 // Whether this thread records a plan.
 bool recording();
 
-// Weights that a call found packed, and a function that says whether they still have the fingerprint of then.
-void record_weights(std::function<bool()> unchanged);
+// An element of a weight.
+struct Sample {
+  const char* address;
+  uint32_t bytes, bits;
+
+  Sample(const char* address, uint32_t bytes) : address(address), bytes(bytes), bits(now()) {}
+  uint32_t now() const {
+    uint32_t found = 0;
+    std::memcpy(&found, address, bytes);
+    return found;
+  }
+};
+
+// Weights that a call found packed, and samples of them.
+void record_weights(const std::vector<Tensor>& weights, const std::vector<Sample>& samples);
 // Weights that it had to pack for itself: no plan can come of that.
 void give_up_recording();
 

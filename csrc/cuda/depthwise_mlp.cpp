@@ -43,6 +43,13 @@ void choose_tile(DepthwiseMlp& p) {
   check_shared_memory(shared_bytes(p));
 }
 
+// The blocks that follow from a tile.
+void divide(DepthwiseMlp& p) {
+  p.down = static_cast<int32_t>(parts(p.height, p.tile_height));
+  p.across = static_cast<int32_t>(parts(p.width, p.tile_width));
+  p.slices = static_cast<int32_t>(parts(p.project.out, p.columns));
+}
+
 std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::string norm, double norm_eps,
                                std::string hidden_activation, std::string last_activation, std::string inner_residual,
                                bool bn_after_activation, std::vector<double> bn_eps, bool training,
@@ -104,6 +111,7 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
   p.adds_after = inner_residual == "after_activation";
   p.vectors = views.vectors({channels, hidden});
   choose_tile(p);
+  divide(p);
   const ScalarType out_dtype = promoted(dtype, t[kResidual]);
   const Tensor out = empty(x, {batch, tokens, out_channels}, out_dtype);
   const Array residual = views.array(t[kResidual], "residual", {batch, tokens, out_channels});

@@ -27,11 +27,14 @@ inline const char* message_of(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
-inline int64_t shared_memory_of_device() {
-  int device = 0, bytes = 0;
+inline int64_t attribute_of_device(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   if (message_of(cudaGetDevice(&device))) return 0;
-  return message_of(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) ? 0 : bytes;
+  return message_of(cudaDeviceGetAttribute(&value, attribute, device)) ? 0 : value;
 }
+
+inline int64_t shared_memory_of_device() { return attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int64_t multiprocessors_of_device() { return attribute_of_device(cudaDevAttrMultiProcessorCount); }
 
 template <class Params>
 const char* launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int64_t shared, void* stream,
@@ -83,6 +86,71 @@ __device__ inline uint32_t pack(float first, float second) {
   return bits;
 }
 
+template <class T>
+__device__ inline float2 unpack(uint32_t bits) {
+  T values[2];
+  memcpy(values, &bits, sizeof(bits));
+  return make_float2(to_float(values[0]), to_float(values[1]));
+}
+
+// Two neighbouring values from and to a place that is a multiple of their size, in one access: a compiler that knows
+// no alignment takes them apart.
+template <class T>
+__device__ inline float2 load_pair(const T* from) {
+  return unpack<T>(*reinterpret_cast<const uint32_t*>(from));
+}
+template <>
+__device__ inline float2 load_pair(const float* from) {
+  return *reinterpret_cast<const float2*>(from);
+}
+
+template <class T>
+__device__ inline void store_pair(T* to, float first, float second) {
+  *reinterpret_cast<uint32_t*>(to) = pack<T>(first, second);
+}
+template <>
+__device__ inline void store_pair(float* to, float first, float second) {
+  *reinterpret_cast<float2*>(to) = make_float2(first, second);
+}
+
+// Values that a thread reads or writes at once, from and to multiples of 16 bytes.
+template <class T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+template <class T>
+__device__ inline void load_vector(float (&to)[kVector<T>], const T* from) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(from);
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack<T>(words[i]);
+    to[2 * i] = pair.x;
+    to[2 * i + 1] = pair.y;
+  }
+}
+// As many from fp32 as a vector of T has.
+template <class T>
+__device__ inline void load_vector(float (&to)[kVector<T>], const float* from) {
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i += 4) {
+    const float4 values = *reinterpret_cast<const float4*>(from + i);
+    to[i] = values.x;
+    to[i + 1] = values.y;
+    to[i + 2] = values.z;
+    to[i + 3] = values.w;
+  }
+}
+
+template <class T>
+__device__ inline void store_vector(T* to, const float (&values)[kVector<T>]) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(pack<T>(values[0], values[1]), pack<T>(values[2], values[3]),
+                                             pack<T>(values[4], values[5]), pack<T>(values[6], values[7]));
+}
+template <>
+__device__ inline void store_vector(float* to, const float (&values)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(values[0], values[1], values[2], values[3]);
+}
+
 // Arrays that come beside values of dtype T are in T or in fp32.
 template <class T>
 __device__ inline float load(const Array& array, int64_t index) {
@@ -105,6 +173,19 @@ __device__ inline void with_values(const Array& array, const Use& use) {
     use(static_cast<const float*>(array.data));
 }
 
+// `count` of a vector's values of an array, from `index` on, and zeros behind them. With `vectors` the array begins at
+// a multiple of 16 bytes, the index is a multiple of a vector, and all values are there or none.
+template <class T>
+__device__ inline void load_values(float (&to)[kVector<T>], const Array& array, int64_t index, int count,
+                                   bool vectors) {
+  if (!vectors || count <= 0) {
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) to[i] = i < count ? load<T>(array, index + i) : 0.0f;
+    return;
+  }
+  with_values<T>(array, [&](const auto* values) { load_vector<T>(to, values + index); });
+}
+
 // Into memory of T or fp32.
 template <class T>
 __device__ inline void store(void* data, DType dtype, int64_t index, float value) {
@@ -112,6 +193,28 @@ __device__ inline void store(void* data, DType dtype, int64_t index, float value
     static_cast<T*>(data)[index] = from_float<T>(value);
   else
     static_cast<float*>(data)[index] = value;
+}
+
+// As `load_values`.
+template <class T>
+__device__ inline void store_values(void* data, DType dtype, int64_t index, const float (&values)[kVector<T>],
+                                    int count, bool vectors) {
+  if (!vectors) {
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i)
+      if (i < count) store<T>(data, dtype, index + i, values[i]);
+    return;
+  }
+  if (count <= 0) return;
+  if (sizeof(T) == 2 && dtype != kF32) {
+    store_vector(static_cast<T*>(data) + index, values);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i += 4) {
+    const float own[4] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
+    store_vector(static_cast<float*>(data) + index + i, own);
+  }
 }
 
 // How many parts of this size there are, the last one perhaps smaller.
@@ -124,9 +227,10 @@ constexpr float kLog2E = 1.4426950408889634f;
 __device__ inline int lane_index() { return threadIdx.x % kWarp; }
 __device__ inline int warp_index() { return threadIdx.x / kWarp; }
 
-// The sum over a warp, in every lane.
+// The sum over each `kLanes` neighbouring lanes, in all of them.
+template <int kLanes = kWarp>
 __device__ inline float warp_sum(float x) {
-  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
   return x;
 }
 

@@ -101,7 +101,8 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
     p.projection = views.linear(t[kProj], t[kProjBias], "proj_weight", out_channels, value_channels);
   }
   p.residual = views.array(t[kResidual], "residual", {batch, tokens, out_channels});
-  p.vectors = views.vectors({p.head_width, p.value_width, makes ? x.size(2) : 0});
+  p.vectors = views.vectors({p.head_width, p.value_width});
+  p.weight_vectors = views.vectors({makes ? x.size(2) : 0, p.projection.weight ? value_channels : 0});
   const ScalarType out_dtype = promoted(dtype, t[kResidual]);
   p.out_dtype = kernel_dtype(out_dtype);
   const Tensor out = empty(x, {batch, tokens, out_channels}, out_dtype);

@@ -2,12 +2,19 @@
 // where q, k and v are still to be made, the window is one such tile, and all three stay in shared memory.
 #include "moments.h"
 #include "rows.h"
+#include "weights.h"
 
 namespace fk {
 namespace {
 
 constexpr int kThreads = kTileRows / 16 * kWarp;
-constexpr int kSpreadBytes = kThreads / kWarp * 16;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kSpreadBytes = kWarps * 16;
+constexpr int kSlots = 2;  // for tiles of weights
+// A linear layer's share of a warp: 32 rows of 32 columns.
+using Share = WarpShare<kWarps, 2, 2>;
+constexpr int kRowTiles = 2;
+static_assert(2 * Share::kRows == kTileRows);
 
 // Where the parts of a block's shared memory begin, in bytes; `end` is its size.
 struct Layout {
@@ -35,7 +42,7 @@ __host__ __device__ Layout layout_of(const LocalAttention& p) {
   at.v = at.k + kRowBytes * at.k_stride;
   at.attended = at.v + kRowBytes * at.v_stride;
   at.staging = at.attended + (projects ? kRowBytes * at.attended_stride : 0);
-  at.end = at.staging + (makes || projects ? static_cast<int>(kStagingBytes) : 0);
+  at.end = at.staging + (makes || projects ? weight_tiles_bytes(kSlots) : 0);
   return at;
 }
 
@@ -44,20 +51,65 @@ __device__ float in_log2(float bias) {
   return fabsf(bias) == INFINITY ? bias : fminf(fmaxf(bias * kLog2E, -3e38f), 3e38f);
 }
 
-// One head's queries, keys or values of the tile: x times the weight's rows from `first` on, and bias.
+// One head's queries, keys and values after another's, then the projection: 64 rows of a weight at a time, each from
+// its first channel to its last.
 template <class T>
-__device__ void make_head(const LocalAttention& p, T* tile, int stride, const T* x, int x_stride, int first, int padded,
-                          T* staging) {
-  const int own = 16 * warp_index();
+struct AttentionWeights {
+  const LocalAttention* p;
+  int head, last, part, row, depth;
+
+  __device__ bool vectors() const { return p->weight_vectors; }
+  __device__ WeightTile<T> next() {
+    constexpr int kDepth = kStageBytes / sizeof(T);
+    const bool makes = head < last;
+    const Linear& linear = makes ? p->qkv : p->projection;
+    const int rows = makes ? p->head_width : linear.out;
+    if (!linear.weight || row >= rows) return {nullptr, 0, 0, 0};
+    const int first = makes ? (part * p->heads + head) * p->head_width : 0;
+    const WeightTile<T> tile = {static_cast<const T*>(linear.weight) + int64_t{first + row} * linear.in + depth,
+                                rows - row, min(kDepth, linear.in - depth), linear.in};
+    depth += kDepth;
+    if (depth < linear.in) return tile;
+    depth = 0;
+    row += kWeightRows;
+    if (!makes || row < rows) return tile;
+    row = 0;
+    part = part == 2 ? 0 : part + 1;
+    if (part == 0) ++head;
+    return tile;
+  }
+};
+
+// A warp's share of 64 rows times the next 64 rows of a weight.
+template <class T, class Weights>
+__device__ void multiply(float (&sums)[kRowTiles][Share::kColumnTiles][4], const T* rows, int stride, int depth,
+                         Weights& weights) {
+  for (int i = 0; i < kRowTiles; ++i) clear(sums[i]);
 #pragma unroll 1
-  for (int begin = 0; begin < padded; begin += kPanel) {
-    const int count = p.head_width - begin;
-    float sums[kPanelTiles][4];
-    clear(sums);
-    const T* weight = static_cast<const T*>(p.qkv.weight) + int64_t{first + begin} * p.qkv.in;
-    multiply_by_weight<1>(sums, x + own * x_stride, x_stride, weight, p.qkv.in, p.qkv.in, count, p.vectors, staging);
-    add_bias<T>(sums, p.qkv.bias, first + begin, count);
-    put_tile(sums, tile + own * stride + begin, stride, count, padded - begin);
+  for (int k = 0; k < depth; k += Weights::kDepth) {
+    const T* const from[kRowTiles] = {rows + Share::first_row() * stride + k,
+                                      rows + (Share::first_row() + 16) * stride + k};
+    multiply_tile(sums, from, stride, weights.next(), Share::first_column(), depth - k);
+  }
+}
+
+// One head's queries, keys or values of the tile: x times the weight's rows from `first` on, and bias.
+template <class T, class Weights>
+__device__ void make_head(const LocalAttention& p, T* tile, int stride, const T* x, int x_stride, int first, int padded,
+                          Weights& weights) {
+  const int column = Share::first_column();
+#pragma unroll 1
+  for (int begin = 0; begin < padded; begin += kWeightRows) {
+    const int count = p.head_width - begin - column;
+    float sums[kRowTiles][Share::kColumnTiles][4];
+    multiply(sums, x, x_stride, p.qkv.in, weights);
+    if (padded - begin <= column) continue;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      if (count > 0) add_bias<T>(sums[i], p.qkv.bias, first + begin + column, count);
+      put_tile(sums[i], tile + (Share::first_row() + 16 * i) * stride + begin + column, stride, count,
+               padded - begin - column);
+    }
   }
 }
 
@@ -74,7 +126,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 || kValueTiles > 8 ? 
   T* k = reinterpret_cast<T*>(memory + at.k);
   T* v = reinterpret_cast<T*>(memory + at.v);
   T* attended = reinterpret_cast<T*>(memory + at.attended);
-  T* staging = reinterpret_cast<T*>(memory + at.staging);
 
   const int area = p.window * p.window, tiles = parts(area, kTileRows);
   const int across = parts(p.width, p.window), down = parts(p.height, p.window);
@@ -89,6 +140,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 || kValueTiles > 8 ? 
   const int top = static_cast<int>(index % down) * p.window;
   const int sample = static_cast<int>(index / down);
   const int64_t first_pixel = int64_t{sample} * p.height * p.width;
+  const bool makes = p.qkv.weight != nullptr, projects = p.projection.weight != nullptr;
+  const int last_head = min(first_head + p.heads_per_block, p.heads);
+  using Source = AttentionWeights<T>;
+  WeightTiles<T, Source, kSlots> weights(reinterpret_cast<T*>(memory + at.staging),
+                                         Source{&p, makes ? first_head : last_head, last_head, 0, 0, 0});
 
   // Each place of the window as a pixel of the map, negative beyond the map and the window, and whether it is no key.
   for (int place = threadIdx.x; place < tiles * kTileRows; place += kThreads) {
@@ -98,19 +154,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 || kValueTiles > 8 ? 
   }
   __syncthreads();
 
-  const bool makes = p.qkv.weight != nullptr, projects = p.projection.weight != nullptr;
   if (makes)
-    fill_normalized_rows(x, at.x_stride, p.x, p.qkv.in, p.norm, sample,
+    fill_normalized_rows(x, at.x_stride, kTileRows, warp_index() * kRowsOfWarp<T>, kWarps * kRowsOfWarp<T>, p.x,
+                         p.qkv.in, p.norm, sample, p.x.aligned && p.qkv.in % kVector<T> == 0,
                          [&](int r) { return pixels[r] < 0 ? int64_t{-1} : first_pixel + pixels[r]; });
   const int own = 16 * warp_index(), lane = lane_index();
   if (projects)
-    for (int i = lane; i < 16 * at.attended_stride; i += kWarp)
-      attended[own * at.attended_stride + i] = from_float<T>(0.0f);
+    for (int i = lane * kVector<T>; i < 16 * at.attended_stride; i += kWarp * kVector<T>)
+      store_vector(attended + own * at.attended_stride + i, {});
 
   const int channels = p.heads * p.head_width, value_channels = p.heads * p.value_width;
   const int padded = round_up(p.head_width, F::kDepth), value_padded = round_up(p.value_width, 16);
+  const bool out_vectors = reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && (!p.residual.data || p.residual.aligned);
   SpreadSums spread;
-  for (int head = first_head; head < min(first_head + p.heads_per_block, p.heads); ++head) {
+  for (int head = first_head; head < last_head; ++head) {
     const auto fill = [&](T* tile, int stride, const void* from, int64_t from_stride, int width, int padded_width,
                           int first) {
       fill_tile(tile, stride, kTileRows, width, padded_width, p.vectors,
@@ -124,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 || kValueTiles > 8 ? 
         T* tile = part == 0 ? q : part == 1 ? k : v;
         const int stride = part == 0 ? at.q_stride : part == 1 ? at.k_stride : at.v_stride;
         make_head(p, tile, stride, x, at.x_stride, part * channels + head * p.head_width,
-                  part < 2 ? padded : value_padded, staging);
+                  part < 2 ? padded : value_padded, weights);
       }
     } else {
       fill(q, at.q_stride, p.q, p.q_stride, p.head_width, padded, first_query);
@@ -218,16 +275,22 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 || kValueTiles > 8 ? 
     });
     if (projects) {
       T* row = attended + own * at.attended_stride + head * p.value_width;
+      const bool pairs = p.value_width % 2 == 0;
       for_each_pair(sums, 0, [&](int r, int c, const float* values) {
-        for (int i = 0; i < 2; ++i)
-          if (c + i < p.value_width) row[r * at.attended_stride + c + i] = from_float<T>(values[i]);
+        T* to = row + r * at.attended_stride + c;
+        if (pairs && c < p.value_width)
+          store_pair(to, values[0], values[1]);
+        else
+          for (int i = 0; i < 2; ++i)
+            if (c + i < p.value_width) to[i] = from_float<T>(values[i]);
       });
       continue;
     }
     put_tile(sums, q + own * at.q_stride, at.q_stride, p.value_width, p.value_width);
     __syncwarp();
-    write_rows(
+    write_rows<kValueTiles * 8 / kVector<T>>(
         q + own * at.q_stride, at.q_stride, p.value_width, p.out, p.out_dtype, p.residual,
+        out_vectors && p.value_width % kVector<T> == 0,
         [&](int r) {
           const int pixel = pixels[first_query + own + r];
           return pixel < 0 ? int64_t{-1} : (first_pixel + pixel) * value_channels + head * p.value_width;
@@ -239,24 +302,26 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 || kValueTiles > 8 ? 
 
   if (projects)
 #pragma unroll 1
-    for (int begin = 0; begin < p.projection.out; begin += kPanel) {
-      const int count = p.projection.out - begin;
-      float sums[kPanelTiles][4];
-      clear(sums);
-      const T* weight = static_cast<const T*>(p.projection.weight) + int64_t{begin} * value_channels;
-      multiply_by_weight<1>(sums, attended + own * at.attended_stride, at.attended_stride, weight, value_channels,
-                            value_channels, count, p.vectors, staging);
-      add_bias<T>(sums, p.projection.bias, begin, count);
-      put_tile(sums, q + own * at.q_stride, at.q_stride, count, kPanel);
-      __syncwarp();
-      write_rows(
-          q + own * at.q_stride, at.q_stride, min(count, kPanel), p.out, p.out_dtype, p.residual,
-          [&](int r) {
-            const int pixel = pixels[first_query + own + r];
-            return pixel < 0 ? int64_t{-1} : (first_pixel + pixel) * p.projection.out + begin;
-          },
-          [&](float value) { spread.add(value); });
-      __syncwarp();
+    for (int begin = 0; begin < p.projection.out; begin += kWeightRows) {
+      float sums[kRowTiles][Share::kColumnTiles][4];
+      multiply(sums, attended, at.attended_stride, value_channels, weights);
+      const int column = begin + Share::first_column(), count = min(p.projection.out - column, Share::kColumns);
+      if (count <= 0) continue;
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        const int first = Share::first_row() + 16 * i;
+        T* tile = q + first * at.q_stride + Share::first_column();
+        add_bias<T>(sums[i], p.projection.bias, column, count);
+        put_tile(sums[i], tile, at.q_stride, count, Share::kColumns);
+        __syncwarp();
+        write_rows<Share::kColumns / kVector<T>>(
+            tile, at.q_stride, count, p.out, p.out_dtype, p.residual, out_vectors && p.projection.out % kVector<T> == 0,
+            [&](int r) {
+              const int pixel = pixels[first_query + first + r];
+              return pixel < 0 ? int64_t{-1} : (first_pixel + pixel) * p.projection.out + column;
+            },
+            [&](float value) { spread.add(value); });
+      }
     }
 
   if (p.moments) {

@@ -13,6 +13,7 @@ inline constexpr int64_t size_of(DType dtype) { return dtype == kF32 ? 4 : 2; }
 struct Array {
   const void* data;
   DType dtype;
+  bool aligned = false;  // begins at a multiple of 16 bytes
 };
 
 enum NormKind : int32_t { kNoNorm, kLayerNorm, kGroupNorm };
@@ -50,8 +51,9 @@ struct LocalAttention {
   int32_t batch, height, width, window, heads, head_width, value_width;
   int32_t heads_per_block;
   float scale;
-  bool masked;     // pixels beyond the map are no keys; otherwise they are keys of zeros (or of the bias of `qkv`)
-  bool vectors;    // rows of every tensor in the compute dtype can be copied 16 bytes at a time
+  bool masked;   // pixels beyond the map are no keys; otherwise they are keys of zeros (or of the bias of `qkv`)
+  bool vectors;  // heads' rows of q, k and v can be copied 16 bytes at a time
+  bool weight_vectors;
   float* moments;  // per block [3], see moments.h; null: not wanted
 };
 
@@ -84,9 +86,10 @@ struct DepthwiseMlp {
   DType dtype, out_dtype;
   int32_t batch, height, width, prefix, kernel;
   int32_t tile_height, tile_width, columns;  // results of a block
-  bool vectors;
-  float* moments;  // per block [3], without prefix rows; null: not wanted
-  float* sums;     // of the results, without the residual, of each tile [B, tiles, project.out]; null: not wanted
+  int32_t down, across, slices;              // blocks of a sample: their tiles, and their columns
+  bool vectors;                              // of the weights
+  float* moments;                            // per block [3], without prefix rows; null: not wanted
+  float* sums;  // of the results, without the residual, of each tile [B, tiles, project.out]; null: not wanted
 };
 
 // A GroupNorm of a finished map, and what is added behind it.
@@ -109,8 +112,12 @@ struct MergeSums {
   int32_t samples, parts, columns, rows;
 };
 
-// Tokens that a block of a projection may need for its results.
-constexpr int32_t kMostProjectionRows = 320;
+// Results of one branch that a block of a projection has at most.
+constexpr int32_t kMostProjected = 128;
+// Channels that are filtered at a time.
+constexpr int32_t kFilteredChannels = 64;
+// Shared memory that a multiprocessor keeps for itself, for each block.
+constexpr int64_t kReservedShared = 1024;
 
 struct ProjectionBranch {
   Array filter;  // [C, 1, kernel, kernel]
@@ -121,13 +128,22 @@ struct ProjectionBranch {
   void* out;                        // [B, P + out_height * out_width, linear.out]
 };
 
+// Branches whose results a block makes together.
+struct ProjectionSet {
+  int32_t first, count;
+  int32_t down, across;               // blocks of a sample
+  int32_t patch_height, patch_width;  // of the largest patch
+};
+
 struct ConvProjection {
   Array x;  // [B, P + H * W, C]
   Norm norm;
   ProjectionBranch branches[3];
+  ProjectionSet set[3];
+  int32_t sets;
   DType dtype;
   int32_t batch, height, width, channels, prefix;
-  bool vectors;
+  bool vectors;  // of the weights
 };
 
 struct Moments {
@@ -144,8 +160,9 @@ struct MergeMoments {
   int32_t samples, parts;
 };
 
-// Shared memory that the current device lets a block have; 0 when CUDA does not say.
+// Shared memory that the current device lets a block have, and its multiprocessors; 0 when CUDA does not say.
 int64_t most_shared_memory();
+int64_t multiprocessors();
 
 // Every launch returns null, or what CUDA said.
 const char* launch(const LocalAttention& p, void* stream);
@@ -162,5 +179,10 @@ int64_t tiles_per_sample(const DepthwiseMlp& p);
 int64_t blocks_per_sample(const DepthwiseMlp& p);
 int64_t shared_bytes(const DepthwiseMlp& p);
 int64_t shared_bytes(const ConvProjection& p);
+int64_t shared_bytes(const ConvProjection& p, const ProjectionSet& set);
+// Rows that a block's warps multiply for the results of a branch.
+int32_t projected_rows(const ProjectionBranch& b);
+// Sets the sides of the set's largest patch.
+void measure_patch(const ConvProjection& p, ProjectionSet& set);
 
 }  // namespace fk

@@ -56,5 +56,11 @@ __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
+// The same value, of which the compiler knows nothing: what follows from it is computed anew, not kept in registers.
+__device__ inline int unknown(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 }  // namespace fk
 #endif

@@ -10,6 +10,8 @@ constexpr int64_t kMostTokens = int64_t{1} << 30;
 // A tile of 128 such rows has less than 2^31 bytes.
 constexpr int64_t kMostChannels = int64_t{1} << 20;
 
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
 }  // namespace
 
 DType kernel_dtype(ScalarType dtype) {
@@ -63,7 +65,7 @@ Array Views::array(const std::optional<Tensor>& tensor, const char* name, std::i
   if (!tensor.has_value()) return {nullptr, kF32};
   const Tensor view = checked(tensor, name, shape);
   const Tensor read = view.scalar_type() == dtype_ ? view : cast(view, ScalarType::Float);
-  return {read.const_data_ptr(), kernel_dtype(read.scalar_type())};
+  return {read.const_data_ptr(), kernel_dtype(read.scalar_type()), is_aligned(read.const_data_ptr())};
 }
 
 const void* Views::data(const std::optional<Tensor>& tensor, const char* name, std::initializer_list<int64_t> shape) {
@@ -80,11 +82,8 @@ Linear Views::linear(const std::optional<Tensor>& weight, const std::optional<Te
 
 bool Views::vectors(std::initializer_list<int64_t> columns) const {
   const int64_t size = size_of(kernel_dtype(dtype_));
-  const auto whole = [](int64_t bytes) { return bytes % 16 == 0; };
-  return std::all_of(columns.begin(), columns.end(), [&](int64_t n) { return whole(n * size); }) &&
-         std::all_of(pointers_.begin(), pointers_.end(), [&](const void* pointer) {
-           return whole(static_cast<int64_t>(reinterpret_cast<intptr_t>(pointer)));
-         });
+  return std::all_of(columns.begin(), columns.end(), [&](int64_t n) { return n * size % 16 == 0; }) &&
+         std::all_of(pointers_.begin(), pointers_.end(), is_aligned);
 }
 
 int32_t tile_side(int64_t side, int64_t most) { return static_cast<int32_t>(parts(side, parts(side, most))); }

@@ -32,56 +32,9 @@ __device__ void fill_tile(T* tile, int stride, int rows, int columns, int padded
   }
 }
 
-// Columns of results that a warp makes at a time, and the accumulators that hold them.
+// Columns of results that are made at a time, and the accumulators that hold a warp's rows of them.
 constexpr int kPanel = 64;
 constexpr int kPanelTiles = kPanel / 8;
-
-// Bytes of a weight's row that are in shared memory at a time.
-constexpr int kStageBytes = 128;
-constexpr int kStageRowBytes = kStageBytes + 16;
-constexpr int kStages = 2;
-constexpr int64_t kStagingBytes = int64_t{kStages} * kPanel * kStageRowBytes;
-
-// to += tile * weight^T for this warp's 16 rows of a tile [rows, depth] and 64 rows of a weight [n, depth], of which
-// `rows` are there. Warps that share rows of the tile take one of `kGroups` panels of 64 each; a warp without rows has
-// null for the tile.
-// All warps of the block meet here; `staging` is theirs. The tile must be complete and its padding zero.
-template <int kGroups, class T>
-__device__ void multiply_by_weight(float (&to)[kPanelTiles][4], const T* tile, int stride, const T* weight, int depth,
-                                   int64_t weight_stride, int rows, bool vectors, T* staging, int group = 0) {
-  using F = Fragments<T>;
-  constexpr int kStep = kStageBytes / sizeof(T);
-  constexpr int kStride = kStageRowBytes / sizeof(T);
-  constexpr int kRows = kGroups * kPanel;
-  const int steps = (depth + kStep - 1) / kStep;
-  const auto stage = [&](int step) {
-    const int begin = step * kStep;
-    fill_tile(staging + step % kStages * kRows * kStride, kStride, kRows, min(kStep, depth - begin), kStep, vectors,
-              weight + begin, [&](int r) { return r < rows ? r * weight_stride : int64_t{-1}; });
-  };
-  // One part is on its way while the one before it is multiplied.
-#pragma unroll 1
-  for (int staged = 0; staged <= steps; ++staged) {
-    if (staged < steps) stage(staged);
-    end_copies();
-    if (staged == 0) continue;
-    const int step = staged - 1;
-    wait_for_copies<1>();
-    __syncthreads();
-    const T* panel = staging + (step % kStages * kRows + group * kPanel) * kStride;
-    for (int k = 0; tile && k < kStep && step * kStep + k < depth; k += F::kDepth) {
-      const typename F::Left a = F::left(tile + step * kStep + k, stride);
-#pragma unroll
-      for (int n = 0; n < kPanelTiles; n += 2) {
-        typename F::Right b[2];
-        F::right(b, panel + n * 8 * kStride + k, kStride);
-        F::multiply(to[n], a, b[0]);
-        F::multiply(to[n + 1], a, b[1]);
-      }
-    }
-    __syncthreads();
-  }
-}
 
 template <int kTiles>
 __device__ void clear(float (&accumulators)[kTiles][4]) {
@@ -124,27 +77,35 @@ template <class T, int kTiles>
 __device__ void put_tile(float (&accumulators)[kTiles][4], T* tile, int stride, int count, int columns) {
   for_each_pair(accumulators, 0, [&](int r, int c, const float* values) {
     if (c >= columns) return;
-    T pair[2];
-    for (int i = 0; i < 2; ++i) pair[i] = from_float<T>(c + i < count ? values[i] : 0.0f);
-    memcpy(tile + r * stride + c, pair, sizeof(pair));
+    store_pair(tile + r * stride + c, c < count ? values[0] : 0.0f, c + 1 < count ? values[1] : 0.0f);
   });
 }
 
-// Adds the residual to a warp's rows of a tile and writes them out: `columns` values of the row that begins at
-// `offset(row)` in both, nothing where that is negative. `note` sees every result.
-template <class T, class Offset, class Note>
+// Adds the residual to 16 of a warp's rows of a tile and writes them out: `columns` values of the row that begins at
+// `offset(row)` in both, nothing where that is negative. A row takes `kLanes` lanes, each of them one vector of values,
+// and is no longer than that allows. With `vectors` the result's rows begin at multiples of 16 bytes, and the
+// residual's. `note` sees every result.
+template <int kLanes, class T, class Offset, class Note>
 __device__ void write_rows(const T* tile, int stride, int columns, void* out, DType dtype, const Array& residual,
-                           const Offset& offset, const Note& note) {
+                           bool vectors, const Offset& offset, const Note& note) {
+  constexpr int kAtOnce = kWarp / kLanes;
+  const int own = lane_index() / kLanes, c = lane_index() % kLanes * kVector<T>;
+  const int count = min(columns - c, kVector<T>);
 #pragma unroll 1
-  for (int r = 0; r < 16; ++r) {
+  for (int r = own; r < 16; r += kAtOnce) {
     const int64_t first = offset(r);
-    if (first < 0) continue;
-#pragma unroll 1
-    for (int c = lane_index(); c < columns; c += kWarp) {
-      const float value = to_float(tile[r * stride + c]) + load_or<T>(residual, first + c, 0.0f);
-      store<T>(out, dtype, first + c, value);
-      note(value);
+    if (first < 0 || count <= 0) continue;
+    float values[kVector<T>], added[kVector<T>];
+    load_vector<T>(values, tile + r * stride + c);
+    if (residual.data) {
+      load_values<T>(added, residual, first + c, count, vectors);
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) values[i] += added[i];
     }
+    store_values<T>(out, dtype, first + c, values, count, vectors);
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i)
+      if (i < count) note(values[i]);
   }
 }
 

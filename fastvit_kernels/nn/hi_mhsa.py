@@ -102,9 +102,7 @@ class HIMHSA(nn.Module):
         else:
             out = self._fuse(x, norm)
         out = self.proj_drop(out)
-        # Plain PyTorch keeps nothing of this for the gradient, a fused call its inputs.
-        backend = "reference" if torch.is_grad_enabled() and out.requires_grad else self.backend
-        return ops.merge_head_tokens(out, num_heads=self.num_heads, residual=residual, backend=backend)
+        return ops.merge_head_tokens(out, num_heads=self.num_heads, residual=residual, backend=self.backend)
 
     def fusion_obstacles(self, norm: nn.LayerNorm | None = None) -> list[str]:
         """Every reason why `forward`, with this `norm`, would call submodules now instead of the fused operators."""

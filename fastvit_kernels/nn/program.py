@@ -52,7 +52,7 @@ class Program:
     def valid(self) -> bool:
         """Whether the sources, the weights among them, lie where and as they did, and the weights besides have not been
         written to."""
-        return packing.versions(self._weights) == self._versions and _unchanged(self._places)
+        return _unchanged(self._places) and packing.versions(self._weights) == self._versions
 
     def run(self, inputs: Sequence[Tensor]) -> Any:
         """The recorded output's structure with the results of calling everything again on other inputs."""

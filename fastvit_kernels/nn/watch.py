@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import platform
+from collections import defaultdict
 from itertools import chain
-from operator import is_, itemgetter
+from operator import getitem, is_, itemgetter
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_DICTS = itemgetter(*_TABLES, *_HOOKS)
 # Whose modules keep everything that their forwards look at in parameters, buffers, children and public settings.
 _KNOWN_CODE = {"fastvit_kernels", "timm", "torch", "transformers"}
+# The addresses of a dictionary's arrays are the last two words of the object.
+_ARRAYS = dict.__basicsize__ - 16
 
 
 class Watch:
@@ -31,18 +35,23 @@ class Watch:
         self._modules = modules
         self._types = [type(module) for module in modules]
         self._dicts = [module.__dict__ for module in modules]
-        self._parts = list(chain.from_iterable(map(_DICTS, self._dicts)))
+        self._sizes = list(map(len, self._dicts))
         self._hooks = [attributes[name] for attributes in self._dicts[1:] for name in _HOOKS]
-        self._tables: list[dict[str, Any]] = [attributes[name] for attributes in self._dicts for name in _TABLES]
-        self._filled = [table for table in self._tables if table]
-        self._values = list(chain.from_iterable(map(dict.values, self._filled)))
-        self._keys = [list(attributes) for attributes in self._dicts]
-        names_of = [[key for key in attributes if not key.startswith("_")] for attributes in self._dicts]
-        found = [(attributes, key) for attributes, keys in zip(self._dicts, names_of, strict=True) for key in keys]
-        self._settings = [(attributes, key) for attributes, key in found if _compares(attributes[key])]
+        tables = [(attributes, name) for attributes in self._dicts for name in _TABLES]
+        self._bare = [attributes[name] for attributes, name in tables if not attributes[name]]
+        self._owners = [attributes for attributes, name in tables if attributes[name]]
+        self._filled = [name for attributes, name in tables if attributes[name]]
+        self._values = list(chain.from_iterable(map(dict.values, self._tables())))
+        found = [(attributes, key) for attributes in self._dicts for key in attributes if not key.startswith("_")]
         self._objects = [(attributes, key) for attributes, key in found if not _compares(attributes[key])]
-        self._setting_values = [attributes[key] for attributes, key in self._settings]
         self._object_values = [attributes[key] for attributes, key in self._objects]
+        # Modules with settings of the same names are looked at in one go: one expression per module costs too much.
+        alike: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+        for attributes in self._dicts:
+            alike[tuple(k for k, v in attributes.items() if not k.startswith("_") and _compares(v))].append(attributes)
+        looks = [(itemgetter(*_TABLES, *_HOOKS, *names), dicts) for names, dicts in alike.items()]
+        self._settings = [(look, dicts, list(map(look, dicts))) for look, dicts in looks]
+        self._ahead = self._addresses()
 
     def knows_everything(self) -> bool:
         """Whether all modules are of libraries whose code is known; a user's own class may look at anything."""
@@ -53,6 +62,8 @@ class Watch:
         return any(self._hooks) or _has_any_global_hook()
 
     def unchanged(self) -> bool:
+        if self._ahead is not None:
+            torch.ops.fastvit.fetch_ahead(*self._ahead, _ARRAYS)
         try:
             return self._is_unchanged()
         except (KeyError, RuntimeError, TypeError, ValueError):
@@ -60,16 +71,30 @@ class Watch:
             return False
 
     def _is_unchanged(self) -> bool:
+        tables = self._tables()
         return (
             not self.hooked()
+            and not any(self._bare)
             and list(map(type, self._modules)) == self._types
-            and list(map(list, self._dicts)) == self._keys
-            and all(map(is_, chain.from_iterable(map(_DICTS, self._dicts)), self._parts))
-            and sum(map(len, self._tables)) == len(self._values)
-            and all(map(is_, chain.from_iterable(map(dict.values, self._filled)), self._values))
-            and [attributes[key] for attributes, key in self._settings] == self._setting_values
+            and list(map(len, self._dicts)) == self._sizes
+            and all(list(map(look, dicts)) == found for look, dicts, found in self._settings)
+            and sum(map(len, tables)) == len(self._values)
+            and all(map(is_, chain.from_iterable(map(dict.values, tables)), self._values))
             and all(map(is_, [attributes[key] for attributes, key in self._objects], self._object_values))
         )
+
+    def _tables(self) -> list[dict[str, Any]]:
+        """The tables of parameters, buffers and children that were not empty, as they are now."""
+        return list(map(getitem, self._owners, self._filled))
+
+    def _addresses(self) -> tuple[Tensor, Tensor] | None:
+        """Where everything lies that is looked at, and which of it are dictionaries: hundreds of small objects, of
+        which none is in a cache behind a forward. Nothing in interpreters that do not tell addresses."""
+        if platform.python_implementation() != "CPython":
+            return None
+        dicts = [*self._dicts, *self._tables()]
+        objects = [*self._modules, *self._hooks, *self._bare, *self._values]
+        return torch.tensor(list(dict.fromkeys(map(id, objects)))), torch.tensor(list(map(id, dicts)))
 
 
 def _compares(value: object) -> bool:

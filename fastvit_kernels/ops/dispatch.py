@@ -18,6 +18,8 @@ from fastvit_kernels.ops.operator import Backend, BackwardBackend, Operator, Out
 from fastvit_kernels.ops.preference import in_order
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference", "sdpa")
+# Whose kernels compute gradients in place of those that a backend does not have, from what it saved.
+_GRADIENTS_OF = {"cuda": "triton"}
 
 
 class _Reference(NamedTuple):
@@ -45,8 +47,8 @@ class Decision:
     """One operator call as `explain` reports it.
 
     `measured` are the times that decided, empty where none did. `gradients` is who computed the call's: the chosen
-    backend, or `"reference"` where they were recomputed through it, for the reasons in `recomputed`; empty where nobody
-    did.
+    backend, Triton in place of the CUDA C++ kernels, or `"reference"` where they were recomputed through it; empty
+    where nobody did. `gradients_rejected` are the reasons why the chosen backend, and Triton in its place, did not.
     """
 
     operator: str
@@ -57,7 +59,7 @@ class Decision:
     channels: int = 0
     measured: str = ""
     gradients: str = ""
-    recomputed: list[str] = field(default_factory=list)
+    gradients_rejected: list[str] = field(default_factory=list)
 
 
 class _State(threading.local):
@@ -205,13 +207,37 @@ def _recomputed(candidate: Backend, operator: Operator, tensors: Tensors, static
     needs = [t is not None and t.requires_grad for t in tensors]
     if not torch.is_grad_enabled() or not any(needs):
         return []
-    return gradient_reasons(candidate, operator.fake(tensors, static), tensors, needs, static)
+    found, reasons = gradient_backend(operator, candidate, operator.fake(tensors, static), tensors, needs, static)
+    return reasons if found is None else []
 
 
-def gradient_reasons(
+def gradient_backend(
+    operator: Operator,
+    backend: Backend,
+    grads: Sequence[Tensor],
+    tensors: Tensors,
+    needs: Sequence[bool],
+    static: Any,
+) -> tuple[Backend | None, list[str]]:
+    """Whose kernels compute these gradients of a call that `backend` runs, and why those before them cannot.
+
+    None where nobody's do: then they are recomputed through the reference.
+    """
+    reasons = _gradient_reasons(backend, grads, tensors, needs, static)
+    if not reasons:
+        return backend, []
+    for other in operator.backends:
+        if other.name == _GRADIENTS_OF.get(backend.name):
+            own = other.supports(tensors, static) + _gradient_reasons(other, grads, tensors, needs, static)
+            if not own:
+                return other, reasons
+            reasons = [*reasons, *(f"{other.name}: {reason}" for reason in own)]
+    return None, reasons
+
+
+def _gradient_reasons(
     backend: Backend, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
 ) -> list[str]:
-    """Why `backend` cannot compute these gradients of a call that it runs."""
     if not isinstance(backend, BackwardBackend):
         return ["no kernels for gradients"]
     return backend.supports_backward(grads, tensors, needs, static)

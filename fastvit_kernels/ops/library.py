@@ -5,8 +5,8 @@ For every operator `name` this defines
 * `fastvit::name(Tensor?[] tensors, Tensor? packed, ...)`: the C++ kernels, CPU and CUDA dispatch keys;
 * `fastvit::name.triton(Tensor?[] tensors, ...)`: the Triton kernels (on a CPU they run under Triton's interpreter);
 * `fastvit::name_pack(Tensor?[] tensors, ...)`: weights in the layout the CPU kernels read;
-* `fastvit::name_backward(Tensor[] grads, Tensor?[] tensors, bool[] needs, ...)`: gradients, recomputed through the
-  reference;
+* `fastvit::name_backward(Tensor[] grads, Tensor?[] tensors, bool[] needs, ...)`: gradients in plain PyTorch, mostly
+  recomputed through the reference;
 * `fastvit::name_statistics`, where batch norms take those of the batch: their means and variances, from C++, and with
   the overload `.triton` from Triton; of depthwise_mlp the former also returns what `fastvit::name_finish` goes on from;
 * `fastvit::name_backward.native` and `fastvit::name_backward.triton`, where there are such kernels: the same gradients
@@ -59,6 +59,7 @@ library.define("plan_forget(int plan) -> ()")
 library.define("places_note(Tensor[] tensors) -> int")
 library.define("places_unchanged(int places) -> bool")
 library.define("places_forget(int places) -> ()")
+library.define("fetch_ahead(Tensor objects, Tensor tables, int arrays) -> ()")
 operators: dict[str, Operator] = {}
 _NATIVE = ("cpu", "cuda")
 _functions: dict[str, Any] = {}
@@ -164,6 +165,7 @@ def register(
     triton_launcher: Launcher | None = None,
     triton_backward: BackwardLauncher | None = None,
     sdpa: Composition | None = None,
+    gradients: BackwardLauncher | None = None,
 ) -> None:
     """Define `operator`'s schemas and register its fakes, its Triton kernels (if any) and its backward.
 
@@ -171,6 +173,7 @@ def register(
         operator: its `"cpu"` or `"cuda"` backend must be a `BackwardBackend` for `name_backward.native` to exist.
         triton_launcher, triton_backward: what the `.triton` overloads run.
         sdpa: what the `.sdpa` overloads run: PyTorch's operators, which its gradients are recomputed through.
+        gradients: those of the reference in plain PyTorch, where they take less than running it once more.
     """
     name, statics = operator.name, operator.static_schema
     returns = "Tensor" if operator.returns == 1 else "(" + ", ".join(["Tensor"] * operator.returns) + ")"
@@ -187,18 +190,14 @@ def register(
 
     for overload, function in ((name, fake), (f"{name}_pack", fake_pack)):
         torch.library.register_fake(f"{NAMESPACE}::{overload}", function, lib=library)
-    _register_backward(operator, "", _recomputing(operator, lambda: operator.reference))
+    if gradients is None:
+        _register_backward(operator, "", _recomputing(operator, lambda: operator.reference))
+    else:
+        _register_backward(operator, "", _unrecorded(operator, gradients))
     if any(b.name in _NATIVE and isinstance(b, BackwardBackend) for b in operator.backends):
         _register_backward(operator, ".native")
     if triton_backward is not None:
-        launch_backward = triton_backward
-
-        def run_triton(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
-            # What runs between the kernels must not be recorded for a gradient of the gradient.
-            with torch.no_grad():
-                return launch_backward(grads, tensors, needs, operator.static(*static))
-
-        _register_backward(operator, ".triton", run_triton)
+        _register_backward(operator, ".triton", _unrecorded(operator, triton_backward))
     if triton_launcher is not None:
         _register_overload(operator, "triton", triton_launcher, returns)
     if sdpa is not None:
@@ -230,6 +229,16 @@ def _register_backward(operator: Operator, overload: str, run: Callable[..., lis
     if run is not None:
         for key in ("CPU", "CUDA"):
             library.impl(name, run, key)
+
+
+def _unrecorded(operator: Operator, launch: BackwardLauncher) -> Callable[..., list[Tensor]]:
+    """A backward whose steps are not recorded for a gradient of the gradient."""
+
+    def run(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return launch(grads, tensors, needs, operator.static(*static))
+
+    return run
 
 
 def _recomputing(operator: Operator, composition: Callable[[], Composition]) -> Callable[..., list[Tensor]]:
@@ -289,8 +298,10 @@ def recompute_gradients(
     # `static.dtype` already says what autocast decided in the forward.
     with torch.enable_grad(), torch.autocast(grads[0].device.type, enabled=False):
         if create_graph:
-            # A view of each input: its gradient is taken there, yet its own history stays attached.
-            inputs = [t.view_as(t) if t is not None and n else t for t, n in zip(tensors, needs, strict=True)]
+            # A view of each input: its gradient is taken there, yet its own history, if any, stays attached.
+            inputs = [
+                t.view_as(t).requires_grad_() if t is not None and n else t for t, n in zip(tensors, needs, strict=True)
+            ]
         else:
             inputs = [
                 t.detach().requires_grad_(n) if t is not None else None for t, n in zip(tensors, needs, strict=True)
@@ -335,7 +346,7 @@ def _gradients(
     decision: Decision | None,
     outputs: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:
-    """By `backend` where it has kernels for these gradients, else recomputed; one entry per tensor.
+    """By `backend`, or whoever has kernels for these gradients in its place, else recomputed; one entry per tensor.
 
     Args:
         decision: told who computed them.
@@ -344,12 +355,12 @@ def _gradients(
     if not any(needs):
         return [None] * len(needs)
     grads = row_major(grads)
-    reasons = dispatch.gradient_reasons(backend, grads, tensors, needs, static)
+    found, reasons = dispatch.gradient_backend(operator, backend, grads, tensors, needs, static)
     if decision is not None:
-        decision.gradients, decision.recomputed = "reference" if reasons else backend.name, reasons
-    if isinstance(backend, BackwardBackend) and not reasons:
+        decision.gradients, decision.gradients_rejected = "reference" if found is None else found.name, reasons
+    if isinstance(found, BackwardBackend):
         # Autograd hands results out with their history, which no kernel has a use for.
-        remaining = iter(backend.run_backward([*grads, *(o.detach() for o in outputs)], tensors, needs, static))
+        remaining = iter(found.run_backward([*grads, *(o.detach() for o in outputs)], tensors, needs, static))
     else:
         recomputing = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward").default
         remaining = iter(recomputing(grads, list(tensors), needs, *static))
@@ -373,7 +384,8 @@ def _make_function(operator: Operator) -> Any:
                 outputs = backend.run(tensors, None, static)
             if isinstance(backend, GradientKernels) and backend.reads_outputs(static):
                 kept = (*outputs, *kept)
-            ctx.save_for_backward(*tensors, *kept)
+            read = [t if index not in operator.unread else _shape_of(t) for index, t in enumerate(tensors)]
+            ctx.save_for_backward(*read, *kept)
             ctx.backend, ctx.static, ctx.decision, ctx.begun = backend, static, dispatch.latest_decision(), begun
             return _unwrap(outputs)
 
@@ -400,6 +412,11 @@ def _make_function(operator: Operator) -> Any:
 def _finish(backend: Backend, tensors: Tensors, begun: Outputs, static: Any) -> Outputs:
     assert isinstance(backend, TwoStepBackend)
     return backend.finish(tensors, begun, static)
+
+
+def _shape_of(t: Tensor | None) -> Tensor | None:
+    """A tensor of the same shape and dtype, whose memory is that of one element."""
+    return None if t is None else t.new_empty(()).expand(t.shape)
 
 
 def row_major(grads: Sequence[Tensor]) -> list[Tensor]:

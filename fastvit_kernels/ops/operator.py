@@ -17,8 +17,8 @@ Outputs = tuple[Tensor, ...]
 class Backend(Protocol):
     """One way to run an operator. `supports` lists every reason it cannot (an empty list: it can).
 
-    A backend that is a `BackwardBackend`, too, has kernels for the gradients; all others train by recomputing through
-    the reference.
+    A backend that is a `BackwardBackend`, too, has kernels for the gradients; `dispatch.gradient_backend` says who
+    computes those of all others.
     """
 
     @property
@@ -107,6 +107,7 @@ class Operator:
         any_layout: positions of activations that the CPU kernels take in any layout.
         triton_any_layout: those that the Triton kernels do.
         residual: position of the activation that is added to the first output, so that their gradients are the same.
+        unread: positions of tensors of which gradients take no more than shape and dtype: they are not kept for them.
         backends: the alternatives to the reference, most preferred first where no measurement says otherwise; `"sdpa"`
             last.
     """
@@ -122,4 +123,5 @@ class Operator:
     any_layout: tuple[int, ...] = ()
     triton_any_layout: tuple[int, ...] = ()
     residual: int | None = None
+    unread: tuple[int, ...] = ()
     backends: list[Backend] = field(default_factory=list)

@@ -11,6 +11,13 @@ import triton.language as tl
 
 
 @triton.jit
+def rows_and_columns(tile, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Those of a tile of a matrix `[..., width]`; tiles of the same rows are neighbours and find them in the cache."""
+    tiles = tl.cdiv(width, BLOCK_N)
+    return tile // tiles * BLOCK_M + tl.arange(0, BLOCK_M), tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """`ops.activations.activate`."""
     if ACTIVATION == "gelu":

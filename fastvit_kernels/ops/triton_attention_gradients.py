@@ -17,6 +17,7 @@ from torch import Tensor
 from fastvit_kernels.ops import triton_support
 from fastvit_kernels.ops.primitives import dot, finite_maximum, in_log2
 from fastvit_kernels.ops.triton_configs import Config
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 
 _SMALLEST_DOT = 16
@@ -402,12 +403,12 @@ class AttentionGradients:
         )
 
     def _config(self, table: str) -> Config:
-        """Tiles no larger than a group."""
+        """Tiles no larger than a window, whose size is the module's own; few rows of a sample leave theirs unfilled."""
         config = triton_support.config(table, self.arithmetic, *self.table_widths)
-        return config._replace(
-            block_m=min(config.block_m, max(_SMALLEST_DOT, triton.next_power_of_2(self.attention.queries))),
-            block_n=min(config.block_n, max(_SMALLEST_DOT, triton.next_power_of_2(self.attention.keys))),
-        )
+        if self.attention.window == 0:
+            return config
+        most = max(_SMALLEST_DOT, triton.next_power_of_2(self.attention.queries))
+        return config._replace(block_m=min(config.block_m, most), block_n=min(config.block_n, most))
 
     @property
     def log2_scale(self) -> float:
@@ -500,3 +501,22 @@ class AttentionGradients:
             table=_BIAS,
         )
         return sum_parts(parts, a.bias)[0]
+
+
+def _gradients(empty: Empty, table: bool = False) -> AttentionGradients:
+    """Of 49 keys and values side by side, with or without a bias."""
+    k, v = empty(8, 49, 128).chunk(2, dim=-1)
+    bias = empty(1, 784, 49) if table else None
+    return AttentionGradients(Attention(empty(8, 784, 64), k, v, empty(8, 784, 64), bias, 1, 0.125, empty.dtype))
+
+
+SPECS = (
+    Spec(attention_saved_kernel, _gradients, products=True),
+    Spec(query_gradient_kernel, lambda empty: _gradients(empty).of_queries(empty(8, 784, 64)), products=True),
+    Spec(
+        key_gradient_kernel,
+        lambda empty: _gradients(empty).of_keys(empty.wide(4, 8, 49, 64), empty.wide(4, 8, 49, 64), 196),
+        products=True,
+    ),
+    Spec(bias_gradient_kernel, lambda empty: _gradients(empty, table=True).of_bias(), products=True),
+)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
 from fastvit_kernels.ops.primitives import activate
+from fastvit_kernels.ops.triton_specs import Spec
 from fastvit_kernels.ops.triton_sums import split_rows
 
 
@@ -141,3 +142,9 @@ def row_moments(x: Tensor, activation: str) -> Tensor:
         ACTIVATION=activation,
     )
     return merge_parts(parts, num_rows, part_rows)
+
+
+SPECS = (
+    Spec(row_moments_kernel, lambda empty: row_moments(empty(8, 784, 256), "gelu")),
+    Spec(merge_parts_kernel, lambda empty: merge_parts(empty.wide(49, 2, 256), 8 * 784, 128)),
+)

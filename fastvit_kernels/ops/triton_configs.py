@@ -3,6 +3,10 @@
 Each was chosen by compiling the published models' sizes ahead of time for sm_80 and sm_90: no register is spilled to
 memory, and shared memory stays within the 99 KiB that the smaller GPUs of these generations have. Channel counts that
 are no multiple of 16 are loaded element by element, which takes registers, hence smaller tiles.
+
+The batch and the map choose no configuration. They choose between two variants of the same tiles in few places: whether
+a block holds all keys of an attention (`ONE_BLOCK`, and the output projection in its launch), whether the gradients of
+keys are written at once or in parts. A window's size, which is the module's own, bounds tiles of its pixels.
 """
 
 from __future__ import annotations
@@ -18,6 +22,10 @@ class Config(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+
+    def tiles(self, rows: int, columns: int) -> int:
+        """How many of these tiles cover a matrix."""
+        return -(-rows // self.block_m) * -(-columns // self.block_n)
 
 
 Table = dict[tuple[str, str], tuple[tuple[int, Config], ...]]
@@ -93,11 +101,6 @@ CONFIGS: dict[str, Table] = {
     },
     "depthwise_projection": {
         ("default", "half"): (
-            (64, Config(64, 64, 32, 8, 1)),
-            (128, Config(64, 128, 64, 16, 1)),
-            (ANY, Config(64, 256, 32, 8, 1)),
-        ),
-        ("sm_90", "half"): (
             (64, Config(64, 64, 64, 8, 1)),
             (128, Config(64, 128, 64, 16, 1)),
             (ANY, Config(64, 256, 32, 8, 1)),
@@ -291,13 +294,14 @@ CONFIGS: dict[str, Table] = {
 }
 
 # Where NVIDIA's assembler would give threads fewer registers than they need, for more programs side by side, and spill
-# two or four: kernel -> kinds of product. Elsewhere it makes worse code of more registers.
-ALL_REGISTERS: dict[str, tuple[str, ...]] = {
-    "attention": ("unaligned half",),
-    "attention_saved": ("unaligned ieee",),
-    "bias_gradient": ("unaligned ieee",),
-    "depthwise": ("ieee", "tf32", "unaligned ieee", "unaligned tf32"),
-    "input_gradient": ("unaligned half",),
-    "patch_input_gradient": ("half",),
-    "patch_weight_gradient": ("half", "unaligned half"),
+# two or four: kernel -> kind of product -> narrowest channel count. Elsewhere it makes worse code of more registers.
+ALL_REGISTERS: dict[str, dict[str, int]] = {
+    "attention": {"unaligned half": 1},
+    "attention_saved": {"unaligned ieee": 1},
+    "bias_gradient": {"unaligned ieee": 1},
+    "depthwise": {"ieee": 1, "tf32": 1, "unaligned ieee": 1, "unaligned tf32": 1},
+    "depthwise_projection": {"half": 129},
+    "input_gradient": {"unaligned half": 1},
+    "patch_input_gradient": {"half": 1},
+    "patch_weight_gradient": {"half": 1, "unaligned half": 1},
 }

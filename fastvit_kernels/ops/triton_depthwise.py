@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
-from fastvit_kernels.ops.primitives import vector
+from fastvit_kernels.ops.primitives import rows_and_columns, vector
 from fastvit_kernels.ops.triton_channel_moments import row_moments
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 from fastvit_kernels.ops.triton_steps import Step, apply_step, step_gradient
 from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 
@@ -83,9 +84,7 @@ def depthwise_kernel(
     STRIDE: tl.constexpr = WINDOW[1]
     PADDING: tl.constexpr = WINDOW[2]
     AT_ONCE: tl.constexpr = KERNEL if KERNEL <= 3 else 1
-    tiles = tl.cdiv(channels, BLOCK_N)
-    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), channels, BLOCK_M, BLOCK_N)
     column_mask = columns < channels
     inside = rows < num_rows
     sample, y, x = place(rows, out_height, out_width)
@@ -153,9 +152,7 @@ def depthwise_input_gradient_kernel(
     STRIDE: tl.constexpr = WINDOW[1]
     PADDING: tl.constexpr = WINDOW[2]
     AT_ONCE: tl.constexpr = KERNEL if KERNEL <= 3 else 1
-    tiles = tl.cdiv(channels, BLOCK_N)
-    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), channels, BLOCK_M, BLOCK_N)
     column_mask = columns < channels
     inside = rows < num_rows
     sample, y, x = place(rows, height, width)
@@ -297,7 +294,7 @@ def depthwise(
     config = triton_support.config(*place)
     triton_support.launch(
         depthwise_kernel,
-        triton.cdiv(num_rows, config.block_m) * triton.cdiv(channels, config.block_n),
+        config.tiles(num_rows, channels),
         x.device,
         config,
         x,
@@ -350,7 +347,7 @@ def depthwise_input_gradient(
     config = triton_support.config("elementwise", triton_support.arithmetic(torch.float32, out.device), channels)
     triton_support.launch(
         depthwise_input_gradient_kernel,
-        triton.cdiv(num_rows, config.block_m) * triton.cdiv(channels, config.block_n),
+        config.tiles(num_rows, channels),
         out.device,
         config,
         grad,
@@ -401,3 +398,30 @@ def depthwise_filter_gradient(
     taps_first, bias_sums = sum_parts(parts, parts.new_empty(taps, channels), like if bias is None else bias)
     filter = taps_first.t().contiguous().to(weight.dtype).view(weight.shape)
     return filter, None if bias is None else bias_sums
+
+
+_MAP = Geometry(28, 28, 28, 28, 3, 1, 1, 0)
+
+
+def _forward(empty: Empty) -> None:
+    step = Step("gelu", (*empty.batch_norm(256), 1e-5))
+    rows = empty(8, 784, 256), empty.wide(9, 256), empty(256)
+    depthwise(*rows, _MAP, step, empty(8, 784, 256), empty(8, 784, 256), "before_activation")
+
+
+def _backward(empty: Empty) -> None:
+    grad, before, out = empty(8, 784, 256), empty(8, 784, 256), empty(8, 784, 256)
+    step = Step("gelu", (*empty.batch_norm(256), 1e-5))
+    depthwise_input_gradient(grad, empty.wide(9, 256), _MAP, out, added=grad, x=before, step=step)
+
+
+SPECS = (
+    Spec(depthwise_kernel, _forward),
+    Spec(depthwise_input_gradient_kernel, _backward),
+    Spec(
+        depthwise_filter_gradient_kernel,
+        lambda empty: depthwise_filter_gradient(
+            *(empty(8, 784, 256), empty(8, 784, 256), empty(256, 1, 3, 3), empty(256)), _MAP
+        ),
+    ),
+)

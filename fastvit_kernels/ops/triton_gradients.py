@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
-from fastvit_kernels.ops.primitives import dot
+from fastvit_kernels.ops.primitives import dot, rows_and_columns
+from fastvit_kernels.ops.triton_specs import Spec
 from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 
 # A part writes as much as it reads in about so many blocks of rows.
@@ -32,9 +33,7 @@ def input_gradient_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """BLOCK_M rows and BLOCK_N input channels."""
-    column_tiles = tl.cdiv(in_channels, BLOCK_N)
-    rows = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), in_channels, BLOCK_M, BLOCK_N)
     row_mask = rows < num_rows
     accumulator = input_gradient_tile(
         *(grad_ptr, weight_ptr, rows, row_mask, columns, out_channels, in_channels),
@@ -141,7 +140,7 @@ def input_gradient(grad: Tensor, weight: Tensor, dtype: torch.dtype, out_dtype: 
     config = triton_support.config(*place)
     triton_support.launch(
         input_gradient_kernel,
-        triton.cdiv(num_rows, config.block_m) * triton.cdiv(in_channels, config.block_n),
+        config.tiles(num_rows, in_channels),
         grad.device,
         config,
         grad,
@@ -178,7 +177,7 @@ def weight_gradient(
     num_rows = grad.numel() // out_channels
     arithmetic = triton_support.arithmetic(dtype, grad.device)
     config = triton_support.config("weight_gradient", arithmetic, in_channels, out_channels)
-    tiles = triton.cdiv(out_channels, config.block_m) * triton.cdiv(in_channels, config.block_n)
+    tiles = config.tiles(out_channels, in_channels)
     num_parts, part_rows = split_rows(num_rows, config.block_k, tiles, _FEWEST_BLOCKS)
     size = weight.numel() + (0 if bias is None else out_channels)
     parts = grad.new_empty((num_parts, size), dtype=torch.float32)
@@ -201,3 +200,19 @@ def weight_gradient(
         )
     found = sum_parts(parts, weight, bias)
     return found[0], found[1] if bias is not None else None
+
+
+SPECS = (
+    Spec(
+        input_gradient_kernel,
+        lambda empty: input_gradient(empty(8, 784, 256), empty(256, 64), empty.dtype, empty.dtype),
+        products=True,
+    ),
+    Spec(
+        weight_gradient_kernel,
+        lambda empty: weight_gradient(
+            *(empty(8, 784, 256), empty(8, 784, 64), empty(256, 64), empty(256), empty.dtype), (True, True)
+        ),
+        products=True,
+    ),
+)

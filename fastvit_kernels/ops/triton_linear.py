@@ -8,7 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
-from fastvit_kernels.ops.primitives import activate, batch_normalize, dot, normalize, row_statistics, vector
+from fastvit_kernels.ops.primitives import (
+    activate,
+    batch_normalize,
+    dot,
+    normalize,
+    row_statistics,
+    rows_and_columns,
+    vector,
+)
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 
 # Weight, bias, mean, variance and epsilon; the mean is None where there is no batch norm.
 BatchNormTensors = tuple["Tensor | float | None", ...]
@@ -49,9 +58,7 @@ def linear_tile(
     """
     norm_weight_ptr, norm_bias_ptr, statistics_ptr, norm_eps = norm
     # Programs that share rows of x are neighbours: x is large, while all of the weight stays in the L2 cache.
-    column_tiles = tl.cdiv(out_stride, BLOCK_N)
-    rows = tile // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tile, out_stride, BLOCK_M, BLOCK_N)
     row_mask = rows < num_rows
     column_mask = columns < out_channels
     sources = rows
@@ -156,7 +163,7 @@ def linear(
     config = triton_support.config("linear" if before is None else "expansion", arithmetic, out_channels, in_channels)
     triton_support.launch(
         linear_kernel,
-        triton.cdiv(num_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),
+        config.tiles(num_rows, out_channels),
         x.device,
         config,
         x,
@@ -177,3 +184,19 @@ def linear(
         ARITHMETIC=arithmetic.constexpr(),
     )
     return out
+
+
+def _with_everything(empty: Empty) -> Tensor:
+    """An expansion of CMT's."""
+    return linear(
+        *(empty(8, 784, 64), empty(256, 64), empty(256), empty.dtype),
+        norm_weight=empty(64),
+        norm_bias=empty(64),
+        norm_eps=1e-6,
+        activation="gelu",
+        bn=(*empty.batch_norm(256), 1e-5),
+        residual=empty(8, 784, 256),
+    )
+
+
+SPECS = (Spec(linear_kernel, _with_everything, products=True),)

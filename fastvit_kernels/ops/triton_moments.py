@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
+from fastvit_kernels.ops.triton_specs import Spec
 
 MOMENTS = 4
 _MOST_PARTS = 256
@@ -147,3 +148,9 @@ def group_statistics(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
         moments_kernel, batch * parts, x.device, config, tokens, moments, x.stride(0), size, blocks, parts
     )
     return merged_statistics(moments)
+
+
+SPECS = (
+    Spec(moments_kernel, lambda empty: group_statistics(empty(8, 784, 64))),
+    Spec(merge_kernel, lambda empty: merged_statistics(empty.wide(8, 25, MOMENTS))),
+)

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
-from fastvit_kernels.ops.primitives import vector
+from fastvit_kernels.ops.primitives import rows_and_columns, vector
 from fastvit_kernels.ops.triton_moments import group_statistics
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 
 
@@ -171,9 +172,7 @@ def group_norm_gradient_kernel(
     Where the statistics are x's own, `means_ptr` holds for every sample the means of the normalised values' gradients
     times those values, and of the gradients alone.
     """
-    tiles = tl.cdiv(channels, BLOCK_N)
-    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), channels, BLOCK_M, BLOCK_N)
     row_mask = rows < num_rows
     offsets = rows.to(tl.int64)[:, None] * channels + columns[None, :]
     mask = row_mask[:, None] & (columns < channels)[None, :]
@@ -217,7 +216,7 @@ def group_norm_gradient(
         if x.numel() > 0:
             triton_support.launch(
                 group_norm_gradient_kernel,
-                triton.cdiv(batch * rows, config.block_m) * triton.cdiv(channels, config.block_n),
+                config.tiles(batch * rows, channels),
                 x.device,
                 config,
                 grad,
@@ -281,9 +280,7 @@ def statistics_gradient_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """`grad + slope * x + shift` with the slope and shift of every sample; prefix rows are `grad`'s."""
-    tiles = tl.cdiv(channels, BLOCK_N)
-    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), channels, BLOCK_M, BLOCK_N)
     row_mask = rows < num_rows
     offsets = rows.to(tl.int64)[:, None] * channels + columns[None, :]
     mask = row_mask[:, None] & (columns < channels)[None, :]
@@ -308,7 +305,7 @@ def add_statistics_gradient(grad: Tensor, x: Tensor, statistics_grad: Tensor, nu
     config = triton_support.config("elementwise", triton_support.arithmetic(torch.float32, x.device), channels)
     triton_support.launch(
         statistics_gradient_kernel,
-        triton.cdiv(batch * tokens, config.block_m) * triton.cdiv(channels, config.block_n),
+        config.tiles(batch * tokens, channels),
         x.device,
         config,
         grad,
@@ -339,3 +336,24 @@ def norm_gradient(
     if kind == "layer":
         return [*layer_norm_gradient(grad, x, weight, bias, eps, needs[:3]), None]
     return [grad.to(x.dtype), None, None, None]
+
+
+def _of_group_norm(empty: Empty) -> list[Tensor | None]:
+    rows = empty(8, 784, 64), empty(8, 784, 64), empty(64), empty(64)
+    return group_norm_gradient(*rows, None, 1e-6, (True, True, True, False))
+
+
+SPECS = (
+    Spec(
+        layer_norm_gradient_kernel,
+        lambda empty: layer_norm_gradient(
+            *(empty(8, 784, 64), empty(8, 784, 64), empty(64), empty(64)), 1e-6, (True, True, True)
+        ),
+    ),
+    Spec(group_norm_sums_kernel, _of_group_norm),
+    Spec(group_norm_gradient_kernel, _of_group_norm),
+    Spec(
+        statistics_gradient_kernel,
+        lambda empty: add_statistics_gradient(empty(8, 784, 64), empty(8, 784, 64), empty.wide(8, 2)),
+    ),
+)

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels.ops import triton_support
-from fastvit_kernels.ops.primitives import activate, activation_gradient, batch_normalize, vector
+from fastvit_kernels.ops.primitives import activate, activation_gradient, batch_normalize, rows_and_columns, vector
 from fastvit_kernels.ops.triton_linear import NO_BATCH_NORM, BatchNormTensors
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 
 
@@ -62,9 +63,7 @@ def step_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """`apply_step` of BLOCK_M rows and BLOCK_N channels, and what is added to it."""
-    tiles = tl.cdiv(channels, BLOCK_N)
-    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), channels, BLOCK_M, BLOCK_N)
     offsets = rows.to(tl.int64)[:, None] * channels + columns[None, :]
     mask = (rows < num_rows)[:, None] & (columns < channels)[None, :]
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -140,9 +139,7 @@ def step_gradient_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """`step_gradient` of BLOCK_M rows and BLOCK_N channels."""
-    tiles = tl.cdiv(channels, BLOCK_N)
-    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), channels, BLOCK_M, BLOCK_N)
     offsets = rows.to(tl.int64)[:, None] * channels + columns[None, :]
     mask = (rows < num_rows)[:, None] & (columns < channels)[None, :]
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -201,7 +198,7 @@ def apply(x: Tensor, step: Step, added: Tensor | None = None) -> Tensor:
     if num_rows > 0:
         triton_support.launch(
             step_kernel,
-            triton.cdiv(num_rows, config.block_m) * triton.cdiv(channels, config.block_n),
+            config.tiles(num_rows, channels),
             x.device,
             config,
             x,
@@ -257,7 +254,7 @@ def gradient_behind(grad: Tensor, x: Tensor, step: Step, sums: Tensor | None) ->
     if num_rows > 0:
         triton_support.launch(
             step_gradient_kernel,
-            triton.cdiv(num_rows, config.block_m) * triton.cdiv(channels, config.block_n),
+            config.tiles(num_rows, channels),
             x.device,
             config,
             grad,
@@ -301,3 +298,17 @@ def through_step(grad: Tensor, x: Tensor, step: Step, needs: Sequence[bool]) -> 
         sums = batch_norm_sums(grad, x, step)
         found = batch_norm_gradients(step, sums)
     return gradient_behind(grad, x, step, sums), found
+
+
+def _step(empty: Empty) -> Step:
+    return Step("gelu", (*empty.batch_norm(256), 1e-5), training=True)
+
+
+SPECS = (
+    Spec(step_kernel, lambda empty: apply(empty(8, 784, 256), _step(empty), empty(8, 784, 256))),
+    Spec(step_sums_kernel, lambda empty: batch_norm_sums(empty(8, 784, 256), empty(8, 784, 256), _step(empty))),
+    Spec(
+        step_gradient_kernel,
+        lambda empty: gradient_behind(empty(8, 784, 256), empty(8, 784, 256), _step(empty), empty.wide(2, 256)),
+    ),
+)

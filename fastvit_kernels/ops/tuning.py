@@ -6,6 +6,7 @@ The package has a file of its own beside this one; entries of the user's file, n
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from fastvit_kernels.ops.triton_configs import Config
 VARIABLE = "FASTVIT_TUNING"
 PACKAGE_FILE = Path(__file__).with_name("tuning.json")
 FORWARD, TRAINING = "forward", "training"
+# Times hold for so many times as many channels, and as few: the stages of a model are twice as wide as those before.
+_FARTHEST = 2.0
 
 
 @dataclass(frozen=True)
@@ -127,14 +130,11 @@ class Tuning:
         return self._configs.get((kernel, architecture, kind, width, depth))
 
     def preference(self, operator: str, capability: str, dtype: str, mode: str, channels: int) -> Preference | None:
-        """What was measured at the nearest channel count; None where nothing was."""
-        entries = self._preferences.get((operator, capability, dtype, mode))
-        if not entries:
-            return None
-        channels = max(channels, 1)
-        # Twice as many are as far as half as many.
-        nearest = min(entries, key=lambda n: (max(n, channels) / max(min(n, channels), 1), n))
-        return entries[nearest]
+        """What was measured at the nearest channel count, between half and twice as many; None where nothing was."""
+        entries = self._preferences.get((operator, capability, dtype, mode), {})
+        distances = [(max(n, channels) / max(min(n, channels), 1), n) for n in entries]
+        distance, nearest = min(distances, default=(math.inf, 0))
+        return entries[nearest] if distance <= _FARTHEST else None
 
 
 _chosen: Tuning | None = None

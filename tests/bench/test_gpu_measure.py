@@ -66,7 +66,7 @@ def test_training_runs_our_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     case = find("depthwise_mlp", "tiny", 2)
     ours, stock = (
         Training(module, case, "autocast").gradients()
-        for module in (case.fuse(peers.stock(case, TRAINING)), peers.stock(case, TRAINING))
+        for module in (case.fuse(peers.stock(case, TRAINING, "autocast")), peers.stock(case, TRAINING, "autocast"))
     )
     assert [g.shape for g in ours] == [g.shape for g in stock]
     # 3 batch norms, LayerNorm, three layers with biases, and the input.
@@ -189,6 +189,14 @@ def test_what_failed_its_checks_gets_no_time(suite: str) -> None:
         assert _measured(other, distrusted=["pointwise_mlp:cpu"]).status == OK
 
 
+@pytest.mark.parametrize("mode", [FORWARD, TRAINING])
+@pytest.mark.parametrize(("dtype", "eps"), [("fp32", 1e-6), ("fp16", 1e-3)])
+def test_other_dtypes(mode: str, dtype: str, eps: float) -> None:
+    row = _measured(_job("pointwise_mlp", mode, peer="eager")._replace(dtype=dtype))
+    assert (row.status, row.dtype) == (OK, dtype) and row.job.dtype == dtype
+    assert eps / 100 < row.error < 3 * eps
+
+
 def test_wrong_gradients_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(job: Job, case: Case):
         step = peers.prepare(job, case)
@@ -213,7 +221,7 @@ def test_gradients_are_judged_on_few_images(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_limits_by_hand() -> None:
     limits = Roofline(fp32_gflops=50.0, bf16_gflops=100.0, copy_gbs=10.0)
-    row = Row(*_job("pointwise_mlp"), "bf16", "cast", OK, p50_ms=4.0)
+    row = Row(*_job("pointwise_mlp"), "cast", OK, p50_ms=4.0)
     # 2e8 operations at 100e9 a second take 2 ms, 1e7 bytes at 10e9 a second 1 ms.
     cost = Cost(macs=10**8, weights=10**6, activations=4 * 10**6)
     found = with_limits(row, cost, limits)

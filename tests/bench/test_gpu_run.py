@@ -387,12 +387,30 @@ def test_preferences_come_from_rows_that_can_be_compared(tmp_path: Path) -> None
     assert preferences.preferences([], "gpu.csv") == []
 
 
+def test_preferences_are_by_dtype() -> None:
+    times = {"bf16": (1.0, 2.0), "fp32": (4.0, 3.0), "fp16": (1.5, 2.5)}
+    rows = [
+        _row(peer, time, dtype=dtype)
+        for dtype, both in times.items()
+        for peer, time in zip(("triton", "cuda"), both, strict=True)
+    ]
+    found = preferences.preferences([(row, CONDITIONS) for row in rows], "gpu.csv")
+    assert {p.dtype: p.order for p in found} == {
+        "bfloat16": ("triton", "cuda"),
+        "float16": ("triton", "cuda"),
+        "float32": ("cuda", "triton"),
+    }
+
+
 def test_the_command_lists_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cuda", "--list", "--suite", "cvt_13", "--batch", "64", "--mode", "forward"]
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:-1] == [f"cvt_13, batch 64, forward, {peer}" for peer in ("fastvit", "eager", "sdpa", "compile")]
     assert re.fullmatch(r"\d+ checks, then 4 rows: about \d+ minutes, by guess", lines[-1])
+    assert cli.main([*arguments, "--peers", "eager", "--dtype", "fp32", "fp16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == [f"cvt_13, batch 64, forward, {dtype}, eager" for dtype in ("fp32", "fp16")]
 
 
 def test_the_core_comes_first_and_takes_half_an_hour() -> None:
@@ -418,6 +436,13 @@ def test_checks_are_of_what_is_measured() -> None:
         assert {check.operator for check in of_model} == set(library.operators) and set(found) < set(of_model)
         queries = gpu_cli._checks([JOBS[0]._replace(suite="query_attention", mode=mode)], ["triton"])
         assert {check.operator for check in queries} == {"global_attention"}
+
+
+def test_checks_are_in_the_dtypes_that_are_measured() -> None:
+    jobs = [JOBS[0], JOBS[0]._replace(dtype="fp16", mode=TRAINING), JOBS[0]._replace(dtype="fp32")]
+    found = {(check.precision, check.what) for check in gpu_cli._checks(jobs, ["triton"])}
+    expected = {("bfloat16", "forward"), ("bfloat16", "graph"), ("float16", "gradients"), ("float32", "forward")}
+    assert found == expected
 
 
 def test_the_command_needs_a_gpu() -> None:

@@ -65,9 +65,33 @@ def test_registers_without_spills(usage):
         assert registers * THREADS[kernel_of(mangled)] <= REGISTERS, f"{mangled} has {registers} registers on {arch}"
 
 
+# Blocks whose registers a multiprocessor has, of kernels for 16-bit values, by what follows the dtype in their names:
+# the panels of results of an MLP, the values of a head in eights.
+TOGETHER = {
+    ("conv_projection_kernel", ""): 2,
+    ("depthwise_mlp_kernel", "Li1"): 2,
+    ("depthwise_mlp_kernel", "Li2"): 2,
+    ("local_attention_kernel", "Li8"): 3,
+    ("local_attention_kernel", "Li16"): 2,
+}
+
+
+def test_registers_of_several_blocks(usage):
+    seen = set()
+    for (arch, mangled), (registers, _) in usage.items():
+        kernel = kernel_of(mangled)
+        if found := re.search(rf"{kernel}I(?:6__half|13__nv_bfloat16)(\w*?)E", mangled):
+            blocks = TOGETHER.get((kernel, found[1]), 1)
+            # Registers are dealt out to warps in eights for each thread.
+            assert -(-registers // 8) * 8 * THREADS[kernel] * blocks <= REGISTERS, f"{mangled} on {arch}"
+            seen.add((kernel, found[1]))
+    assert TOGETHER.keys() <= seen or not PART.loaded
+
+
 @pytest.fixture(scope="module")
 def instructions():
-    """Those of matrices and of copies into shared memory, of every kernel, by architecture and mangled name."""
+    """Those of matrices, of copies into shared memory, of 16 bytes of global memory, and of single bytes of shared
+    memory, of every kernel, by architecture and mangled name."""
     found = {}
     arch, names = "", set()
     for line in read("--dump-sass").splitlines() if PART.loaded else []:
@@ -75,22 +99,27 @@ def instructions():
             arch = line.partition("arch = ")[2].strip()
         elif "Function : " in line:
             names = found.setdefault((arch, line.partition("Function : ")[2].strip()), set())
-        elif instruction := re.search(r"\b(H\w*MMA|LDSM|LDGSTS)[.\w]*", line):
+        elif instruction := re.search(r"\b((H\w*MMA|LDSM|LDGSTS)[.\w]*|(LDG|STG)\.E\.128|(LDS|STS)\.[US]8)", line):
             names.add(instruction[0])
     return found
 
 
 def expected(kernel, dtype):
-    """Products of fp32 stay in fp32; the others accumulate in it, and only attention has a transposed matrix."""
+    """Products of fp32 stay in fp32; the others accumulate in it, and only attention has a transposed matrix.
+
+    Activations and weights are read, and results written, 16 bytes at a time, and nothing goes through shared memory by
+    the byte, which is what the compiler makes of a copy whose alignment it does not know.
+    """
     if kernel not in ("conv_projection_kernel", "depthwise_mlp_kernel", "local_attention_kernel"):
         return set()
+    wide = {"LDGSTS.128", "LDG.E.128", "STG.E.128"}
     if dtype == "f":
-        return {"LDGSTS"}
+        return wide
     transposed = {"LDSM.16.MT88"} if kernel == "local_attention_kernel" else set()
     return {
         "HMMA.16816.F32.BF16" if dtype == "13__nv_bfloat16" else "HMMA.16816.F32",
         "LDSM.16.M88",
-        "LDGSTS",
+        *wide,
     } | transposed
 
 
@@ -102,8 +131,8 @@ def test_matrix_instructions(usage, instructions):
         kernel = kernel_of(mangled)
         dtype = re.search(rf"{kernel}(?:I(f|6__half|13__nv_bfloat16))?", mangled)[1]
         kinds.add((arch, kernel, dtype))
-        # Without widths and hints for caches.
-        found = {re.sub(r"^(LDGSTS|LDSM\.16\.MT?88)\b.*", r"\1", name) for name in names}
+        # Without hints for caches and the number of matrices.
+        found = {re.sub(r"^(LDGSTS|LDSM\.16\.MT?88)\b.*?(\.128)?$", r"\1\2", name) for name in names}
         assert found == expected(kernel, dtype), f"{mangled} for {arch}"
     dtypes = ("f", "6__half", "13__nv_bfloat16")
     typed = [kernel for kernel in THREADS if kernel != "merge_moments_kernel"]

@@ -143,7 +143,7 @@ def measured(monkeypatch):
 
 def _entry(**changes):
     times = {"cpu": 2.0, "triton": 3.0, "cuda": 1.0, "reference": 4.0}
-    entry = Preference("pointwise_mlp", "NVIDIA H200", "9.0", "float32", "forward", 64, times, "nvidia-h200.csv")
+    entry = Preference("pointwise_mlp", "NVIDIA H200", "9.0", "float32", "forward", 8, times, "nvidia-h200.csv")
     return replace(entry, **changes)
 
 
@@ -173,7 +173,7 @@ def test_what_was_never_measured_comes_behind_triton(measured):
     ],
 )
 def test_a_measurement_decides_for_its_operator_dtype_mode_and_gpu(measured, changes, first):
-    measured(_entry(**changes))
+    measured(_entry(channels=16, **changes))
     order = _order()
     assert order[0] == first and sorted(order) == ["cpu", "cuda", "reference", "sdpa", "triton"]
     if first == "cuda":
@@ -181,10 +181,29 @@ def test_a_measurement_decides_for_its_operator_dtype_mode_and_gpu(measured, cha
 
 
 def test_the_nearest_width_decides(measured):
-    wide = _entry(channels=512, milliseconds={"reference": 1.0, "cpu": 2.0})
-    measured(_entry(channels=2), wide)
-    found = {n: tuning.current().preference("pointwise_mlp", "9.0", "float32", "forward", n) for n in (1, 30, 40, 9999)}
-    assert [entry.channels for entry in found.values()] == [2, 2, 512, 512]
+    wide = _entry(channels=192, milliseconds={"reference": 1.0, "cpu": 2.0})
+    measured(_entry(channels=64), wide)
+    widths = (32, 64, 110, 111, 192, 384)
+    found = [tuning.current().preference("pointwise_mlp", "9.0", "float32", "forward", n) for n in widths]
+    assert [entry.channels for entry in found] == [64, 64, 64, 192, 192, 192]
+
+
+def test_a_width_that_is_far_from_all_measured_ones_has_no_times(measured):
+    measured(_entry(channels=64), _entry(channels=320))
+    for channels in (0, 1, 31, 129, 159, 641, 9999):
+        assert tuning.current().preference("pointwise_mlp", "9.0", "float32", "forward", channels) is None
+    assert _decision(_call()).measured == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_each_dtype_has_times_of_its_own(measured, dtype):
+    measured(
+        _entry(dtype="bfloat16", milliseconds={"reference": 1.0, "cpu": 2.0}),
+        _entry(dtype="float16", milliseconds={"reference": 2.0, "cpu": 1.0}),
+    )
+    found = preference._measured("pointwise_mlp", torch.device("cpu"), dtype, False, 8)[0]
+    by_dtype = {torch.bfloat16: ("reference", "cpu"), torch.float16: ("cpu", "reference"), torch.float32: ()}
+    assert found == by_dtype[dtype]
 
 
 def test_the_order_and_its_text_are_made_once(measured):
@@ -219,7 +238,7 @@ def test_explain_shows_the_times_that_decided(measured):
     (decision,) = explanation.decisions
     assert decision.chosen == "cpu" and decision.channels == 4
     times = "cuda 1 ms, cpu 2 ms, triton 3 ms, reference 4 ms"
-    assert decision.measured == f"{times} (NVIDIA H200, float32, 64 channels, forward; nvidia-h200.csv)"
+    assert decision.measured == f"{times} (NVIDIA H200, float32, 8 channels, forward; nvidia-h200.csv)"
     assert f"measured: {times}" in str(explanation)
     assert decision.rejected["reference"] == ["cpu was measured faster"]
 

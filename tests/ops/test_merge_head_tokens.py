@@ -7,8 +7,10 @@ from typing import ClassVar
 import pytest
 import torch
 
+from fastvit_kernels.bench import step_memory
 from fastvit_kernels.ops import merge_head_tokens
 from fastvit_kernels.testing import inputs
+from fastvit_kernels.testing.calls import cotangents, differentiate
 from fastvit_kernels.testing.contract import Contract, Rejection
 
 
@@ -48,3 +50,35 @@ def test_bad_arguments(change, error, message):
     arguments = inputs.tagged(inputs.MERGE_HEAD_TOKENS, "smallest")[0].call().arguments
     with pytest.raises(error, match=message):
         merge_head_tokens(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_nothing_is_kept_for_the_gradients(backend):
+    x, residual = torch.randn(2, 10, 24, requires_grad=True), torch.randn(2, 7, 24, requires_grad=True)
+    kept = step_memory.saved(lambda: merge_head_tokens(x, num_heads=3, residual=residual, backend=backend), ())
+    assert kept <= 2 * x.element_size()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_gradients_of_gradients(backend):
+    x, residual, cotangent = torch.randn(2, 10, 24), torch.randn(2, 7, 24), torch.randn(2, 7, 24)
+    found = {}
+    for name in (backend, "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, residual, cotangent)]
+        out = merge_head_tokens(leaves[0].exp(), num_heads=3, residual=leaves[1], backend=name)
+        first = torch.autograd.grad(out, leaves[:2], leaves[2], create_graph=True)
+        found[name] = torch.autograd.grad(sum(g.square().sum() for g in first), [leaves[0], leaves[2]])
+    torch.testing.assert_close(found[backend], found["reference"])
+
+
+@pytest.mark.parametrize("overload", ["default", "triton"])
+def test_gradients_do_not_read_what_is_not_kept(overload):
+    """Of the tensors they take only shapes and dtypes."""
+    call = inputs.tagged(inputs.MERGE_HEAD_TOKENS, "smallest")[0].call()
+    expected = differentiate(call).gradients
+    x, residual = call.arguments["x"], call.arguments["residual"]
+    nothing = [torch.full((), torch.nan).expand(t.shape) for t in (x, residual)]
+    (grad,) = cotangents([residual])
+    backward = getattr(torch.ops.fastvit.merge_head_tokens_backward, overload)
+    found = backward([grad], nothing, [True, True], call.arguments["num_heads"], x.dtype)
+    torch.testing.assert_close(found, [expected["x"], expected["residual"]])

@@ -12,8 +12,9 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
-from triton_calls import OPERATORS, PRECISIONS, STAGES, Prepared, Stage
+from triton_calls import OPERATORS, PRECISIONS, Stage
 from triton_fits import check_fits, check_products
+from triton_specs import TARGETS, WITH_SPECS, compile_specs
 
 from fastvit_kernels.testing.triton_aot import Compiled, compile_launches, compiling_process
 
@@ -25,27 +26,6 @@ def triton_version() -> str:
     import triton
 
     return str(triton.__version__)
-
-
-def calls(precision: str, parts: tuple[str, ...]) -> list[tuple[Prepared, str]]:
-    """Of every operator at the widest stage, the narrowest and one between them, those that have such a part."""
-    launchers = {"forward": "launch", "backward": "launch_backward", "statistics": "launch_statistics"}
-    found = []
-    for place in (-1, 0, 2):
-        for operator, make in OPERATORS.items():
-            prepared = make(STAGES[operator][place], PRECISIONS[precision])
-            found += [(prepared, part) for part in parts if hasattr(prepared.bridge, launchers[part])]
-    return found
-
-
-def compile_each(precision: str, architecture: str) -> list[Compiled]:
-    """Every kernel once, at the first size that launches it."""
-    found: dict[str, Compiled] = {}
-    for prepared, part in calls(precision, ("forward", "backward", "statistics")):
-        compiled = compile_launches(getattr(prepared, part), architecture, lambda launch: launch.name not in found)
-        for kernel in compiled:
-            found.setdefault(kernel.name, kernel)
-    return list(found.values())
 
 
 def compile_windows(stage: Stage, architecture: str) -> list[Compiled]:
@@ -70,21 +50,13 @@ def test_it_is_the_oldest(process: Executor) -> None:
     assert oldest is not None and process.submit(triton_version).result().startswith(f"{oldest[1]}.")
 
 
-@pytest.mark.parametrize(
-    ("precision", "architecture"),
-    [
-        *(("float32", "sm_80"), ("bfloat16", "sm_80"), ("float32", "sm_90"), ("bfloat16", "sm_90")),
-        ("bfloat16", "gfx942"),
-    ],
-)
-def test_every_kernel_fits_the_gpu(process: Executor, precision: str, architecture: str) -> None:
-    kernels = process.submit(compile_each, precision, architecture).result()
-    # A kernel that is launched by a part of an operator is among them.
-    assert {"attention_kernel", "linear_kernel", "layer_norm_gradient_kernel"} <= {kernel.name for kernel in kernels}
-    for kernel in kernels:
-        check_fits(kernel, architecture)
-        if precision != "float32":
-            check_products(kernel, architecture)
+@pytest.mark.parametrize(("dtype", "architecture"), TARGETS)
+def test_every_kernel_fits_the_gpu(process: Executor, dtype: str, architecture: str) -> None:
+    for module in WITH_SPECS:
+        for kernel in process.submit(compile_specs, module, dtype, architecture).result():
+            check_fits(kernel, architecture)
+            if dtype != "float32":
+                check_products(kernel, architecture)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

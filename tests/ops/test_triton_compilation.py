@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from triton_calls import CVT, GRADIENTS_OF_OTHERS, OPERATORS, PRECISIONS, STAGES, Stage, make_pyramid_attention
-from triton_fits import WITHOUT_PRODUCTS, check_fits, check_products
+from triton_fits import check_fits, check_products
+from triton_specs import WITH_PRODUCTS
 
 from fastvit_kernels.testing.triton_aot import Compiled, Launch, compile_launches, compiling_process, launches
 
@@ -54,10 +55,13 @@ def compile_with_tf32(*what: Any) -> list[Compiled]:
         matmul.fp32_precision = before
 
 
-def launches_by_size(part: str, stage: Stage, sizes: Sequence[tuple[int, int, int]]) -> dict[str, list[set[Launch]]]:
+def launches_by_size(
+    part: str, stage: Stage, sizes: Sequence[tuple[int, int, int]], operators: Sequence[str] = tuple(OPERATORS)
+) -> dict[str, list[set[Launch]]]:
     """What each operator with such a part launches at batches, heights and widths; nothing is compiled."""
     found: dict[str, list[set[Launch]]] = {}
-    for operator, make in OPERATORS.items():
+    for operator in operators:
+        make = OPERATORS[operator]
         for batch, height, width in sizes:
             call = make(stage._replace(batch=batch, height=height, width=width), PRECISIONS["bfloat16"])
             if hasattr(call.bridge, LAUNCHERS[part]):
@@ -160,20 +164,6 @@ def test_windows_fit_the_gpu(process: Executor, window: int, pad: str) -> None:
                 check_fits(kernel, "sm_80")
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_compiles_for_amd(process: Executor, operator: str) -> None:
-    for kernel in process.submit(compile_for, operator, STAGES[operator][2], "bfloat16", "gfx942").result():
-        check_fits(kernel, "gfx942")
-        check_products(kernel, "gfx942")
-
-
-@pytest.mark.parametrize("operator", TRAINED)
-def test_gradients_compile_for_amd(process: Executor, operator: str) -> None:
-    for kernel in process.submit(compile_backward, operator, STAGES[operator][2], "bfloat16", "gfx942").result():
-        check_fits(kernel, "gfx942")
-        check_products(kernel, "gfx942")
-
-
 def test_fp32_products_are_exact(process: Executor) -> None:
     for kernel in process.submit(compile_for, "pointwise_mlp", CVT[0], "float32", "sm_80").result():
         assert "mma.sync" not in kernel.assembly
@@ -183,7 +173,7 @@ def test_fp32_products_are_exact(process: Executor) -> None:
 def test_tf32_is_used_where_pytorch_may_use_it(process: Executor, operator: str) -> None:
     for kernel in process.submit(compile_with_tf32, operator, STAGES[operator][0], "float32", "sm_80").result():
         check_fits(kernel, "sm_80")
-        assert "m16n8k8.row.col.f32.tf32" in kernel.assembly or kernel.name in WITHOUT_PRODUCTS
+        assert "m16n8k8.row.col.f32.tf32" in kernel.assembly or kernel.name not in WITH_PRODUCTS
 
 
 @pytest.mark.parametrize("channels", [192, 46, 76])
@@ -199,6 +189,17 @@ def test_one_compilation_serves_all_sizes(process: Executor, part: str, channels
             # The smaller a call, the fewer of its sums are shared out.
             missing = {launch for launch in together - launched if launch.name != "sum_parts_kernel"}
             assert not missing, (operator, size, missing)
+
+
+def test_few_rows_have_the_tiles_of_many(process: Executor) -> None:
+    """The gradients of an attention of 9 queries or 4 keys are compiled like those of any."""
+    sizes = [(64, 28, 28), (64, 6, 6), (64, 3, 3)]
+    only = ("global_attention",)
+    found = process.submit(launches_by_size, "backward", Stage(64, 1), sizes, only).result()["global_attention"]
+    # Those of keys are shared out among programs where there are many queries.
+    names = {"attention_saved_kernel", "query_gradient_kernel"}
+    many, *few = [{launch for launch in launched if launch.name in names} for launched in found]
+    assert {launch.name for launch in many} == names and all(launched == many for launched in few)
 
 
 def test_an_interpreting_process_refuses() -> None:

@@ -29,14 +29,13 @@ class Cpu(GradientKernels):
         return tuple(torch.ops.fastvit.conv_projection.default(tensors, packed, *static))
 
 
-# Of the CUDA kernels: a branch's channels, which stay in registers, its filter's side, and its stride.
-_MOST_CHANNELS = 384
+# Of the CUDA kernels: the filter's side, and its stride.
 _LARGEST_FILTER = 7
 _LARGEST_STRIDE = 16
 
 
 class Cuda:
-    """C++ for GPUs: patches of the normalised map are filtered in shared memory and meet the weights there."""
+    """C++ for GPUs: patches of the map are read and normalised once, filtered for q, k and v, and meet the weights."""
 
     name = "cuda"
 
@@ -47,7 +46,6 @@ class Cuda:
             found.append("batch statistics: the CUDA kernels take running ones")
         kernel = max(b.conv_weight.shape[-1] for b in branches)
         for what, value, most in (
-            ("channels of a result", max(b.weight.shape[0] for b in branches), _MOST_CHANNELS),
             ("the filter's side", kernel, _LARGEST_FILTER),
             ("stride", max(static.stride), _LARGEST_STRIDE),
             ("padding", max(static.padding), _MOST_PADDING),
@@ -56,17 +54,22 @@ class Cuda:
                 found.append(f"{what} {value}: the CUDA kernels take at most {most}")
         x = tensors[0]
         assert x is not None
-        return found + shared_memory_reasons(shared_memory(kernel, static.dtype.itemsize), x.device)
+        return found + shared_memory_reasons(shared_memory(x.shape[-1], kernel, static.dtype.itemsize), x.device)
 
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.conv_projection.default(tensors, None, *static))
 
 
-def shared_memory(kernel: int, size: int) -> int:
+def shared_memory(channels: int, kernel: int, size: int) -> int:
     """Bytes of shared memory that the smallest block of the CUDA kernels needs, which makes one result of a branch.
 
     What `layout_of` in csrc/cuda/conv_projection.cu says of it, for filters of this side and values of this size;
-    blocks are as large as there is room.
+    blocks are as large as pays.
     """
-    # On their way out results take more room than a patch of so few pixels.
-    return 64 * (4 + 8) + (2 + kernel**2) * 64 * 4 + 64 * (128 * size + 16 + 64 * size + 16) + 2 * 2 * 64 * (128 + 16)
+    step = 32 // size
+    row = -(-channels // step) * step * size + 16
+    taps = kernel**2
+    places = -(-max(taps, 16) // 4) * 4
+    # Results leave through the patch's tile, 32 rows at a time.
+    tiles = max(taps, 32) * (64 * size + 16) + 16 * row
+    return places * (4 + 8) + (1 + taps) * 64 * 4 + tiles + 3 * 64 * (128 + 16)

@@ -10,9 +10,10 @@ from torch import Tensor
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.conv_projection.reference import BRANCHES, Static, branch, output_grid
 from fastvit_kernels.ops.operator import Outputs, Tensors
-from fastvit_kernels.ops.primitives import dot, fold_filter, vector
+from fastvit_kernels.ops.primitives import dot, fold_filter, rows_and_columns, vector
 from fastvit_kernels.ops.triton_depthwise import Geometry, depthwise_moments, filter_rows
 from fastvit_kernels.ops.triton_normalization import normalize_rows, normalize_tile
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 
 
 @triton.jit
@@ -88,9 +89,7 @@ def project_tile(
     PADDING: tl.constexpr = WINDOW[2]
     out_height = (height + 2 * PADDING - KERNEL) // STRIDE + 1
     out_width = (width + 2 * PADDING - KERNEL) // STRIDE + 1
-    column_tiles = tl.cdiv(out_channels, BLOCK_N)
-    rows = tile // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tile, out_channels, BLOCK_M, BLOCK_N)
     out_tokens = PREFIX + out_height * out_width
     row_mask = rows < batch * out_tokens
     column_mask = columns < out_channels
@@ -220,10 +219,7 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         TAPS=tuple(kernel**2 for kernel in kernels),
     )
     config = triton_support.config("projection", arithmetic, max(widths), channels, *widths)
-    tiles = [
-        triton.cdiv(batch * n, config.block_m) * triton.cdiv(out, config.block_n)
-        for n, out in zip(lengths, widths, strict=True)
-    ]
+    tiles = [config.tiles(batch * n, out) for n, out in zip(lengths, widths, strict=True)]
     triton_support.launch(
         project_kernel,
         sum(tiles),
@@ -270,3 +266,13 @@ def statistics(tensors: Tensors, static: Static) -> Tensor:
         filter = filter_rows(branch(tensors, index).conv_weight)
         found.append(depthwise_moments(normed, filter, None, geometry(tensors, static, index), static.dtype))
     return torch.stack(found)
+
+
+def _of_cvt(empty: Empty) -> Outputs:
+    """Stage 2 of CvT-13."""
+    norms = [empty(192, 1, 3, 3), *empty.batch_norm(192)]
+    tensors = [empty(8, 784, 192), empty(192), empty(192), *(3 * [*norms, empty(192, 192), empty(192)])]
+    return run(tensors, Static(1e-5, [1e-5] * 3, False, 28, 28, 0, [1, 2, 2], [1, 1, 1], empty.dtype))
+
+
+SPECS = (Spec(prepare_kernel, _of_cvt), Spec(project_kernel, _of_cvt, products=True))

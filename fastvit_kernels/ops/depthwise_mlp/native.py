@@ -90,5 +90,5 @@ def shared_memory(tensors: Tensors, static: Static) -> int:
     row = -(-x.shape[-1] // step) * step * size + 16
     rows = -(-min(static.height, kernel) * min(static.width, kernel) // 16) * 16
     channels = (5 + kernel**2) * 64 * 4
-    # On their way out results take more room than so few hidden pixels.
-    return 128 + (rows + 64) * 4 + channels + rows * row + 64 * (128 * size + 16) + 2 * 2 * 64 * (128 + 16)
+    # Results leave through the patch of hidden channels, which is smaller here.
+    return 128 + rows * (4 + row) + channels + 128 * (64 * size + 16) + 3 * 64 * (128 + 16)

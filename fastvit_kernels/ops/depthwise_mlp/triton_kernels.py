@@ -18,6 +18,7 @@ from fastvit_kernels.ops.triton_configs import ALIGNMENT
 from fastvit_kernels.ops.triton_linear import linear_tile
 from fastvit_kernels.ops.triton_moments import group_statistics
 from fastvit_kernels.ops.triton_normalization import normalize_rows
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 
 
 @triton.jit
@@ -317,7 +318,8 @@ def _project(
     arithmetic = triton_support.arithmetic(static.dtype, out.device)
     # Only the result's rows may be unaligned, which the tiles of fp32 bear.
     columns = out_channels if arithmetic.kind == "half" else triton.cdiv(out_channels, ALIGNMENT) * ALIGNMENT
-    config = triton_support.config("depthwise_projection", arithmetic, columns)
+    place = "depthwise_projection", arithmetic, columns
+    config = triton_support.config(*place)
     # The tiles of a mean are those of one image.
     runs = batch if static.summary == "mean" else 1
     run_rows = batch * height // max(runs, 1)
@@ -354,5 +356,33 @@ def _project(
             ADDS_INPUT=static.inner_residual == "after_activation",
             EVEN_K=stride % config.block_k == 0,
             ARITHMETIC=arithmetic.constexpr(),
+            **triton_support.all_registers(config, *place),
         )
     return None if means is None else means.sum(1)
+
+
+def _of_cmt(empty: Empty) -> Outputs:
+    """Stage 1 of CMT-S: three batch norms, two of them behind the activations, and an inner residual."""
+    hidden, bn, out = empty.batch_norm(256), empty.batch_norm(64), empty(8, 784, 64)
+    front = [empty(8, 784, 64), empty(64), empty(64), None, empty(256, 64), empty(256)]
+    tensors = [
+        *front,
+        *hidden,
+        empty(256, 1, 3, 3),
+        empty(256),
+        *hidden,
+        empty(64, 256),
+        empty(64),
+        *bn,
+        None,
+        None,
+        out,
+    ]
+    static = Static(
+        *("layer", 1e-6, "gelu", "gelu", "before_activation", True, [1e-5] * 3, False, None),
+        *(28, 28, 0, "none", empty.dtype),
+    )
+    return run(tensors, static)
+
+
+SPECS = (Spec(expand_kernel, _of_cmt, products=True), Spec(project_kernel, _of_cmt, products=True))

@@ -19,6 +19,7 @@ from fastvit_kernels.ops.triton_configs import Config
 from fastvit_kernels.ops.triton_heads import norm_of_rows, normalized, store_result
 from fastvit_kernels.ops.triton_linear import linear
 from fastvit_kernels.ops.triton_moments import empty_moments, group_statistics, merged_statistics
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 
 _SMALLEST_DOT = 16
 
@@ -118,7 +119,8 @@ def attend_head(
     """BLOCK_M queries of one head against all its keys; `scale` carries a factor log2(e): powers are of 2.
 
     With `ONE_BLOCK` a block holds all keys and one pass suffices; otherwise the running maximum, sum and output are
-    rescaled from block to block.
+    rescaled from block to block. Few keys are the rule (49 in most published models), and one pass spares them the
+    rescaling: it is worth a second variant of the kernel, of the same tiles.
     """
     accumulator = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     if ONE_BLOCK:
@@ -508,3 +510,18 @@ def _projecting_config(
         return None
     config = triton_support.config(*place)
     return config if k.shape[1] <= config.block_n else None
+
+
+def _attention(empty: Empty, heads: int, channels: int, table: bool) -> Outputs:
+    """PVTv2's behind its LayerNorm, or with a table CMT's."""
+    linear = [empty(channels, channels), empty(channels)]
+    rows, keys = empty(8, 784, channels), empty(8, 49, 2 * channels)
+    bias = empty(heads, 784, 49) if table else None
+    tensors = [rows, keys, None, *linear, empty(channels), empty(channels), *linear, bias, None, rows]
+    return run(tensors, Static(heads, 0.125, "layer", 1e-6, False, False, empty.dtype))
+
+
+SPECS = (
+    Spec(attention_kernel, lambda empty: _attention(empty, 2, 128, table=True), products=True),
+    Spec(attention_projection_kernel, lambda empty: _attention(empty, 1, 64, table=False), products=True),
+)

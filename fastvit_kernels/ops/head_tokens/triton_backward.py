@@ -18,6 +18,7 @@ from fastvit_kernels.ops.triton_gradients import input_gradient, weight_gradient
 from fastvit_kernels.ops.triton_linear import linear
 from fastvit_kernels.ops.triton_norm_gradients import layer_norm_gradient
 from fastvit_kernels.ops.triton_normalization import row_normalize
+from fastvit_kernels.ops.triton_specs import Spec
 
 
 @triton.jit(do_not_specialize=["num_pieces", "tokens", "out_tokens", "heads"])
@@ -107,3 +108,13 @@ def _through_activation(
         width,
     )
     return out
+
+
+SPECS = (
+    Spec(
+        pieces_gradient_kernel,
+        lambda empty: _through_activation(
+            empty(8, 205, 384), empty(8, 8, 384), empty(48), empty(48), 197, Static(8, 1e-6, 1e-5, empty.dtype)
+        ),
+    ),
+)

@@ -14,6 +14,7 @@ from fastvit_kernels.ops.primitives import activate
 from fastvit_kernels.ops.triton_configs import Config
 from fastvit_kernels.ops.triton_linear import linear
 from fastvit_kernels.ops.triton_normalization import row_normalize
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 from fastvit_kernels.ops.triton_sums import split_rows
 
 
@@ -150,3 +151,12 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         width,
     )
     return (out,)
+
+
+def _of_dhvt(empty: Empty) -> Outputs:
+    """DHVT-Small for ImageNet."""
+    tensors = [empty(8, 197, 384), empty(384), empty(384), empty(384, 48), empty(384), empty(48), empty(48)]
+    return run([*tensors, empty(8, 384)], Static(8, 1e-6, 1e-5, empty.dtype))
+
+
+SPECS = (Spec(rows_kernel, _of_dhvt), Spec(pieces_kernel, _of_dhvt))

@@ -18,6 +18,7 @@ from fastvit_kernels.ops.triton_configs import Config
 from fastvit_kernels.ops.triton_heads import norm_of_rows, normalized, store_result
 from fastvit_kernels.ops.triton_linear import linear
 from fastvit_kernels.ops.triton_moments import empty_moments, group_statistics, merged_statistics
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 
 _SMALLEST_DOT = 16
 # Pixels of a window whose queries, keys and values are in registers together.
@@ -409,3 +410,22 @@ def attend(
         **triton_support.all_registers_of_windows(arithmetic, config, max(width, value_width)),
     )
     return out, None if moments is None else merged_statistics(moments)
+
+
+def _of_swin(empty: Empty) -> Outputs:
+    """Stage 1 of Swin-T, but for its output projection."""
+    qkv = [empty(96), empty(96), None, empty(288, 96), empty(288)]
+    tensors = [empty(8, 56 * 56, 96), None, None, *qkv, empty(3, 49, 49), None, None, empty(8, 56 * 56, 96)]
+    return run(tensors, Static("layer", 1e-5, 56, 56, 7, 3, 32**-0.5, "mask", True, empty.dtype))
+
+
+def _of_rows(empty: Empty) -> object:
+    """Of windows that are more than one tile."""
+    static = Static("none", 0.0, 28, 28, 14, 2, 32**-0.5, "mask", False, empty.dtype)
+    return attend(empty(8, 784, 192), None, None, None, empty(2, 196, 196), None, static)
+
+
+SPECS = (
+    Spec(window_attention_kernel, _of_rows, products=True),
+    Spec(projected_window_attention_kernel, _of_swin, products=True),
+)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastvit_kernels.ops import library
 from fastvit_kernels.ops.arguments import check_activation_tensor, check_integer, check_residual, compute_dtype
 from fastvit_kernels.ops.merge_head_tokens import native, triton
-from fastvit_kernels.ops.merge_head_tokens.reference import STATIC_SCHEMA, Static, reference
+from fastvit_kernels.ops.merge_head_tokens.reference import STATIC_SCHEMA, Static, gradients, reference
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
 
 __all__ = ["merge_head_tokens"]
@@ -30,9 +30,10 @@ OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     residual=1,
+    unread=(0, 1),
     backends=[native.Cpu(), triton.Triton()],
 )
-library.register(OPERATOR, triton.launch, triton.launch_backward)
+library.register(OPERATOR, triton.launch, triton.launch_backward, gradients=gradients)
 
 
 def merge_head_tokens(

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.merge_head_tokens.reference import Static
 from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.triton_specs import Spec
 
 
 @triton.jit
@@ -109,6 +110,20 @@ def _launch(kernel: object, written: Tensor, *args: Tensor | int | None) -> None
     """One program for each tile of the rows that are written."""
     batch, rows, channels = written.shape
     config = triton_support.config("elementwise", triton_support.arithmetic(torch.float32, written.device), channels)
-    programs = batch * triton.cdiv(rows, config.block_m) * triton.cdiv(channels, config.block_n)
+    programs = batch * config.tiles(rows, channels)
     if programs > 0:
         triton_support.launch(kernel, programs, written.device, config, *args)
+
+
+SPECS = (
+    Spec(
+        merge_tokens_kernel,
+        lambda empty: run([empty(8, 205, 384), empty(8, 197, 384)], Static(8, empty.dtype)),
+    ),
+    Spec(
+        merge_tokens_gradient_kernel,
+        lambda empty: run_backward(
+            [empty(8, 197, 384)], [empty(8, 205, 384), None], (True, False), Static(8, empty.dtype)
+        ),
+    ),
+)

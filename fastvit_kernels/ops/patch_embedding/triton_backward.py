@@ -15,6 +15,7 @@ from fastvit_kernels.ops.patch_embedding.reference import Static
 from fastvit_kernels.ops.patch_embedding.triton_kernels import Source, embed, readable, step_of
 from fastvit_kernels.ops.primitives import dot
 from fastvit_kernels.ops.triton_norm_gradients import layer_norm_gradient
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 from fastvit_kernels.ops.triton_steps import Step, through_step
 from fastvit_kernels.ops.triton_sums import split_rows, sum_parts
 
@@ -232,7 +233,7 @@ def _weight_gradient(
     arithmetic = triton_support.arithmetic(static.dtype, grad.device)
     place = "patch_weight_gradient", arithmetic, out_channels, 0 if channels_first else channels
     config = triton_support.config(*place)
-    tiles = triton.cdiv(out_channels, config.block_m) * triton.cdiv(length, config.block_n)
+    tiles = config.tiles(out_channels, length)
     num_parts, part_rows = split_rows(num_rows, config.block_k, tiles, _FEWEST_BLOCKS)
     size = weight.numel() + (0 if bias is None else out_channels)
     parts = grad.new_empty((num_parts, size), dtype=torch.float32)
@@ -296,3 +297,26 @@ def _input_gradient(grad: Tensor, weight: Tensor, static: Static, out: Tensor) -
         ARITHMETIC=arithmetic.constexpr(),
         **triton_support.all_registers(config, *place),
     )
+
+
+def _static(empty: Empty) -> Static:
+    return Static(None, None, 2, 1, "none", False, 0.0, False, empty.dtype, empty.dtype)
+
+
+SPECS = (
+    Spec(
+        filter_gradient_kernel,
+        lambda empty: _weight_gradient(
+            *(empty(8, 28, 28, 128), Source(empty(8, 56, 56, 64), False), empty(128, 64, 3, 3), empty(128)),
+            *(_static(empty), (True, True)),
+        ),
+        products=True,
+    ),
+    Spec(
+        pixel_gradient_kernel,
+        lambda empty: _input_gradient(
+            *(empty(8, 28, 28, 128), empty(128, 64, 3, 3), _static(empty), empty(8, 56, 56, 64))
+        ),
+        products=True,
+    ),
+)

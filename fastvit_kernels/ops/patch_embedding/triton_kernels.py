@@ -13,10 +13,11 @@ from torch import Tensor
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.operator import Outputs, Tensors
 from fastvit_kernels.ops.patch_embedding.reference import Static, output_size
-from fastvit_kernels.ops.primitives import dot, vector
+from fastvit_kernels.ops.primitives import dot, rows_and_columns, vector
 from fastvit_kernels.ops.triton_channel_moments import row_moments
 from fastvit_kernels.ops.triton_configs import ALIGNMENT, Config
 from fastvit_kernels.ops.triton_normalization import normalize_rows, row_normalize
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 from fastvit_kernels.ops.triton_steps import Step, apply_step
 
 
@@ -80,9 +81,7 @@ def embed_kernel(
     """
     TAPS: tl.constexpr = KERNEL * KERNEL
     # Programs that share pixels are neighbours.
-    column_tiles = tl.cdiv(out_channels, BLOCK_N)
-    rows = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), out_channels, BLOCK_M, BLOCK_N)
     row_mask = rows < num_rows
     column_mask = columns < out_channels
     top = rows // out_width % out_height * STRIDE - PADDING
@@ -211,7 +210,7 @@ def embed(
     num_rows = out.numel() // out_channels
     triton_support.launch(
         embed_kernel,
-        triton.cdiv(num_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),
+        config.tiles(num_rows, out_channels),
         x.device,
         config,
         x,
@@ -273,3 +272,13 @@ def _pack(weight: Tensor, channels_first: bool, dtype: torch.dtype) -> Tensor:
         CHANNELS_FIRST=channels_first,
     )
     return packed
+
+
+def _of_pvt(empty: Empty) -> Outputs:
+    """PVTv2's, to its stage 2."""
+    rest = [empty(128, 64, 3, 3), *(empty(128) for _ in range(3)), *[None] * 6]
+    static = Static(1e-6, None, 2, 1, "none", False, 0.0, False, empty.dtype, empty.dtype)
+    return run([empty(8, 56, 56, 64), *rest], static)
+
+
+SPECS = (Spec(embed_kernel, _of_pvt, products=True), Spec(pack_kernel, _of_pvt))

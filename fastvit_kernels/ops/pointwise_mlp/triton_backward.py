@@ -12,10 +12,11 @@ from torch import Tensor
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.operator import Tensors
 from fastvit_kernels.ops.pointwise_mlp.reference import Static
-from fastvit_kernels.ops.primitives import activate, activation_gradient, dot, vector
+from fastvit_kernels.ops.primitives import activate, activation_gradient, dot, rows_and_columns, vector
 from fastvit_kernels.ops.triton_gradients import input_gradient, input_gradient_tile, weight_gradient
 from fastvit_kernels.ops.triton_norm_gradients import layer_norm_gradient
 from fastvit_kernels.ops.triton_normalization import normalize_rows
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -40,9 +41,7 @@ def hidden_gradient_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """BLOCK_M rows and BLOCK_N hidden channels: what the activation gives, and the gradient of what it takes."""
-    column_tiles = tl.cdiv(hidden_channels, BLOCK_N)
-    rows = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), hidden_channels, BLOCK_M, BLOCK_N)
     row_mask = rows < num_rows
     column_mask = columns < hidden_channels
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * channels
@@ -112,7 +111,7 @@ def _hidden(
         config = triton_support.config("hidden_gradient", arithmetic, hidden_channels, channels, out_channels)
         triton_support.launch(
             hidden_gradient_kernel,
-            triton.cdiv(num_rows, config.block_m) * triton.cdiv(hidden_channels, config.block_n),
+            config.tiles(num_rows, hidden_channels),
             normed.device,
             config,
             normed,
@@ -132,3 +131,13 @@ def _hidden(
             ARITHMETIC=arithmetic.constexpr(),
         )
     return hidden, hidden_grad
+
+
+def _of_cvt(empty: Empty) -> list[Tensor]:
+    """Stage 1 of CvT-13."""
+    rows = empty(8, 784, 64)
+    tensors = [rows, empty(64), empty(64), empty(256, 64), empty(256), empty(64, 256), empty(64), rows]
+    return run([rows], tensors, [True] * 8, Static(1e-5, "quick_gelu", empty.dtype))
+
+
+SPECS = (Spec(hidden_gradient_kernel, _of_cvt, products=True),)

@@ -14,10 +14,12 @@ from fastvit_kernels.ops.operator import Tensors
 from fastvit_kernels.ops.pooled_projection.reference import Static
 from fastvit_kernels.ops.pooled_projection.triton_kernels import average
 from fastvit_kernels.ops.pooling import pooled_side
+from fastvit_kernels.ops.primitives import rows_and_columns
 from fastvit_kernels.ops.triton_gradients import input_gradient, weight_gradient
 from fastvit_kernels.ops.triton_moments import group_statistics
 from fastvit_kernels.ops.triton_norm_gradients import add_statistics_gradient, group_norm_gradient
 from fastvit_kernels.ops.triton_normalization import normalize_rows
+from fastvit_kernels.ops.triton_specs import Spec
 
 
 @triton.jit(do_not_specialize=["num_rows", "height", "width", "pooled_height", "pooled_width", "kernel_size"])
@@ -36,9 +38,7 @@ def spread_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """The gradients of BLOCK_M pixels in BLOCK_N channels: equal shares of their squares', zeros outside of squares."""
-    tiles = tl.cdiv(channels, BLOCK_N)
-    rows = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, columns = rows_and_columns(tl.program_id(0), channels, BLOCK_M, BLOCK_N)
     row_mask = rows < num_rows
     column_mask = columns < channels
     y = rows // width % height // kernel_size
@@ -107,7 +107,7 @@ def _spread(grad: Tensor, x: Tensor, static: Static) -> Tensor:
     config = triton_support.config("elementwise", triton_support.arithmetic(torch.float32, x.device), channels)
     triton_support.launch(
         spread_kernel,
-        triton.cdiv(num_rows, config.block_m) * triton.cdiv(channels, config.block_n),
+        config.tiles(num_rows, channels),
         x.device,
         config,
         grad,
@@ -120,3 +120,11 @@ def _spread(grad: Tensor, x: Tensor, static: Static) -> Tensor:
         channels,
     )
     return out
+
+
+SPECS = (
+    Spec(
+        spread_kernel,
+        lambda empty: _spread(empty(8, 49, 128), empty(8, 784, 128), Static(1e-6, 1e-6, 28, 28, 4, False, empty.dtype)),
+    ),
+)

@@ -14,6 +14,7 @@ from fastvit_kernels.ops.pooling import pooled_side
 from fastvit_kernels.ops.primitives import normalize
 from fastvit_kernels.ops.triton_linear import linear
 from fastvit_kernels.ops.triton_moments import group_statistics
+from fastvit_kernels.ops.triton_specs import Empty, Spec
 
 
 @triton.jit(do_not_specialize=["num_squares", "height", "width", "pooled_height", "pooled_width"])
@@ -73,7 +74,7 @@ def average(x: Tensor, norm: tuple[Tensor | float | None, ...] | None, static: S
     config = triton_support.config("pool", arithmetic, channels)
     triton_support.launch(
         pool_kernel,
-        triton.cdiv(num_squares, config.block_m) * triton.cdiv(channels, config.block_n),
+        config.tiles(num_squares, channels),
         x.device,
         config,
         x,
@@ -112,3 +113,12 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         norm_statistics=None if static.norm_eps is None else group_statistics(pooled),
     )
     return (found,)
+
+
+def _of_hat_net(empty: Empty) -> Tensor:
+    """Stage 2 of HAT-Net-Small."""
+    static = Static(1e-6, 1e-6, 28, 28, 4, False, empty.dtype)
+    return average(empty(8, 784, 128), (empty(128), empty(128), empty.wide(8, 2), 1e-6), static)
+
+
+SPECS = (Spec(pool_kernel, _of_hat_net),)

@@ -205,6 +205,8 @@ void multiply_all(void* const (&parts)[kWarp]) {
 }  // namespace
 
 int64_t shared_memory_of_device() { return most_shared; }
+// Those of an A100.
+int64_t multiprocessors_of_device() { return 108; }
 
 unsigned char* shared_memory() { return block.shared.get(); }
 

@@ -34,7 +34,12 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 inline float __bfloat162float(bf16 x) { return x; }
 inline float __half2float(f16 x) { return x; }
@@ -63,8 +68,10 @@ template <int kLeft>
 void wait_for_copies() {
   wait_for_copies(kLeft);
 }
+inline int unknown(int value) { return value; }
 
 int64_t shared_memory_of_device();
+int64_t multiprocessors_of_device();
 
 void run_grid(int64_t blocks, int threads, int64_t shared, const std::function<void()>& kernel);
 
