@@ -115,52 +115,42 @@ void write_vector(Backward* b, size_t index, const std::vector<double>& values) 
 // the gradient of its input `raw` [images, skipped + rows, N].
 void batch_norm_gradients(Backward* b, float* grad, const fk_array& raw, int64_t skipped) {
   const Mlp& m = b->m;
-  const BatchNorm& bn = m.bn[2];
-  const int64_t width = m.out, rows = m.batch * b->pixels;
+  const fk_table& k = kernels();
+  const int64_t width = m.out, padded = blocks(width, b->panel) * b->panel;
+  const float* x = static_cast<const float*>(raw.data);
   // Those of `raw` itself, not rounded as the given ones are: a constant gradient must leave nothing.
-  const ChannelStatistics statistics = channel_statistics(raw, m.batch, skipped, b->pixels, width);
-  const std::vector<double>& mean = statistics.mean;
-  std::vector<double> rstd(width), scale(width);
+  std::vector<double> moments(static_cast<size_t>(m.batch * 2 * width));
+  const fk_channel_moments of_images = {x, b->pixels, skipped, width, moments.data()};
+  run_tasks(m.batch, 0, [&](int64_t image, void*) { k.channel_moments(&of_images, image); });
+  ChannelNorm norm(m.bn[2], width, padded, true, &b->memory);
+  float* mean_rest = b->memory.take<float>(padded);
+  std::fill(mean_rest, mean_rest + padded, 0.0f);
   for (int64_t c = 0; c < width; ++c) {
-    rstd[c] = 1.0 / std::sqrt(statistics.variance[c] + bn.eps);
-    scale[c] = (bn.weight.data ? element(bn.weight, c) : 1.0) * rstd[c];
+    const Merged found = merge(
+        m.batch, b->pixels, [&](int64_t image) { return moments[image * 2 * width + c]; },
+        [&](int64_t image) { return moments[(image * 2 + 1) * width + c]; });
+    norm.set_statistics(c, found.mean, found.variance);
+    mean_rest[c] = static_cast<float>(found.mean - norm.mean[c]);
   }
-  constexpr int64_t kRows = 128;
-  const int64_t tasks = blocks(rows, kRows);
-  auto row_of = [&](int64_t row) {
-    return static_cast<const float*>(raw.data) +
-           (row / b->pixels * (skipped + b->pixels) + skipped + row % b->pixels) * width;
-  };
-  std::vector<double> partial(static_cast<size_t>(tasks * 2 * width), 0.0);
-  run_tasks(tasks, 0, [&](int64_t task, void*) {
-    double *alone = partial.data() + task * 2 * width, *times = alone + width;
-    for (int64_t row = task * kRows; row < std::min(rows, (task + 1) * kRows); ++row) {
-      const float *g = grad + row * width, *x = row_of(row);
-      for (int64_t c = 0; c < width; ++c) {
-        alone[c] += g[c];
-        times[c] += g[c] * ((x[c] - mean[c]) * rstd[c]);
-      }
-    }
-  });
+  const int64_t tasks_per_image = blocks(b->pixels, kRowsPerTask), tasks = m.batch * tasks_per_image;
+  std::vector<double> partial(static_cast<size_t>(tasks * 2 * width));
+  const fk_batch_norm_backward p = {x,       grad,  norm.vectors, mean_rest,       b->pixels,
+                                    skipped, width, kRowsPerTask, tasks_per_image, partial.data()};
+  run_tasks(tasks, 0, [&](int64_t task, void*) { k.batch_norm_backward(&p, 0, task); });
   std::vector<double> alone(width, 0.0), times(width, 0.0);
   for (int64_t task = 0; task < tasks; ++task)
     for (int64_t c = 0; c < width; ++c) {
       alone[c] += partial[task * 2 * width + c];
-      times[c] += partial[task * 2 * width + width + c];
+      times[c] += partial[(task * 2 + 1) * width + c];
     }
   write_vector(b, kBn3, times);
   write_vector(b, kBn3 + 1, alone);
-  const double n = static_cast<double>(rows);
-  run_tasks(tasks, 0, [&](int64_t task, void*) {
-    for (int64_t row = task * kRows; row < std::min(rows, (task + 1) * kRows); ++row) {
-      float* g = grad + row * width;
-      const float* x = row_of(row);
-      for (int64_t c = 0; c < width; ++c) {
-        const double hat = (x[c] - mean[c]) * rstd[c];
-        g[c] = static_cast<float>(scale[c] * (g[c] - alone[c] / n - hat * times[c] / n));
-      }
-    }
-  });
+  const double n = static_cast<double>(m.batch * b->pixels);
+  for (int64_t c = 0; c < width; ++c) {
+    norm.grad_mean[c] = static_cast<float>(alone[c] / n);
+    norm.grad_slope[c] = static_cast<float>(times[c] / n);
+  }
+  run_tasks(tasks, 0, [&](int64_t task, void*) { k.batch_norm_backward(&p, 1, task); });
 }
 
 // How a call is cut: hidden channels at a time, rows at a time, images and hidden channels that share partial sums.

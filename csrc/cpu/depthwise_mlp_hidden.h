@@ -21,10 +21,21 @@ fk_array branch_view(const Tensor& branch, const Mlp& m, int64_t pixels);
 // Memory for each image or stack of them.
 std::vector<char*> take_stores(int64_t count, int64_t bytes, Memory* memory);
 
-// Mean and biased variance of each channel of fp32 rows [images, skipped + rows, n], without the skipped ones.
-struct ChannelStatistics {
-  std::vector<double> mean, variance;
+// Mean and biased variance of a channel over images, from each image's sum and squares around its own mean.
+struct Merged {
+  double mean, variance;
 };
-ChannelStatistics channel_statistics(const fk_array& x, int64_t images, int64_t skipped, int64_t rows, int64_t n);
+template <class Sum, class Squares>
+Merged merge(int64_t images, int64_t pixels, const Sum& sum, const Squares& squares) {
+  const double n = static_cast<double>(pixels);
+  double count = 0.0, mean = 0.0, total = 0.0;
+  for (int64_t image = 0; image < images; ++image) {
+    const double delta = sum(image) / n - mean, both = count + n;
+    mean += delta * n / both;
+    total += squares(image) + delta * delta * count * n / both;
+    count = both;
+  }
+  return {mean, total / count};
+}
 
 }  // namespace fk::mlp

@@ -8,51 +8,6 @@ namespace {
 // Pixels that the second linear takes at a time, and an upper bound of a vector's lanes.
 constexpr int64_t kBandPixels = 256, kMostLanes = 16;
 
-// Mean and biased variance of a channel over images, from each image's sum and squares around its own mean.
-struct Merged {
-  double mean, variance;
-};
-template <class Sum, class Squares>
-Merged merge(int64_t images, int64_t pixels, const Sum& sum, const Squares& squares) {
-  const double n = static_cast<double>(pixels);
-  double count = 0.0, mean = 0.0, total = 0.0;
-  for (int64_t image = 0; image < images; ++image) {
-    const double delta = sum(image) / n - mean, both = count + n;
-    mean += delta * n / both;
-    total += squares(image) + delta * delta * count * n / both;
-    count = both;
-  }
-  return {mean, total / count};
-}
-
-}  // namespace
-
-ChannelStatistics channel_statistics(const fk_array& x, int64_t images, int64_t skipped, int64_t rows, int64_t n) {
-  std::vector<double> sums(static_cast<size_t>(images * 2 * n), 0.0);
-  run_tasks(images, 0, [&](int64_t image, void*) {
-    const float* from = static_cast<const float*>(x.data) + (image * (skipped + rows) + skipped) * n;
-    double *sum = sums.data() + image * 2 * n, *squares = sum + n;
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t c = 0; c < n; ++c) sum[c] += from[i * n + c];
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t c = 0; c < n; ++c) {
-        const double d = from[i * n + c] - sum[c] / static_cast<double>(rows);
-        squares[c] += d * d;
-      }
-  });
-  ChannelStatistics found;
-  for (int64_t c = 0; c < n; ++c) {
-    const Merged of = merge(
-        images, rows, [&](int64_t image) { return sums[image * 2 * n + c]; },
-        [&](int64_t image) { return sums[image * 2 * n + n + c]; });
-    found.mean.push_back(of.mean);
-    found.variance.push_back(of.variance);
-  }
-  return found;
-}
-
-namespace {
-
 // The branch in front of its batch norm is what a call goes on from, unless more than that norm lies behind it.
 bool goes_on(const Mlp& m, const Options& o) {
   return m.bn[2].present() && !o.out_norm_eps.has_value() && o.summary != "statistics";

@@ -212,6 +212,23 @@ struct fk_batch_norm_rows {
   double* means;  // per task [N], sums of BatchNorm(raw); null: not wanted
 };
 
+// Sums of channels, and of their squares around the mean.
+struct fk_channel_moments {
+  const float* x;  // [images, skipped + rows, columns]
+  int64_t rows, skipped, columns;
+  double* sums;  // per image [2][columns]
+};
+
+// The gradient of a batch norm's input from that of its result.
+struct fk_batch_norm_backward {
+  const float* x;  // [images, skipped + rows, columns]
+  float* grad;     // [images, rows, columns], replaced
+  struct fk_channel_norm norm;
+  const float* mean_rest;  // what rounding took from the norm's mean, padded
+  int64_t rows, skipped, columns, rows_per_task, tasks_per_image;
+  double* sums;  // per task [2][columns]
+};
+
 // A weight matrix [n, k] to be packed; columns of the source may be permuted by `channels` (see pack.h).
 struct fk_pack_linear {
   struct fk_array weight, bias;
@@ -501,6 +518,8 @@ struct fk_table {
   int64_t (*scratch_depthwise_mlp_statistics)(const struct fk_depthwise_mlp_backward*);
   void (*depthwise_mlp_statistics)(const struct fk_depthwise_mlp_backward*, int64_t step, int64_t image, void* scratch);
   void (*batch_norm_rows)(const struct fk_batch_norm_rows*, int64_t task, void* scratch);
+  void (*channel_moments)(const struct fk_channel_moments*, int64_t image);
+  void (*batch_norm_backward)(const struct fk_batch_norm_backward*, int64_t step, int64_t task);
   void (*depthwise_mlp_backward_step)(const struct fk_depthwise_mlp_backward*, int64_t step, int64_t task,
                                       void* scratch);
   double (*peak)(int32_t low_precision, int64_t iterations);  // floating-point operations done

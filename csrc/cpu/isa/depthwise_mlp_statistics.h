@@ -39,14 +39,20 @@ struct BatchChunk {
   int64_t line, corner;     // of a bordered map: values of a line, and where its first pixel is
 };
 
-// Per channel of a vector, over rows of pixels `step` apart: the sum, and the sum of squares around the mean.
-FK_INLINE void pixel_moments(const float* from, int64_t step, int64_t line, int64_t rows, int64_t width, double* sums,
-                             double* squares) {
+template <class T>
+FK_INLINE vf load_lanes(const T* from, int64_t lanes) {
+  return lanes < FK_VL ? load_tail(from, lanes) : load(from);
+}
+
+// Per channel of a vector, of which the first `lanes` are there, over rows of pixels `step` apart: the sum, and the sum
+// of squares around the mean.
+FK_INLINE void pixel_moments(const float* from, int64_t step, int64_t line, int64_t rows, int64_t width, int64_t lanes,
+                             double* sums, double* squares) {
   const double n = (double)(rows * width);
   vf total = splat(0.0f);
   for (int64_t y = 0; y < rows; ++y) {
     vf of_row = splat(0.0f);
-    for (int64_t x = 0; x < width; ++x) of_row += load(from + y * line + x * step);
+    for (int64_t x = 0; x < width; ++x) of_row += load_lanes(from + y * line + x * step, lanes);
     total += of_row;
   }
   const vf mean = total / splat((float)n);
@@ -57,30 +63,30 @@ FK_INLINE void pixel_moments(const float* from, int64_t step, int64_t line, int6
     for (int64_t x = 0; x < width; x += kFew) {
       vf few = splat(0.0f), few_rest = splat(0.0f);
       for (int64_t i = x; i < min64(x + kFew, width); ++i) {
-        const vf d = load(from + y * line + i * step) - mean;
+        const vf d = load_lanes(from + y * line + i * step, lanes) - mean;
         few += d * d;
         few_rest += d;
       }
       square.add(few);
       rest += few_rest;
     }
-  float lanes[4][FK_VL] __attribute__((aligned(64)));
-  store(lanes[0], mean);
-  store(lanes[1], rest);
-  store(lanes[2], square.total);
-  store(lanes[3], square.lost);
-  for (int i = 0; i < FK_VL; ++i) {
+  float found[4][FK_VL] __attribute__((aligned(64)));
+  store(found[0], mean);
+  store(found[1], rest);
+  store(found[2], square.total);
+  store(found[3], square.lost);
+  for (int64_t i = 0; i < lanes; ++i) {
     // What rounding left out of the mean.
-    sums[i] = n * (double)lanes[0][i] + (double)lanes[1][i];
-    const double square_sum = (double)lanes[2][i] + (double)lanes[3][i];
-    squares[i] = square_sum - (double)lanes[1][i] * (double)lanes[1][i] / n;
+    sums[i] = n * (double)found[0][i] + (double)found[1][i];
+    const double square_sum = (double)found[2][i] + (double)found[3][i];
+    squares[i] = square_sum - (double)found[1][i] * (double)found[1][i] / n;
   }
 }
 template <class A>
 FK_INLINE void map_moments(const BatchChunk<A>& c, const float* map) {
   double *sums = c.p.sums + c.image * 2 * c.p.rows, *squares = sums + c.p.rows;
   for (int64_t at = 0; at < c.channels; at += FK_VL)
-    pixel_moments(map + at / FK_VL * c.m.bordered + c.corner, FK_VL, c.line, c.p.height, c.p.width, sums + at,
+    pixel_moments(map + at / FK_VL * c.m.bordered + c.corner, FK_VL, c.line, c.p.height, c.p.width, FK_VL, sums + at,
                   squares + at);
 }
 
@@ -229,7 +235,7 @@ FK_INLINE void finish_branch(const struct fk_depthwise_mlp_backward& p, const Ba
     }
   }
   for (int64_t n = 0; n < p.out; n += FK_VL)
-    pixel_moments(m.branch + n, m.ldb, p.width * m.ldb, p.height, p.width, sums + n, squares + n);
+    pixel_moments(m.branch + n, m.ldb, p.width * m.ldb, p.height, p.width, FK_VL, sums + n, squares + n);
 }
 
 // Step 0 prepares an image; for a chunk, step 1 has what the first norm meets, step 2 the second, step 3 projects; step
@@ -279,15 +285,59 @@ void depthwise_mlp_statistics(const struct fk_depthwise_mlp_backward* p, int64_t
   statistics_step<float>(*p, step, image, scratch);
 }
 
+// Sums and squares of the channels of an image.
+void channel_moments(const struct fk_channel_moments* p, int64_t image) {
+  const float* from = p->x + (image * (p->skipped + p->rows) + p->skipped) * p->columns;
+  double *sums = p->sums + image * 2 * p->columns, *squares = sums + p->columns;
+  for (int64_t n = 0; n < p->columns; n += FK_VL)
+    pixel_moments(from + n, p->columns, p->columns, p->rows, 1, min64(FK_VL, p->columns - n), sums + n, squares + n);
+}
+
+// Step 0 sums up gradients, alone and times the normalised value; step 1 turns them into those of the norm's input.
+void batch_norm_backward(const struct fk_batch_norm_backward* p, int64_t step, int64_t task) {
+  const int64_t image = task / p->tasks_per_image, first = task % p->tasks_per_image * p->rows_per_task;
+  const int64_t rows = min64(p->rows_per_task, p->rows - first), columns = p->columns;
+  const float* x = p->x + (image * (p->skipped + p->rows) + p->skipped + first) * columns;
+  float* grad = p->grad + (image * p->rows + first) * columns;
+  for (int64_t n = 0; n < columns; n += FK_VL) {
+    const int64_t lanes = min64(FK_VL, columns - n);
+    const NormVectors norm = norm_vectors(p->norm, n);
+    const vf mean_rest = load(p->mean_rest + n), scale = norm.weight * norm.rstd;
+    vf alone = splat(0.0f), times = splat(0.0f);
+    for (int64_t i = 0; i < rows; ++i) {
+      const vf d = (load_lanes(x + i * columns + n, lanes) - norm.mean) - mean_rest;
+      const vf hat = d * norm.rstd + d * norm.rest, g = load_lanes(grad + i * columns + n, lanes);
+      if (step == 0) {
+        alone += g;
+        times += g * hat;
+        continue;
+      }
+      const vf out = scale * (g - norm.grad_mean - hat * norm.grad_slope);
+      if (lanes < FK_VL)
+        store_tail(grad + i * columns + n, out, lanes);
+      else
+        store(grad + i * columns + n, out);
+    }
+    if (step) continue;
+    float found[2][FK_VL] __attribute__((aligned(64)));
+    store(found[0], alone);
+    store(found[1], times);
+    for (int64_t i = 0; i < lanes; ++i) {
+      p->sums[task * 2 * columns + n + i] = found[0][i];
+      p->sums[(task * 2 + 1) * columns + n + i] = found[1][i];
+    }
+  }
+}
+
 template <class Out, class Residual>
 FK_INLINE void batch_norm_row(const float* raw, int64_t n, const struct fk_channel_norm& norm, const Residual* residual,
                               Out* out, float* sums) {
   for (int64_t i = 0; i < n; i += FK_VL) {
     const NormVectors v = norm_vectors(norm, i);
     const int64_t lanes = min64(FK_VL, n - i);
-    vf y = normalized(v, lanes < FK_VL ? load_tail(raw + i, lanes) : load(raw + i)) * v.weight + v.bias;
+    vf y = normalized(v, load_lanes(raw + i, lanes)) * v.weight + v.bias;
     if (sums) store(sums + i, load(sums + i) + y);
-    if (residual) y += lanes < FK_VL ? load_tail(residual + i, lanes) : load(residual + i);
+    if (residual) y += load_lanes(residual + i, lanes);
     if (lanes < FK_VL)
       store_tail(out + i, y, lanes);
     else

@@ -82,6 +82,8 @@
       scratch_depthwise_mlp_statistics,               \
       depthwise_mlp_statistics,                       \
       batch_norm_rows,                                \
+      channel_moments,                                \
+      batch_norm_backward,                            \
       depthwise_mlp_backward_step,                    \
       peak,                                           \
   };
