@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 import pytest
 from published_calls import MODELS, launches_of
 from triton_calls import PRECISIONS
-from triton_fits import check_fits, check_products
+from triton_fits import OF_ALL_TILES, check_fits, check_products
 
 from fastvit_kernels.testing.triton_aot import Compiled, Launch, compile_launches, compiling_process
 
@@ -78,4 +78,4 @@ def test_published_models_fit_the_gpu(
     for kernel in found:
         check_fits(kernel, architecture)
         if precision != "float32":
-            check_products(kernel, architecture)
+            check_products(kernel, architecture, OF_ALL_TILES)
