@@ -310,6 +310,8 @@ __device__ void filter(const ConvProjection& p, const ProjectionSet& set, int do
   }
 }
 
+// Registers for two blocks on a multiprocessor; whether shared memory has room for them is for `choose_sets` to weigh.
+// In fp32 that would spill.
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2) conv_projection_kernel(const ConvProjection p) {
   const Work work = work_of<T>(p);
