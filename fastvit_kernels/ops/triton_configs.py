@@ -101,7 +101,7 @@ CONFIGS: dict[str, Table] = {
     },
     "depthwise_projection": {
         ("default", "half"): (
-            (64, Config(64, 64, 64, 8, 1)),
+            (64, Config(64, 64, 32, 16, 1)),
             (128, Config(64, 128, 64, 16, 1)),
             (ANY, Config(64, 256, 64, 16, 1)),
         ),
