@@ -19,12 +19,13 @@ OLDEST_TRITON := triton==$(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproj
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)+cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench sanitize lint typecheck format clean
+.PHONY: help demo test test-gpu bench sanitize lint typecheck format clean
 
 help:
 	@echo 'make demo    CvT-13 stock against accelerated on photographs'
 	@echo 'make test    all tests'
 	@echo 'make bench   the benchmark suites'
+	@echo 'make test-gpu  on a GPU: its kernels against the rule, graphs, whole models, by PYTHON as for sanitize'
 	@echo 'make sanitize  on a GPU: the CUDA kernels under compute-sanitizer, by PYTHON, whose torch must be built for CUDA'
 	@echo 'make lint    formatting, static checks and types'
 	@echo 'make format  rewrite the sources in the project style'
@@ -40,7 +41,11 @@ test: $(VENV)/test.stamp $(VENV)/hosts.stamp $(VENV)/oldest-triton.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/fastvit-kernels bench $(ARGS)
 
-# Not from $(VENV): its torch is the CPU build.
+# Neither is from $(VENV), whose torch is the CPU build. An installed wheel has what the sources beside the tests lack, which
+# must not be found first; and here nothing is interpreted.
+test-gpu:
+	PYTHONSAFEPATH=1 TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/cuda/test_device.py $(ARGS)
+
 sanitize:
 	@tools/sanitize.sh $(PYTHON) $(ARGS)
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "fastvit_emulated"
 # Bytes of shared memory of a block.
 A100 = 163 * 1024
+_PROCESSORS = 108
 _FLAGS = (
     *("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
@@ -122,7 +123,7 @@ class Emulator:
 
 def _serve(library: str) -> None:
     answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    functions = {"operator": _operator, "raw": _raw, "freed": _freed, "fault": _fault}
+    functions = {"operator": _operator, "raw": _raw, "freed": _freed, "fault": _fault, "plan": _plan}
     while True:
         try:
             name, args = pickle.load(sys.stdin.buffer)
@@ -154,9 +155,12 @@ def _operators(library: str) -> object:
     return torch.ops.fastvit_emulated
 
 
-def _raw(library: str, name: str, tensors: list, static: tuple, shared_memory: int = A100) -> list:
-    """A call on a device whose blocks have so many bytes of shared memory."""
+def _raw(
+    library: str, name: str, tensors: list, static: tuple, shared_memory: int = A100, processors: int = _PROCESSORS
+) -> list:
+    """A call on a device whose blocks have so many bytes of shared memory, with so many multiprocessors."""
     ctypes.CDLL(library).fk_emulator_shared_memory(shared_memory)
+    ctypes.CDLL(library).fk_emulator_processors(processors)
     return list(getattr(_operators(library), name)(tensors, None, *static))
 
 
@@ -183,6 +187,13 @@ def _operator(library: str, name: str, case: str, precision: object, seed: int, 
         if not torch.equal(first.view(torch.uint8), last.view(torch.uint8)):
             raise RuntimeError(f"{name}: the order of the threads changes the result")
     return results[0]
+
+
+def _plan(library: str, name: str, size: int, *arguments: int) -> list[int]:
+    """The first `size` numbers that a plan of tests/cuda/emulator/plans.cpp writes."""
+    to = (ctypes.c_int64 * size)()
+    getattr(ctypes.CDLL(library), f"fk_{name}_plan")(*map(ctypes.c_int64, arguments), to)
+    return list(to)
 
 
 def _fault(library: str, which: int) -> list[list[float]]:

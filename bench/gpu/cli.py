@@ -142,7 +142,7 @@ def _checks(jobs: Sequence[Job], backends: Sequence[str]) -> list[Check]:
     of_models = {(_PRECISIONS[job.dtype, job.mode], job.mode) for job in jobs if job.suite in MODELS}
     found = []
     for check in checking.checks(backends, sorted({precision for _, precision, _ in measured})):
-        kind = check.precision, TRAINING if check.what == checking.GRADIENTS else FORWARD
+        kind = check.precision, TRAINING if check.what in checking.OF_TRAINING else FORWARD
         if kind in of_models or (check.operator, *kind) in measured:
             found.append(check)
     return found

@@ -14,7 +14,7 @@ from fastvit_kernels.bench import gate, training
 from fastvit_kernels.bench.cases import Case, Outputs
 from fastvit_kernels.bench.flops import Cost
 from fastvit_kernels.bench.gpu.device import Device, Run
-from fastvit_kernels.bench.gpu.jobs import FORWARD, GRAPH, TRAINING, Find, Job
+from fastvit_kernels.bench.gpu.jobs import GRAPH, TRAINING, Find, Job
 from fastvit_kernels.bench.gpu.peers import OURS, VARIANTS, prepare
 from fastvit_kernels.bench.gpu.rows import Row
 from fastvit_kernels.bench.peers import Unavailable
@@ -88,9 +88,8 @@ def _measure(row: Row, device: Device, find: Find, plan: Plan, distrusted: Colle
     peak = None
     if job.launch == GRAPH:
         step = device.capture(step)
-        if job.mode == FORWARD:
-            # What is timed is the replay: its results must be right as well.
-            _check_forward(job, case, _as_outputs(step()))
+        # What is timed is the replay: its results must be right as well.
+        _check(job, case, _as_outputs(step()))
     else:
         peak = device.peak_bytes(step) / 1e6
     row = replace(row, peak_mb=peak)
@@ -112,16 +111,16 @@ def judge(job: Job, case: Case, step: Callable[[], Outputs]) -> tuple[gate.Verdi
         step()
     with dispatch.record(recorder):
         results = step()
-    if job.mode == FORWARD:
-        verdict = _check_forward(job, case, results)
-    else:
-        verdict = training.check(case, VARIANTS[job.dtype, TRAINING], results)
+    verdict = _check(job, case, results)
     ran = {f"{d.operator}:{d.chosen}:{d.channels}" for d in recorder.decisions} if job.peer in OURS else set()
     return verdict, ran
 
 
-def _check_forward(job: Job, case: Case, outputs: Outputs) -> gate.Verdict:
-    return gate.check(case, VARIANTS[job.dtype, FORWARD], outputs, ours=job.peer in OURS)
+def _check(job: Job, case: Case, results: Outputs) -> gate.Verdict:
+    variant = VARIANTS[job.dtype, job.mode]
+    if job.mode == TRAINING:
+        return training.check(case, variant, results)
+    return gate.check(case, variant, results, ours=job.peer in OURS)
 
 
 def made(find: Find, job: Job, device: Device) -> Case:

@@ -26,30 +26,25 @@ class Places {
   explicit Places(std::vector<Tensor> tensors) : tensors_(std::move(tensors)) {
     for (const Tensor& t : tensors_) {
       // A handle is a pointer to torch's own object, whose first words point to the storage and other parts of it.
-      places_.push_back({t.get(), word(t.get(), 0), t.const_data_ptr(), t.scalar_type(), t.dim()});
+      places_.push_back({t.get(), word(t.get(), 0), t.const_data_ptr(), t.scalar_type(), t.dim(), layouts_.size()});
       layouts_.insert(layouts_.end(), t.sizes().begin(), t.sizes().end());
       layouts_.insert(layouts_.end(), t.strides().begin(), t.strides().end());
     }
   }
 
   bool unchanged() const {
-    const size_t n = places_.size();
-    const int64_t* layout = layouts_.data();
-    for (size_t i = 0; i < n + 2 * kAhead; ++i) {
-      if (i < n) {
-        fetch(places_[i].handle);
-        fetch(places_[i].object, 3);
-      }
-      if (i >= kAhead && i < n + kAhead)
-        for (int64_t w = 2; w < 7; ++w) fetch(word(places_[i - kAhead].object, w * 8));
-      if (i >= 2 * kAhead && !unchanged(i - 2 * kAhead, &layout)) return false;
-    }
-    return true;
+    const int64_t n = static_cast<int64_t>(places_.size());
+    std::atomic<bool> found{true};
+    run_tasks(blocks(n, kTask), 0, [&](int64_t task, void*) {
+      if (!unchanged(task * kTask, std::min(n, (task + 1) * kTask))) found.store(false, std::memory_order_relaxed);
+    });
+    return found.load(std::memory_order_relaxed);
   }
 
  private:
+  static constexpr int64_t kTask = 128;
   // How many tensors ahead.
-  static constexpr size_t kAhead = 12;
+  static constexpr int64_t kAhead = 12;
 
   struct Place {
     AtenTensorHandle handle;
@@ -57,15 +52,28 @@ class Places {
     const void* data;
     ScalarType dtype;
     int64_t dim;
+    size_t layout;  // where its sizes and strides begin
   };
 
-  bool unchanged(size_t i, const int64_t** layout) const {
+  bool unchanged(int64_t first, int64_t last) const {
+    for (int64_t i = first; i < last + 2 * kAhead; ++i) {
+      if (i < last) {
+        fetch(places_[i].handle);
+        fetch(places_[i].object, 3);
+      }
+      if (i >= first + kAhead && i < last + kAhead)
+        for (int64_t w = 2; w < 7; ++w) fetch(word(places_[i - kAhead].object, w * 8));
+      if (i >= first + 2 * kAhead && !unchanged(i - 2 * kAhead)) return false;
+    }
+    return true;
+  }
+
+  bool unchanged(int64_t i) const {
     const Place& p = places_[i];
     const Tensor& t = tensors_[i];
     if (t.const_data_ptr() != p.data || t.scalar_type() != p.dtype || t.dim() != p.dim) return false;
     const auto sizes = t.sizes(), strides = t.strides();
-    const int64_t* expected = *layout;
-    *layout += 2 * p.dim;
+    const int64_t* expected = layouts_.data() + p.layout;
     return std::equal(sizes.begin(), sizes.end(), expected) &&
            std::equal(strides.begin(), strides.end(), expected + p.dim);
   }

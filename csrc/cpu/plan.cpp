@@ -56,17 +56,24 @@ class Weights {
     // Only those that still lie there may be read.
     for (const Place& p : places_)
       if (p.weight.const_data_ptr() != p.data) return false;
-    const size_t n = samples_.size();
-    uint32_t different = 0;
-    for (size_t i = 0; i < n; ++i) {
-      if (i + kAhead < n) __builtin_prefetch(samples_[i + kAhead].address);
-      different |= samples_[i].now() ^ samples_[i].bits;
-    }
-    return different == 0;
+    const int64_t n = static_cast<int64_t>(samples_.size());
+    std::atomic<uint32_t> different{0};
+    run_tasks(blocks(n, kTask), 0, [&](int64_t task, void*) {
+      const int64_t last = std::min(n, (task + 1) * kTask);
+      uint32_t found = 0;
+      for (int64_t i = task * kTask; i < last; ++i) {
+        if (i + kAhead < n) __builtin_prefetch(samples_[i + kAhead].address);
+        found |= samples_[i].now() ^ samples_[i].bits;
+      }
+      different.fetch_or(found, std::memory_order_relaxed);
+    });
+    return different.load(std::memory_order_relaxed) == 0;
   }
 
  private:
-  static constexpr size_t kAhead = 32;
+  static constexpr int64_t kTask = 1024;
+  // How many samples ahead.
+  static constexpr int64_t kAhead = 32;
 
   struct Place {
     Tensor weight;

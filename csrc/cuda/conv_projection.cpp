@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <tuple>
 
 #include "support.h"
@@ -9,112 +10,45 @@ constexpr size_t kBranches = 3;
 enum Index { kX, kNormWeight, kNormBias, kFirstBranch };
 enum BranchIndex { kFilter, kBnWeight, kBnBias, kBnMean, kBnVariance, kWeight, kBias, kPerBranch };
 
-// What a multiprocessor of a GPU that this is for does in the time in which it reads one byte from the L2 cache.
-constexpr double kProductsPerByte = 64.0, kFp32ProductsPerByte = 6.0;
-// What a block costs besides, in such bytes: it fills its pipelines and waits at barriers.
-constexpr double kBytesOfBlock = 32 * 1024;
-// A block that is alone on its multiprocessor has nobody to work while it waits.
-constexpr double kAlone = 1.3;
-constexpr int32_t kSides[] = {16, 14, 8, 7, 4, 2, 1};
-
-// The cost of a set's blocks for a sample, in bytes.
-struct Cost {
-  double block, sample;
-};
-
-Cost cost_of(const ConvProjection& p, const ProjectionSet& set, int64_t shared, int64_t most) {
-  const double size = static_cast<double>(size_of(p.dtype)), channels = p.channels;
-  const double patch = double(std::min(set.patch_height, p.height)) * std::min(set.patch_width, p.width);
-  // The statistics of more channels than are filtered at a time take a pass of their own.
-  double bytes = patch * channels * size * (p.norm.kind == kNoNorm || channels <= kFilteredChannels ? 1 : 2),
-         products = 0;
-  for (int32_t i = set.first; i < set.first + set.count; ++i) {
-    const ProjectionBranch& b = p.branches[i];
-    bytes += b.linear.out * channels * size;
-    products += double(projected_rows(b)) * b.linear.out * channels;
-  }
-  const double work = products / (p.dtype == kF32 ? kFp32ProductsPerByte : kProductsPerByte);
-  const bool alone = 2 * (shared + kReservedShared) > most + kReservedShared;
-  const double block = (bytes + work + kBytesOfBlock) * (alone ? kAlone : 1.0);
-  return {block, block * set.down * set.across};
-}
-
-// The cheapest tiles of the set's branches whose blocks find room in shared memory; none: no cost.
-std::optional<Cost> choose_tiles(ConvProjection& p, ProjectionSet& set, int64_t most) {
-  ProjectionBranch* branches = p.branches + set.first;
-  const int64_t busy = 2 * std::max<int64_t>(multiprocessors(), 1);
-  std::optional<Cost> best;
-  ProjectionSet best_set = set;
-  double best_time = 0;
-  const auto divide = [&] {
-    for (int32_t i = 0; i < set.count; ++i) {
-      branches[i].tile_height = parts(branches[i].out_height, set.down);
-      branches[i].tile_width = parts(branches[i].out_width, set.across);
+// The last plans of this thread: making one takes longer than a launch.
+class Plans {
+ public:
+  void apply(ConvProjection& p) {
+    const int64_t most = most_shared_memory(), processors = multiprocessors();
+    std::vector<int64_t> key = {most,     processors, p.dtype, p.norm.kind, p.batch,
+                                p.prefix, p.height,   p.width, p.channels};
+    for (const ProjectionBranch& b : p.branches) key.insert(key.end(), {b.kernel, b.stride, b.padding, b.linear.out});
+    const auto known = std::find_if(plans_.begin(), plans_.end(), [&](const Plan& plan) { return plan.key == key; });
+    if (known != plans_.end()) {
+      p.sets = known->sets;
+      std::copy_n(known->set, kBranches, p.set);
+      for (size_t i = 0; i < kBranches; ++i) {
+        p.branches[i].tile_height = known->tiles[i][0];
+        p.branches[i].tile_width = known->tiles[i][1];
+      }
+      return;
     }
+    choose_sets(p, most, processors);
+    Plan plan = {std::move(key), p.sets, {}, {}};
+    std::copy_n(p.set, kBranches, plan.set);
+    for (size_t i = 0; i < kBranches; ++i) {
+      plan.tiles[i][0] = p.branches[i].tile_height;
+      plan.tiles[i][1] = p.branches[i].tile_width;
+    }
+    if (plans_.size() == kMost) plans_.erase(plans_.begin());
+    plans_.push_back(std::move(plan));
+  }
+
+ private:
+  static constexpr size_t kMost = 16;
+  struct Plan {
+    std::vector<int64_t> key;
+    int32_t sets;
+    ProjectionSet set[kBranches];
+    int32_t tiles[kBranches][2];
   };
-  for (const int32_t tall : kSides)
-    for (const int32_t wide : kSides) {
-      set.down = parts(branches->out_height, tall);
-      set.across = parts(branches->out_width, wide);
-      divide();
-      const bool fits = std::all_of(branches, branches + set.count, [](const ProjectionBranch& b) {
-        return b.tile_height * b.tile_width <= kMostProjected;
-      });
-      if (!fits) continue;
-      measure_patch(p, set);
-      const int64_t shared = shared_bytes(p, set);
-      if (shared > most) continue;
-      const Cost cost = cost_of(p, set, shared, most);
-      const double time = std::max(cost.sample * p.batch, cost.block * busy);
-      if (best && best_time <= time) continue;
-      best = cost;
-      best_set = set;
-      best_time = time;
-    }
-  set = best_set;
-  if (best) divide();
-  return best;
-}
-
-// Which branches share blocks, and how large these are.
-void choose_sets(ConvProjection& p) {
-  const int64_t most = most_shared_memory();
-  const int64_t busy = 2 * std::max<int64_t>(multiprocessors(), 1);
-  constexpr int32_t kCounts[3][3] = {{3, 0, 0}, {1, 2, 0}, {1, 1, 1}};
-  ConvProjection best = p;
-  double best_time = 0;
-  for (const auto& counts : kCounts) {
-    p.sets = 0;
-    double all = 0, longest = 0;
-    int32_t first = 0;
-    bool fits = true;
-    for (int32_t i = 0; i < 3 && counts[i] && fits; ++i) {
-      ProjectionSet& set = p.set[p.sets++];
-      set = {first, counts[i], 1, 1, 0, 0};
-      first += counts[i];
-      const std::optional<Cost> cost = choose_tiles(p, set, most);
-      fits = cost.has_value();
-      if (!fits) break;
-      all += cost->sample * p.batch;
-      longest = std::max(longest, cost->block * busy);
-    }
-    const double time = std::max(all, longest);
-    if (!fits || (best.sets && best_time <= time)) continue;
-    best = p;
-    best_time = time;
-  }
-  p = best;
-  if (p.sets) return;
-  // Not even one result of each branch alone.
-  p.sets = 3;
-  for (int32_t i = 0; i < p.sets; ++i) {
-    ProjectionBranch& b = p.branches[i];
-    p.set[i] = {i, 1, b.out_height, b.out_width, 0, 0};
-    b.tile_height = b.tile_width = 1;
-    measure_patch(p, p.set[i]);
-  }
-  check_shared_memory(shared_bytes(p));
-}
+  std::vector<Plan> plans_;
+};
 
 std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps,
                                        std::vector<double> bn_eps, bool bn_training, int64_t height, int64_t width,
@@ -178,7 +112,9 @@ std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packe
     b.out = outs.back().mutable_data_ptr();
   }
   p.vectors = views.vectors({channels});
-  choose_sets(p);
+  static thread_local Plans plans;
+  plans.apply(p);
+  check_shared_memory(shared_bytes(p));
   stream.run(p);
   return {outs[0], outs[1], outs[2]};
 }

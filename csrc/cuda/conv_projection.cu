@@ -15,6 +15,8 @@ namespace fk {
 namespace {
 
 constexpr int kThreads = 256;
+// Of a patch, and more pixels than any shared memory has room for.
+constexpr int64_t kLongestSide = 1 << 16;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kSlots = 3;  // for tiles of weights
 
@@ -308,6 +310,8 @@ __device__ void filter(const ConvProjection& p, const ProjectionSet& set, int do
   }
 }
 
+// Registers for two blocks on a multiprocessor; whether shared memory has room for them is for `choose_sets` to weigh.
+// In fp32 that would spill.
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 1 : 2) conv_projection_kernel(const ConvProjection p) {
   const Work work = work_of<T>(p);
@@ -381,7 +385,7 @@ template <class T>
 const char* launch_for(const ConvProjection& p, void* stream) {
   int64_t per_sample = 0, blocks = 0;
   for (int i = 0; i < p.sets; ++i) {
-    per_sample += p.set[i].down * p.set[i].across;
+    per_sample += int64_t{p.set[i].down} * p.set[i].across;
     blocks += parts(int64_t{p.batch} * p.prefix, layout_of<T>(p, p.set[i]).prefixes);
   }
   blocks += p.batch * per_sample;
@@ -392,20 +396,19 @@ const char* launch_for(const ConvProjection& p, void* stream) {
 
 // The first and the last block have the largest patch: how far apart its branches reach is convex in between.
 void measure_patch(const ConvProjection& p, ProjectionSet& set) {
-  const auto longest = [&](bool down, int blocks) {
-    int most = 0;
-    for (const int index : {0, blocks - 1}) {
-      int begin = INT32_MAX, end = INT32_MIN;
+  const auto longest = [&](bool down, int64_t blocks) {
+    int64_t most = 0;
+    for (const int64_t index : {int64_t{0}, blocks - 1}) {
+      int64_t begin = INT64_MAX, end = INT64_MIN;
       for (int i = set.first; i < set.first + set.count; ++i) {
         const ProjectionBranch& b = p.branches[i];
-        const int tile = down ? b.tile_height : b.tile_width;
-        const int first = index * tile * b.stride - b.padding;
+        const int64_t tile = down ? b.tile_height : b.tile_width, first = index * tile * b.stride - b.padding;
         begin = std::min(begin, first);
         end = std::max(end, first + (tile - 1) * b.stride + b.kernel);
       }
       most = std::max(most, end - begin);
     }
-    return most;
+    return static_cast<int32_t>(std::min(most, kLongestSide));
   };
   set.patch_height = longest(true, set.down);
   set.patch_width = longest(false, set.across);
@@ -414,6 +417,8 @@ void measure_patch(const ConvProjection& p, ProjectionSet& set) {
 int32_t projected_rows(const ProjectionBranch& b) { return shared_rows(results_of(b)); }
 
 int64_t shared_bytes(const ConvProjection& p, const ProjectionSet& set) {
+  // Whose bytes 32 bits may not hold.
+  if (int64_t{set.patch_height} * set.patch_width > kLongestSide) return INT32_MAX;
   return (p.dtype == kF32 ? layout_of<float>(p, set) : layout_of<bf16>(p, set)).end;
 }
 

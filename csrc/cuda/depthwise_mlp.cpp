@@ -30,26 +30,6 @@ Activation activation(const std::string& name) { return static_cast<Activation>(
 // Values that a block normalises behind the result.
 constexpr int64_t kNormedValues = 8192;
 
-// The largest tile whose block finds room in shared memory, and how many of the result's channels a block makes.
-void choose_tile(DepthwiseMlp& p) {
-  p.columns = tile_side(p.project.out, most_columns(p.dtype));
-  const int64_t most = most_shared_memory();
-  for (int32_t side = kMostSide; side > 0; --side) {
-    p.tile_height = tile_side(p.height, side);
-    p.tile_width = tile_side(p.width, side);
-    const int32_t border = p.kernel - 1;
-    if ((p.tile_height + border) * (p.tile_width + border) <= kPatchRows && shared_bytes(p) <= most) return;
-  }
-  check_shared_memory(shared_bytes(p));
-}
-
-// The blocks that follow from a tile.
-void divide(DepthwiseMlp& p) {
-  p.down = static_cast<int32_t>(parts(p.height, p.tile_height));
-  p.across = static_cast<int32_t>(parts(p.width, p.tile_width));
-  p.slices = static_cast<int32_t>(parts(p.project.out, p.columns));
-}
-
 std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::string norm, double norm_eps,
                                std::string hidden_activation, std::string last_activation, std::string inner_residual,
                                bool bn_after_activation, std::vector<double> bn_eps, bool training,
@@ -110,8 +90,8 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
   p.adds_before = inner_residual == "before_activation";
   p.adds_after = inner_residual == "after_activation";
   p.vectors = views.vectors({channels, hidden});
-  choose_tile(p);
-  divide(p);
+  choose_tile(p, most_shared_memory());
+  check_shared_memory(shared_bytes(p));
   const ScalarType out_dtype = promoted(dtype, t[kResidual]);
   const Tensor out = empty(x, {batch, tokens, out_channels}, out_dtype);
   const Array residual = views.array(t[kResidual], "residual", {batch, tokens, out_channels});

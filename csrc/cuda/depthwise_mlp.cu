@@ -209,7 +209,9 @@ __device__ void finish(const DepthwiseMlp& p, float (&sums)[kPanels][Projects::k
   }
 }
 
-// With few results in registers two blocks share a multiprocessor.
+// Up to 128 columns of 16-bit results two blocks share a multiprocessor, with 128 registers for a thread. The
+// accumulators of three panels and more take 180 to 255 without spilling: such a block is alone. On an A100 it would be
+// from 256 channels on anyway, for want of shared memory.
 template <class T, int kPanels>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && kPanels <= 2 ? 2 : 1)
     depthwise_mlp_kernel(const DepthwiseMlp p) {

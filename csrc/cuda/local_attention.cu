@@ -113,6 +113,9 @@ __device__ void make_head(const LocalAttention& p, T* tile, int stride, const T*
   }
 }
 
+// HAT-Net's first two stages leave room for two or three blocks of 16-bit values on a multiprocessor. At the third (320
+// channels: 128 KiB) x, the heads' tiles and what was attended leave room for one: the projection needs all heads of a
+// row.
 template <class T, int kValueTiles>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 || kValueTiles > 8 ? 2 : 3)
     local_attention_kernel(const LocalAttention p) {

@@ -175,6 +175,11 @@ const char* launch(const MergeSums& p, void* stream);
 
 int64_t blocks_per_sample(const LocalAttention& p);
 int64_t shared_bytes(const LocalAttention& p);
+// The largest tile whose block finds room in so many bytes of shared memory, or one result, and how many of the
+// result's channels a block makes.
+void choose_tile(DepthwiseMlp& p, int64_t most);
+// Bytes of x and of weights that a block reads at most.
+int64_t read_bytes(const DepthwiseMlp& p);
 int64_t tiles_per_sample(const DepthwiseMlp& p);
 int64_t blocks_per_sample(const DepthwiseMlp& p);
 int64_t shared_bytes(const DepthwiseMlp& p);
@@ -182,6 +187,11 @@ int64_t shared_bytes(const ConvProjection& p);
 int64_t shared_bytes(const ConvProjection& p, const ProjectionSet& set);
 // Rows that a block's warps multiply for the results of a branch.
 int32_t projected_rows(const ProjectionBranch& b);
+// Bytes of x and of weights that a block of the set reads, as far as these lie within the map.
+int64_t read_bytes(const ConvProjection& p, const ProjectionSet& set);
+// Which branches share blocks, and how large these are, for blocks with so many bytes of shared memory and a GPU with
+// so many multiprocessors: the smallest blocks where none finds room.
+void choose_sets(ConvProjection& p, int64_t most, int64_t processors);
 // Sets the sides of the set's largest patch.
 void measure_patch(const ConvProjection& p, ProjectionSet& set);
 

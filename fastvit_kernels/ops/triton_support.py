@@ -172,8 +172,7 @@ def all_registers(config: Config, kernel: str, arithmetic: Arithmetic, width: in
     kind = place(kernel, arithmetic, width, *channels)[2]
     if kind == "unaligned":
         kind += f" {arithmetic.kind}"
-    narrowest = ALL_REGISTERS.get(kernel, {}).get(kind)
-    return {} if narrowest is None or width < narrowest else _all_registers(arithmetic, config)
+    return _all_registers(arithmetic, config) if kind in ALL_REGISTERS.get(kernel, ()) else {}
 
 
 def all_registers_of_windows(arithmetic: Arithmetic, config: Config, width: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvit_kernels import _extension, use_backend
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.operator import BackwardBackend
-from fastvit_kernels.testing.calls import Call, Results, as_list
+from fastvit_kernels.testing.calls import Call, Results, as_list, cotangents
 from fastvit_kernels.testing.contract.base import ContractBase, forward, run
 from fastvit_kernels.testing.inputs import BF16, BF16_FP32, CASES, FP16, FP32, Case
 from fastvit_kernels.testing.numerics import NumericsError
@@ -20,7 +20,9 @@ from fastvit_kernels.testing.raw import raw_call
 
 BACKENDS = ("triton", "cuda", "sdpa")
 PRECISIONS = {str(precision): precision for precision in (FP32, BF16, BF16_FP32, FP16)}
-FORWARD, GRADIENTS, GRAPH = "forward", "gradients", "graph"
+FORWARD, GRADIENTS, GRAPH, TRAINING_GRAPH = "forward", "gradients", "graph", "graph of gradients"
+# Those of a training step.
+OF_TRAINING = (GRADIENTS, TRAINING_GRAPH)
 
 
 class Check(NamedTuple):
@@ -29,8 +31,8 @@ class Check(NamedTuple):
     Attributes:
         operator, case, precision: the call, as in `fastvit_kernels.testing.inputs`.
         backend: asked for by name.
-        what: `"forward"` and `"gradients"` are within the numerics rule; a captured `"graph"` waits for nothing, and a
-            replay gives what the call gave.
+        what: `"forward"` and `"gradients"` are within the numerics rule; a captured `"graph"` of the call, or a `"graph
+            of gradients"` of forward and backward, waits for nothing, and a replay gives what the calls gave.
     """
 
     operator: str
@@ -63,10 +65,18 @@ def checks(backends: Iterable[str] = BACKENDS, precisions: Iterable[str] = tuple
                 for precision in precisions:
                     if refusals(name, operator, *raw_call(case.call(PRECISIONS[precision]))):
                         continue
-                    kinds = [FORWARD]
-                    kinds += [GRADIENTS] if isinstance(backend, BackwardBackend) else []
-                    kinds += [GRAPH] if "smallest" in case.tags and precision == str(BF16) else []
+                    kinds = _kinds(case, precision, isinstance(backend, BackwardBackend))
                     found += [Check(operator, str(case), precision, name, what) for what in kinds]
+    return found
+
+
+def _kinds(case: Case, precision: str, has_gradients: bool) -> list[str]:
+    """What is checked of a case that a backend takes; one whose gradients are another's shows it on few."""
+    smallest = "smallest" in case.tags
+    found = [FORWARD]
+    found += [GRADIENTS] if has_gradients or smallest else []
+    found += [GRAPH] if smallest and precision == str(BF16) else []
+    found += [TRAINING_GRAPH] if smallest and precision == str(BF16_FP32) else []
     return found
 
 
@@ -93,7 +103,7 @@ def run_check(check: Check, device: str, capture: Callable[[Callable[[], Any]], 
         BackendError: the kernels refuse the call.
     """
     case = next(case for case in CASES[check.operator] if str(case) == check.case)
-    if check.what == GRAPH:
+    if check.what in (GRAPH, TRAINING_GRAPH):
         _check_graph(case, check, device, capture)
     else:
         of_results = run if check.what == GRADIENTS else forward
@@ -111,12 +121,34 @@ def _on_device(of_results: Callable[..., Results], backend: str, device: str, ca
 
 def _check_graph(case: Case, check: Check, device: str, capture: Callable[..., Callable[[], Any]]) -> None:
     call = case.call(PRECISIONS[check.precision]).map(lambda t: t.to(device))
-    with use_backend(check.backend), torch.no_grad():
-        wanted = as_list(call())
-        replay = capture(call)
-        found = as_list(replay())
-        for output in found:
-            output.fill_(float("nan"))
-        found = as_list(replay())
+    with use_backend(check.backend):
+        step = _gradients_of(call) if check.what == TRAINING_GRAPH else _outputs_of(call)
+        wanted = [t.clone() for t in step()]
+        replay = capture(step)
+        for result in replay():
+            result.fill_(float("nan"))
+        found = replay()
     if not all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True)):
         raise NumericsError("a replay of the graph gives something else than the call")
+
+
+def _outputs_of(call: Call) -> Callable[[], list[Tensor]]:
+    def step() -> list[Tensor]:
+        with torch.no_grad():
+            return as_list(call())
+
+    return step
+
+
+def _gradients_of(call: Call) -> Callable[[], list[Tensor]]:
+    """Forward and backward, to the gradients of all leaves that have one."""
+    leaves = [leaf.requires_grad_() for leaf in call.leaves().values()]
+    # Made once: a graph copies nothing from elsewhere.
+    slopes = cotangents([output.detach() for output in as_list(call())])
+
+    def step() -> list[Tensor]:
+        # A residual's gradient is that of the result, which must not be the next call's.
+        found = torch.autograd.grad(as_list(call()), leaves, [s.clone() for s in slopes], allow_unused=True)
+        return [gradient for gradient in found if gradient is not None]
+
+    return step

@@ -272,30 +272,33 @@ def test_checks_of_every_operator_and_backend() -> None:
         assert ("pointwise_mlp" in operators) is (backend == "triton")
         assert {check.operator for check in found if check.what == "graph"} == operators
     assert any(check.what == "gradients" for check in checks(["triton"], ["float32"]))
+    # Triton computes those of the CUDA kernels, in graphs as well.
+    trained = [check for check in checks(["cuda"], ["bfloat16-with-float32-parameters"]) if "gradients" in check.what]
+    assert {check.what for check in trained} == set(checking.OF_TRAINING)
+    assert {check.operator for check in trained} == {"local_attention", "depthwise_mlp", "conv_projection"}
     assert set(checking.problems(torch.device("cpu"))) == {"cuda"}
 
 
-@pytest.mark.parametrize("what", ["forward", "gradients", "graph"])
+@pytest.mark.parametrize("what", ["forward", "gradients", "graph", "graph of gradients"])
 def test_checks_find_what_is_wrong(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's kernels in its interpreter, then with a mistake."""
     smallest = str(tagged(CASES["pointwise_mlp"], "smallest")[0])
-    check = Check("pointwise_mlp", smallest, "bfloat16" if what == "graph" else "float32", "triton", what)
+    precision = {"graph": "bfloat16", "graph of gradients": "bfloat16-with-float32-parameters"}.get(what, "float32")
+    check = Check("pointwise_mlp", smallest, precision, "triton", what)
     assert check in checks(["triton"], [check.precision])
     device = Host()
     run_check(check, device.type, device.capture)
     backend = next(type(b) for b in library.operators["pointwise_mlp"].backends if b.name == "triton")
-    run, run_backward, calls = backend.run, backend.run_backward, []
+    changed = "run_backward" if "gradients" in what else "run"
+    right, calls = getattr(backend, changed), []
 
     def wrong(self, *arguments):
         calls.append(1)
         # A graph is compared with the call in front of it.
-        factor = 1.0 if what == "graph" and len(calls) == 1 else 1.05
-        return tuple(factor * y for y in run(self, *arguments))
+        factor = 1.0 if what.startswith("graph") and len(calls) == 1 else 1.05
+        return tuple(factor * y for y in right(self, *arguments))
 
-    if what == "gradients":
-        monkeypatch.setattr(backend, "run_backward", lambda self, *a: [1.05 * g for g in run_backward(self, *a)])
-    else:
-        monkeypatch.setattr(backend, "run", wrong)
+    monkeypatch.setattr(backend, changed, wrong)
     with pytest.raises(NumericsError):
         run_check(check, device.type, device.capture)
 
@@ -428,7 +431,7 @@ def test_checks_are_of_what_is_measured() -> None:
     assert of_operator == "pointwise_mlp"
     for mode, kinds, precision in (
         (FORWARD, {"forward", "graph"}, "bfloat16"),
-        (TRAINING, {"gradients"}, "bfloat16-with-float32-parameters"),
+        (TRAINING, {"gradients", "graph of gradients"}, "bfloat16-with-float32-parameters"),
     ):
         found = gpu_cli._checks([JOBS[0]._replace(mode=mode)], ["triton"])
         assert {check.what for check in found} == kinds and {check.precision for check in found} == {precision}

@@ -143,3 +143,27 @@ def test_published_shapes(monkeypatch, mlps, dtype, shared_memory, refused):
     assert {channels for channels, *_ in mlps} >= {46, 76, 184, 192, 384, 416, 512, 608, 640}
     assert {static.num_prefix_tokens for *_, static in mlps} == {0, 1}
     assert found.keys() == refused and all("bytes of shared memory" in reason for reason in found.values())
+
+
+# Side of the map, channels, hidden channels, and how many times the bytes that there are (x, the result and the
+# weights, each once) a launch for 64 images moves at most between multiprocessors and the L2 cache: the weights come
+# from there for every 64 results. `twice`: two blocks have room on a multiprocessor, and few enough accumulators.
+PUBLISHED = {
+    "pvt_v2_b2 1": (56, 64, 512, 10, True),
+    "pvt_v2_b2 2": (28, 128, 1024, 22, True),
+    "pvt_v2_b2 3": (14, 320, 1280, 25, False),
+    "pvt_v2_b2 4": (7, 512, 2048, 26, False),
+    "cmt_ti 1": (40, 46, 165, 4, True),
+    "cmt_s 1": (56, 64, 256, 6, True),
+    "cmt_s 2": (28, 128, 512, 12, True),
+    "dhvt_s": (14, 384, 1536, 30, False),
+}
+
+
+@pytest.mark.parametrize("shared_memory", [163 * 1024, 227 * 1024], ids=["A100", "H100"])
+@pytest.mark.parametrize(("side", "channels", "hidden", "most", "twice"), PUBLISHED.values(), ids=PUBLISHED)
+def test_bytes_of_published_shapes(emulator, side, channels, hidden, most, twice, shared_memory):
+    blocks, shared, read = emulator("plan", "mlp", 3, side, side, channels, hidden, 3, 0, shared_memory)
+    results = 64 * side**2 * channels * 2
+    assert 64 * blocks * read + results <= most * (2 * results + 2 * channels * hidden * 2)
+    assert (2 * (shared + 1024) <= shared_memory + 1024) or not twice

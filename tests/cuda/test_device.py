@@ -9,10 +9,13 @@ from fastvit_kernels.bench.gpu.device import Gpu
 from fastvit_kernels.bench.gpu.jobs import FORWARD, GRAPH, MODELS, STREAM, TRAINING, Job, find
 from fastvit_kernels.bench.gpu.measure import Plan, measure
 from fastvit_kernels.bench.results import OK
+from fastvit_kernels.ops import triton_support
 from fastvit_kernels.testing.device import checks, run_check
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
+if triton_support.interpreting():
+    raise RuntimeError("TRITON_INTERPRET: expected 0, as `make test-gpu` has it; nothing would run on the GPU")
 
 
 @pytest.mark.parametrize("check", checks(), ids=str)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.conv_projection.reference import BRANCHES, Static, branch, output_grid
 from fastvit_kernels.ops.operator import Outputs, Tensors
-from fastvit_kernels.ops.primitives import dot, fold_filter, rows_and_columns, vector
+from fastvit_kernels.ops.primitives import dot, fold_filter, vector
 from fastvit_kernels.ops.triton_depthwise import Geometry, depthwise_moments, filter_rows
 from fastvit_kernels.ops.triton_normalization import normalize_rows, normalize_tile
 from fastvit_kernels.ops.triton_specs import Empty, Spec
@@ -89,7 +89,10 @@ def project_tile(
     PADDING: tl.constexpr = WINDOW[2]
     out_height = (height + 2 * PADDING - KERNEL) // STRIDE + 1
     out_width = (width + 2 * PADDING - KERNEL) // STRIDE + 1
-    rows, columns = rows_and_columns(tile, out_channels, BLOCK_M, BLOCK_N)
+    # `rows_and_columns` spelled out: with it the assembler for sm_80 spills registers.
+    column_tiles = tl.cdiv(out_channels, BLOCK_N)
+    rows = tile // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     out_tokens = PREFIX + out_height * out_width
     row_mask = rows < batch * out_tokens
     column_mask = columns < out_channels

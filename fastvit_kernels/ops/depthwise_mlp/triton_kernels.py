@@ -318,8 +318,7 @@ def _project(
     arithmetic = triton_support.arithmetic(static.dtype, out.device)
     # Only the result's rows may be unaligned, which the tiles of fp32 bear.
     columns = out_channels if arithmetic.kind == "half" else triton.cdiv(out_channels, ALIGNMENT) * ALIGNMENT
-    place = "depthwise_projection", arithmetic, columns
-    config = triton_support.config(*place)
+    config = triton_support.config("depthwise_projection", arithmetic, columns)
     # The tiles of a mean are those of one image.
     runs = batch if static.summary == "mean" else 1
     run_rows = batch * height // max(runs, 1)
@@ -356,7 +355,6 @@ def _project(
             ADDS_INPUT=static.inner_residual == "after_activation",
             EVEN_K=stride % config.block_k == 0,
             ARITHMETIC=arithmetic.constexpr(),
-            **triton_support.all_registers(config, *place),
         )
     return None if means is None else means.sum(1)
 

@@ -40,6 +40,8 @@ struct Block {
 Block block;
 bool reversed = false;
 int64_t most_shared = 163 * 1024;
+// Those of an A100.
+int64_t processors = 108;
 
 [[noreturn]] void fail(const char* message) {
   std::fprintf(stderr, "emulator: %s (block %d, thread %d)\n", message, blockIdx.x, threadIdx.x);
@@ -205,8 +207,7 @@ void multiply_all(void* const (&parts)[kWarp]) {
 }  // namespace
 
 int64_t shared_memory_of_device() { return most_shared; }
-// Those of an A100.
-int64_t multiprocessors_of_device() { return 108; }
+int64_t multiprocessors_of_device() { return processors; }
 
 unsigned char* shared_memory() { return block.shared.get(); }
 
@@ -295,3 +296,4 @@ void run_grid(int64_t blocks, int threads, int64_t shared, const std::function<v
 
 extern "C" __attribute__((visibility("default"))) void fk_emulator_reverse(int wanted) { fk::reversed = wanted != 0; }
 extern "C" __attribute__((visibility("default"))) void fk_emulator_shared_memory(int bytes) { fk::most_shared = bytes; }
+extern "C" __attribute__((visibility("default"))) void fk_emulator_processors(int count) { fk::processors = count; }
