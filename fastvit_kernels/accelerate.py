@@ -66,7 +66,9 @@ class Report:
         return "\n".join([*lines, *self.notes])
 
 
-def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None = None) -> Report:
+def accelerate(
+    model: nn.Module, *, inference: bool = False, frozen: bool = False, backend: str | None = None
+) -> Report:
     """Run what this library knows inside `model` on fused kernels, in place, with the same results.
 
     Known are transformers' CvT, PvtV2 and Segformer (patch embeddings and layers), timm's PVTv2 and Twins (patch
@@ -90,6 +92,10 @@ def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None
             (zeroing a row, a sparse mask) can pass unnoticed. Write in place under `torch.no_grad()` instead, or call
             `accelerate` with `inference=False` and again. Training is not affected. Compiled and exported graphs do
             not use packed weights.
+        frozen: with `inference`, a promise about models of this library: from the second forward on nothing will change
+            but the values of their weights, in place, and the model's own mode. Submodules, settings, hooks and which
+            objects the parameters are is not looked at any more, which takes a part of a small model's forward at batch
+            1; what changes there passes unnoticed. `accelerate` without it ends that.
         backend: run the known modules on this backend; None for the usual choice. See `use_backend`.
 
     Returns:
@@ -97,10 +103,12 @@ def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None
 
     Raises:
         TypeError: `model` is not an `nn.Module`.
-        ValueError: `backend` is unknown.
+        ValueError: `backend` is unknown; `frozen` without `inference`.
     """
     _check_module(model)
     dispatch.requested_backend(backend)
+    if frozen and not inference:
+        raise ValueError("frozen: expected inference=True beside it, got False")
     report = Report("accelerate")
     for path, module, adapter, base in integrations.find(model):
         if adapter is not None:
@@ -110,7 +118,7 @@ def accelerate(model: nn.Module, *, inference: bool = False, backend: str | None
         elif base is not None:
             reason = f"its class derives from {base.__name__} and may compute something else"
             report.left_alone.append(LeftAlone(path, type(module).__name__, (reason,)))
-    own.repeat(model, inference)
+    own.repeat(model, inference, frozen)
     if inference:
         own.pack(model)
     if not report.replaced and not report.left_alone:

@@ -23,7 +23,7 @@ def images(batch: int, size: int) -> Tensor:
 
 def accelerated(model: nn.Module) -> nn.Module:
     """The model, all of it; prepared for inference unless it trains."""
-    report = accelerate(model, inference=not model.training)
+    report = accelerate(model, inference=not model.training, frozen=not model.training)
     # A model that is only half accelerated must not be measured as ours.
     left = [entry for entry in report.left_alone if not (model.training and entry.reasons[0] == "already accelerated")]
     if left or not (report.replaced or model.training):

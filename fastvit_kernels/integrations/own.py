@@ -52,11 +52,11 @@ def pack(model: nn.Module) -> None:
             pack_now(module, pack_weights)
 
 
-def repeat(model: nn.Module, enabled: bool) -> None:
-    """Let our models in `model` repeat their calls (`enabled`), or stop them."""
+def repeat(model: nn.Module, enabled: bool, frozen: bool = False) -> None:
+    """Let our models in `model` repeat their calls (`enabled`), or stop them. `frozen`: as in `accelerate`."""
     for module in model.modules():
         if isinstance(module, Repeating):
-            module.prepare_repetition(enabled)
+            module.prepare_repetition(enabled, frozen)
 
 
 def restore(module: nn.Module) -> Outcome | None:

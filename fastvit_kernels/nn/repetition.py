@@ -47,9 +47,14 @@ class Repeater:
     else wrote, because such code may look at anything.
 
     It belongs to the first module that it records; copies and pickles start empty.
+
+    Args:
+        frozen: somebody promises that nothing but tensors will change, so that nothing else is looked at behind the
+            recording; only the module's own mode is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, frozen: bool = False) -> None:
+        self._frozen = frozen
         self._records: _Records | None = None
         self._latest: Any = None
         self._wasted = 0
@@ -59,14 +64,14 @@ class Repeater:
 
         Inputs that are no tensors are compared by value.
         """
-        if not dispatch.repeatable() or (key := _key(inputs)) is None:
+        if not dispatch.repeatable() or (key := _key(module, inputs)) is None:
             return compute(*inputs)
         # Other threads may replace the records meanwhile; these stay what they are.
         records = self._records
         if records is not None:
             if records.owner() is not module:
                 return compute(*inputs)
-            if not records.watch.unchanged():
+            if not self._frozen and not records.watch.unchanged():
                 if records.watch.hooked():
                     return compute(*inputs)
                 records = self._records = None
@@ -126,8 +131,8 @@ class Repeater:
         """How many different calls would be repeated."""
         return 0 if self._records is None else sum(p is not None for p in list(self._records.programs.values()))
 
-    def __reduce__(self) -> tuple[type[Repeater], tuple[()]]:
-        return Repeater, ()
+    def __reduce__(self) -> tuple[type[Repeater], tuple[bool]]:
+        return Repeater, (self._frozen,)
 
 
 class Repeating(nn.Module):
@@ -135,12 +140,12 @@ class Repeating(nn.Module):
 
     _repeater: Repeater | None = None
 
-    def prepare_repetition(self, enabled: bool) -> None:
+    def prepare_repetition(self, enabled: bool, frozen: bool = False) -> None:
         """Record the calls of the forward from now on (`enabled`), or forget them and stop."""
         self.__dict__.pop("_repeater", None)
         # Without the C++ part there is nothing to save.
         if enabled and _extension.parts["cpu"].problem is None:
-            self._repeater = Repeater()
+            self._repeater = Repeater(frozen)
 
     def repeat(self, compute: Callable[..., Any], *inputs: Any) -> Any:
         """`compute(*inputs)`, repeated where that is prepared and possible."""
@@ -149,9 +154,10 @@ class Repeating(nn.Module):
         return self._repeater(self, compute, *inputs)
 
 
-def _key(inputs: tuple[Any, ...]) -> Any:
+def _key(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
     """What else a program is made for; None for inputs that no program takes."""
     found: list[Any] = [
+        module.training,
         torch.is_inference_mode_enabled(),
         torch.get_num_threads(),
         torch.get_autocast_dtype("cpu") if autocast_is_on("cpu") else None,

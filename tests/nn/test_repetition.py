@@ -20,6 +20,7 @@ import fastvit_kernels
 from fastvit_kernels.models import create_model
 from fastvit_kernels.nn.recording import Program
 from fastvit_kernels.nn.repetition import Repeating
+from fastvit_kernels.nn.watch import Watch
 from fastvit_kernels.testing.numerics import relative_l2
 
 SIZES = {"depths": (1, 1, 2), "embed_dims": (16, 32, 48), "num_heads": (1, 2, 3), "num_classes": 7}
@@ -373,6 +374,37 @@ def test_a_change_between_two_calls_is_noticed(stock, fast, change):
         assert relative_l2(before, stock(x)) > 1e-4
     assert_same(stock, fast, x)
     assert_same(stock, fast, x)
+
+
+@pytest.mark.parametrize("change", [update_in_place, update_running_variance, write_through_data])
+def test_a_frozen_model_notices_new_values_of_its_weights(stock, fast, change):
+    fastvit_kernels.accelerate(fast, inference=True, frozen=True)
+    x = image(2, 3, 64, 48)
+    record(fast, x)
+    change(fast)
+    change(stock)
+    assert_same(stock, fast, x)
+
+
+def test_a_frozen_model_looks_at_nothing_else_until_it_is_no_longer(stock, fast, monkeypatch):
+    fastvit_kernels.accelerate(fast, inference=True, frozen=True)
+    x = image(2, 3, 64, 48)
+    record(fast, x)
+    monkeypatch.setattr(Watch, "unchanged", lambda watch: pytest.fail("looked"))
+    with torch.no_grad():
+        before = fast(x)
+        change_layer_norm_eps(fast)
+        assert torch.equal(fast(x), before)
+    # The mode of the model itself belongs to the call.
+    state = copy.deepcopy(fast.state_dict())
+    assert not repeats(fast.train(), x)
+    fast.eval().load_state_dict(state)
+    monkeypatch.undo()
+    fastvit_kernels.accelerate(fast, inference=True)
+    change_layer_norm_eps(stock)
+    assert_same(stock, fast, x)
+    with pytest.raises(ValueError, match="frozen: expected inference=True"):
+        fastvit_kernels.accelerate(fast, frozen=True)
 
 
 def test_gradients_are_not_lost(stock, fast):
