@@ -94,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastvit-kernels bench --device cuda",
         description="First the correctness of all kernels on the GPU, in the dtypes of the rows; then times of "
         "operators and models, forward and training, against eager, SDPA and torch.compile; at batch 1 in CUDA graphs, "
-        "too. Rows go to a file named after the GPU as they are finished; those of the same sources and versions are "
-        "not repeated.",
+        "too. Rows go to a file named after the GPU as they are finished; those of the same sources, versions and "
+        "tuning entries are not repeated.",
     )
     add = parser.add_argument
     add("--device", choices=("cuda",), default="cuda")

@@ -177,6 +177,7 @@ def _conditions(worker: Worker) -> tuple[Conditions, Roofline]:
         cuda=torch.version.cuda or "",
         fastvit_kernels=machine.version("fastvit-kernels"),
         sources=machine.sources(),
+        tuning=machine.tuned(),
         commit=machine.commit(),
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )
