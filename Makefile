@@ -44,6 +44,7 @@ bench: $(VENV)/bench.stamp
 # Neither is from $(VENV), whose torch is the CPU build. An installed wheel has what the sources beside the tests lack, which
 # must not be found first; and here nothing is interpreted.
 test-gpu:
+	@PYTHONSAFEPATH=1 TRITON_INTERPRET=0 tools/missing-on-gpu.sh $(PYTHON)
 	PYTHONSAFEPATH=1 TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/cuda/test_device.py $(ARGS)
 
 sanitize:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fastvit_kernels.bench
 import fastvit_kernels.models
+from fastvit_kernels.ops import tuning
 
 _HASHED = (".py", ".json", ".so")
 PACKAGES = ("torch", "onnxruntime", "openvino", "transformers")
@@ -32,6 +33,19 @@ def sources() -> str:
                 digest.update(f"{path.relative_to(folder)}\0".encode())
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def tuned() -> str:
+    """Stands for what the tuning entries in force decide, tiles and the order of backends; empty for no entries.
+
+    Measured anew with the same outcome they are the same.
+    """
+    current = tuning.current()
+    decisions = [
+        *(f"{entry.place} {entry.config}" for entry in current.launches if not entry.failed),
+        *(f"{entry.key} {entry.channels} {entry.order}" for entry in current.preferences),
+    ]
+    return hashlib.sha256("\n".join(decisions).encode()).hexdigest()[:12] if decisions else ""
 
 
 def commit() -> str:

@@ -31,6 +31,7 @@ class Host:
     """This CPU under the name of a GPU."""
 
     type = "cpu"
+    spoiled = False
 
     def name(self):
         return "Test GPU 1"
@@ -170,6 +171,11 @@ def process(device):
 
 def fail(device):
     raise ValueError("the task's own error")
+
+
+def spoil(device):
+    device.spoiled = True
+    return os.getpid()
 
 
 def lose(device):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -20,17 +21,17 @@ from fastvit_kernels.bench.gpu.jobs import (
     MODELS,
     MODES,
     OPERATORS,
+    OPERATORS_OF,
     TRAINING,
     Job,
     all_jobs,
     core_jobs,
 )
 from fastvit_kernels.bench.gpu.peers import PEERS
-from fastvit_kernels.bench.gpu.run import Request, estimate, run
+from fastvit_kernels.bench.gpu.run import Part, Request, estimate, run
 from fastvit_kernels.bench.gpu.worker import Worker
 from fastvit_kernels.demo.errors import UserError
 from fastvit_kernels.testing import device as checking
-from fastvit_kernels.testing.device import Check
 from fastvit_kernels.testing.inputs import BF16, BF16_FP32, FP16, FP32
 
 _MOST_PROCESSES = 14
@@ -54,22 +55,17 @@ def main(argv: Sequence[str]) -> int:
     """
     options = _parser().parse_args(argv)
     jobs = _chosen(options)
+    problems = {} if options.list else _problems()
+    parts = _parts([job for job in jobs if job.peer not in problems], problems)
     if options.list:
         for job in jobs:
             print(job)
-        checks = _checks(jobs, checking.BACKENDS)
+        checks = {check for part in parts for check in part.checks}
         minutes_of_all = estimate(jobs, len(checks), options.processes)
-        print(f"{len(checks)} checks, then {len(jobs)} rows: about {minutes_of_all:.0f} minutes, by guess")
+        print(f"{len(checks)} checks and {len(jobs)} rows: about {minutes_of_all:.0f} minutes, by guess")
         return 0
-    if not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU")
-    problems = checking.problems(torch.device("cuda"))
-    for name, problem in problems.items():
-        print(f"without {name}: {problem}")
-    backends = [name for name in checking.BACKENDS if name not in problems]
     request = Request(
-        jobs=[job for job in jobs if job.peer not in problems],
-        checks=_checks(jobs, backends),
+        parts=parts,
         output=options.output,
         minutes=options.minutes,
         processes=options.processes,
@@ -92,10 +88,10 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvit-kernels bench --device cuda",
-        description="First the correctness of all kernels on the GPU, in the dtypes of the rows; then times of "
-        "operators and models, forward and training, against eager, SDPA and torch.compile; at batch 1 in CUDA graphs, "
-        "too. Rows go to a file named after the GPU as they are finished; those of the same sources and versions are "
-        "not repeated.",
+        description="Times of models and operators on the GPU, forward and training, against eager, SDPA and "
+        "torch.compile; operators, and models at batch 1, from CUDA graphs. Before the first row of a model or an "
+        "operator its kernels are checked, in the row's dtype. Rows go to a file named after the GPU as they are "
+        "finished; those of the same sources, versions and tuning entries are not repeated.",
     )
     add = parser.add_argument
     add("--device", choices=("cuda",), default="cuda")
@@ -103,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--all",
         action="store_true",
-        help="also the other stages, shapes and batch sizes and torch.compile of operators and in training: many hours",
+        help="also the other stages, shapes and batch sizes and torch.compile of operators: many hours",
     )
     add("--suite", nargs="+", choices=(*MODELS, *OPERATORS), metavar="NAME", help="default: every model and operator")
     add("--case", default="*", metavar="PATTERN", help="only these of a suite's shapes")
@@ -136,16 +132,27 @@ def minutes(text: str) -> float:
     return value
 
 
-def _checks(jobs: Sequence[Job], backends: Sequence[str]) -> list[Check]:
-    """Those of the operators, precisions and modes of the rows; a model may run every operator."""
-    measured = {(OPERATORS.get(job.suite, job.suite), _PRECISIONS[job.dtype, job.mode], job.mode) for job in jobs}
-    of_models = {(_PRECISIONS[job.dtype, job.mode], job.mode) for job in jobs if job.suite in MODELS}
-    found = []
-    for check in checking.checks(backends, sorted({precision for _, precision, _ in measured})):
-        kind = check.precision, TRAINING if check.what in checking.OF_TRAINING else FORWARD
-        if kind in of_models or (check.operator, *kind) in measured:
-            found.append(check)
+def _problems() -> dict[str, str]:
+    """The backends that cannot run here, each with its reason, which is printed."""
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU")
+    found = checking.problems(torch.device("cuda"))
+    for name, problem in found.items():
+        print(f"without {name}: {problem}")
     return found
+
+
+def _parts(jobs: Sequence[Job], without: Collection[str]) -> list[Part]:
+    """Neighbouring rows that need the same checks, with these."""
+    kinds = sorted({_PRECISIONS[job.dtype, job.mode] for job in jobs})
+    known = checking.checks([name for name in checking.BACKENDS if name not in without], kinds)
+    parts = []
+    for (suite, mode, dtype), group in itertools.groupby(jobs, key=lambda job: (job.suite, job.mode, job.dtype)):
+        operators = OPERATORS_OF.get(suite) or (OPERATORS[suite],)
+        kind = _PRECISIONS[dtype, mode], mode == TRAINING
+        checks = [c for c in known if c.operator in operators and (c.precision, c.what in checking.OF_TRAINING) == kind]
+        parts.append(Part(list(group), checks))
+    return parts
 
 
 def _chosen(options: argparse.Namespace) -> list[Job]:

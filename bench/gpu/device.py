@@ -21,14 +21,21 @@ _REPEATS = 20
 _FLUSHED = 2**28
 
 
+class CaptureRefused(RuntimeError):
+    """No graph could be made of a function."""
+
+
 class Device(Protocol):
     """What the benchmark asks of a device.
 
     Attributes:
         type: as `torch.device` calls it.
+        spoiled: a capture was refused: the allocator of this process may still wait for its end, and nothing else is
+            to be started here.
     """
 
     type: str
+    spoiled: bool
 
     def name(self) -> str:
         """The device's own name for itself."""
@@ -43,7 +50,11 @@ class Device(Protocol):
         """Seconds that each of so many calls takes on the device, with `cold` from empty caches."""
 
     def capture(self, run: Run) -> Run:
-        """`run` recorded once; what comes back repeats it into the same results."""
+        """`run` recorded once; what comes back repeats it into the same results.
+
+        Raises:
+            CaptureRefused: something in it cannot be recorded.
+        """
 
     def peak_bytes(self, run: Run) -> int:
         """The most memory that a call holds at once beside what was there before; all of it that graphs own counts."""
@@ -61,6 +72,7 @@ class Gpu:
     type = "cuda"
 
     def __init__(self) -> None:
+        self.spoiled = False
         self._flushed: Tensor | None = None
 
     def name(self) -> str:
@@ -93,9 +105,16 @@ class Gpu:
             for _ in range(3):
                 run()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = run()
+        graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                results = run()
+        except Exception as error:
+            self.spoiled = True
+            torch.cuda.set_stream(usual)
+            # The end of the capture fails after whatever it was that could not be recorded.
+            cause = error.__context__ or error
+            raise CaptureRefused(f"{type(cause).__name__}: {cause}") from error
 
         def replay() -> object:
             graph.replay()

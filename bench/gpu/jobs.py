@@ -13,7 +13,21 @@ from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.suites import SUITES
 from fastvit_kernels.ops import library
 
-MODELS = ("cvt_13", "hat_net_small", "cmt_s", "pvt_v2_b2", "dhvt_small_imagenet_patch16")
+# Models, the most important first, with the operators that they call.
+OPERATORS_OF = {
+    "cvt_13": ("patch_embedding", "conv_projection", "global_attention", "pointwise_mlp"),
+    "hat_net_small": ("local_attention", "global_attention", "depthwise_mlp", "pooled_projection"),
+    "cmt_s": ("patch_embedding", "global_attention", "depthwise_conv", "depthwise_mlp"),
+    "pvt_v2_b2": ("patch_embedding", "global_attention", "depthwise_mlp"),
+    "dhvt_small_imagenet_patch16": (
+        "global_attention",
+        "depthwise_mlp",
+        "pointwise_mlp",
+        "head_tokens",
+        "merge_head_tokens",
+    ),
+}
+MODELS = tuple(OPERATORS_OF)
 # Suites of operators, by the operator that they call.
 OPERATORS = {name: "global_attention" if name == "query_attention" else name for name in SUITES}
 OPERATORS = {name: operator for name, operator in OPERATORS.items() if operator in library.operators}
@@ -25,8 +39,9 @@ MODES = (FORWARD, TRAINING)
 STREAM, GRAPH = "stream", "graph"
 BF16 = "bf16"
 DTYPES = (BF16, "fp16", "fp32")
-# From this batch size on, launches hide behind each other without a graph.
-_LARGEST_IN_GRAPH = 1
+# In a larger batch of a whole model launches hide behind the kernels before them. The one launch of an operator has
+# nothing to hide behind: many take less than the host needs for the call, and are replayed from graphs alone.
+_LARGEST_MODEL_IN_GRAPH = 1
 
 Find = Callable[[str, str, int], Case]
 
@@ -74,6 +89,8 @@ def _cases(suite: str, batch: int) -> dict[str, Case]:
 
 
 _QUICK, _COMPILED = ("fastvit", "eager", "sdpa"), ("compile",)
+# Of a model, one after the other: a comparison is complete before the next begins.
+_COMPARED = ("fastvit", "eager", "compile", "sdpa")
 
 
 def core_jobs() -> list[Job]:
@@ -81,15 +98,19 @@ def core_jobs() -> list[Job]:
     # Without times of this device `fastvit` runs Triton's kernels, which need no row by name then.
     operators = (*_QUICK, *(peer for peer in BY_NAME if peer != "triton"))
     parts = [
-        _of(MODELS, (64,), (FORWARD,), _QUICK),
-        _of(MODELS, (64,), (TRAINING,), _QUICK),
-        _of(MODELS, (1,), (FORWARD,), _QUICK),
-        _of(MODELS, (64,), (FORWARD,), _COMPILED),
+        _of(MODELS, (64,), (FORWARD,), _COMPARED),
         _core(_of(OPERATORS, (64,), (FORWARD,), operators)),
+        _of(MODELS, (64,), (TRAINING,), _COMPARED),
         _core(_of(OPERATORS, (64,), (TRAINING,), operators)),
-        [job for job in _core(_of(OPERATORS, (1,), (FORWARD,), ("fastvit", "eager"))) if job.launch == GRAPH],
+        _in_graphs(_of(MODELS, (1,), (FORWARD,), _COMPARED)),
+        _of(MODELS, (1,), (FORWARD,), _QUICK),
+        _core(_of(OPERATORS, (1,), (FORWARD,), ("fastvit", "eager"))),
     ]
-    return [job for part in parts for job in part]
+    return list(dict.fromkeys(job for part in parts for job in part))
+
+
+def _in_graphs(jobs: Iterable[Job]) -> Iterator[Job]:
+    return (job for job in jobs if job.launch == GRAPH)
 
 
 def _core(jobs: Iterable[Job]) -> Iterator[Job]:
@@ -103,14 +124,13 @@ def all_jobs() -> list[Job]:
     """Every row, in the order in which they are measured: `core_jobs`, then the others."""
     parts = [
         core_jobs(),
-        _of(MODELS, (64,), (TRAINING,), _COMPILED),
         _of(OPERATORS, (64,), (FORWARD,), (*_QUICK, *BY_NAME)),
         _of(OPERATORS, (64,), (TRAINING,), (*_QUICK, *BY_NAME)),
         _of(MODELS, (1,), (FORWARD,), _COMPILED),
         _of(OPERATORS, (1, 256), MODES, (*_QUICK, *BY_NAME)),
-        _of(MODELS, (256,), MODES, _QUICK),
+        _of(MODELS, (256,), (FORWARD,), _COMPARED),
+        _of(MODELS, (256,), (TRAINING,), _COMPARED),
         _of(MODELS, (1,), (TRAINING,), _QUICK),
-        _of(MODELS, (256,), MODES, _COMPILED),
         _of(MODELS, (1,), (TRAINING,), _COMPILED),
         _of(OPERATORS, (64, 1, 256), MODES, _COMPILED),
     ]
@@ -121,7 +141,7 @@ def _of(
     suites: Sequence[str] | dict[str, str], batches: Sequence[int], modes: Sequence[str], peers: Sequence[str]
 ) -> Iterator[Job]:
     for suite, batch in product(suites, batches):
-        launches = (STREAM, GRAPH) if batch <= _LARGEST_IN_GRAPH else (STREAM,)
+        launches = (GRAPH,) if suite in OPERATORS else (STREAM, GRAPH)[: 2 if batch <= _LARGEST_MODEL_IN_GRAPH else 1]
         for case, mode, peer, launch in product(_cases(suite, 1).values(), modes, peers, launches):
             if takes_part(peer, suite, case):
                 yield Job(suite, case.name, batch, mode, peer, launch)

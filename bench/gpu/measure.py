@@ -9,25 +9,28 @@ from dataclasses import dataclass, replace
 
 import numpy
 import torch
+from torch import Tensor
 
 from fastvit_kernels.bench import gate, training
 from fastvit_kernels.bench.cases import Case, Outputs
 from fastvit_kernels.bench.flops import Cost
-from fastvit_kernels.bench.gpu.device import Device, Run
-from fastvit_kernels.bench.gpu.jobs import GRAPH, TRAINING, Find, Job
+from fastvit_kernels.bench.gpu.device import CaptureRefused, Device, Run
+from fastvit_kernels.bench.gpu.jobs import GRAPH, OPERATORS, TRAINING, Find, Job
 from fastvit_kernels.bench.gpu.peers import OURS, VARIANTS, prepare
 from fastvit_kernels.bench.gpu.rows import Row
 from fastvit_kernels.bench.peers import Unavailable
 from fastvit_kernels.bench.results import FAILED, OK, UNAVAILABLE
 from fastvit_kernels.bench.roofline import DTYPES, Roofline
 from fastvit_kernels.ops import dispatch
-from fastvit_kernels.testing.numerics import NumericsError
+from fastvit_kernels.testing.numerics import NumericsError, relative_l2
 
 # Gradients are judged on so many images: those in fp64 take a multiple of the memory.
 JUDGED = 8
 # A compiled function warms up, then records a graph, and then replays it, which is what is timed.
 _CALLS_TO_REPLAY = 3
 _REASON_LENGTH = 300
+# Ends the variant of a row that should come from a graph and does not.
+UNCAPTURED = "-uncaptured"
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,38 @@ def _measure(row: Row, device: Device, find: Find, plan: Plan, distrusted: Colle
     if wrong:
         raise NumericsError(f"{', '.join(wrong)}: failed the checks of correctness on this device")
     step()
-    peak = None
+    row = replace(row, peak_mb=device.peak_bytes(step) / 1e6)
     if job.launch == GRAPH:
-        step = device.capture(step)
-        # What is timed is the replay: its results must be right as well.
-        _check(job, case, _as_outputs(step()))
-    else:
-        peak = device.peak_bytes(step) / 1e6
-    row = replace(row, peak_mb=peak)
+        try:
+            step = _captured(job, case, device, step, verdict)
+        except CaptureRefused as error:
+            # A model has a row without a graph.
+            if job.suite not in OPERATORS:
+                raise
+            row = replace(row, variant=row.variant + UNCAPTURED, reason=_short(f"not from a graph: {error}"))
     # An operator in a model finds its inputs in memory, a model its own.
     times = repeated(device, step, plan, cold=not case.end_to_end)
     p20, p50, p80 = (1e3 * float(value) for value in numpy.percentile(times, [20, 50, 80]))
     return replace(row, p20_ms=p20, p50_ms=p50, p80_ms=p80, min_ms=1e3 * min(times), calls=len(times))
+
+
+def _captured(job: Job, case: Case, device: Device, step: Run, verdict: gate.Verdict) -> Run:
+    """Replays of a step. What is timed is the replay: its results must be right as well."""
+    if job.mode == TRAINING and job.batch > JUDGED:
+        wanted = _as_vector(step())
+        replay = device.capture(step)
+        # Each of the two may have its error.
+        difference = relative_l2(_as_vector(replay()), wanted)
+        if not difference <= 2 * verdict.allowed:
+            raise NumericsError(f"gradients of a replay: relative L2 difference {difference:.2e} from the call's")
+        return replay
+    replay = device.capture(step)
+    _check(job, case, _as_outputs(replay()))
+    return replay
+
+
+def _as_vector(gradients: object) -> Tensor:
+    return torch.cat([gradient.double().flatten() for gradient in _as_outputs(gradients)])
 
 
 def _as_outputs(results: object) -> Outputs:

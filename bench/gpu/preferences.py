@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastvit_kernels.bench.gpu.jobs import OPERATORS, STREAM
+from fastvit_kernels.bench.gpu.jobs import GRAPH, OPERATORS
+from fastvit_kernels.bench.gpu.measure import UNCAPTURED
 from fastvit_kernels.bench.gpu.peers import OURS
 from fastvit_kernels.bench.gpu.rows import Conditions, Row
 from fastvit_kernels.bench.results import OK
@@ -53,7 +54,7 @@ def preferences(records: Sequence[tuple[Row, Conditions]], results: str) -> list
 
 
 def _by_place(rows: Sequence[Row]) -> dict[Place, list[Row]]:
-    """The timed rows of calls as they are, by what dispatch knows of them; that is known where a row of ours is."""
+    """The timed replays of graphs, by what dispatch knows of them; that is known where a row of ours is."""
     places: dict[tuple[Call, str, str], Place] = {}
     for row in rows:
         if row.suite in OPERATORS and row.peer in OURS and row.status == OK and len(row.backends.split()) == 1:
@@ -62,8 +63,8 @@ def _by_place(rows: Sequence[Row]) -> dict[Place, list[Row]]:
     found: dict[Place, list[Row]] = {}
     for row in rows:
         place = places.get(((row.suite, row.case, row.batch), row.mode, row.dtype))
-        taken = row.status == OK and row.launch == STREAM and (row.peer in OURS or row.peer in _OTHERS)
-        if place is not None and taken:
+        replayed = row.status == OK and row.launch == GRAPH and not row.variant.endswith(UNCAPTURED)
+        if place is not None and replayed and (row.peer in OURS or row.peer in _OTHERS):
             found.setdefault(place, []).append(row)
     return found
 

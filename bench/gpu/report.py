@@ -32,10 +32,10 @@ _MARKERS = {
 
 
 class Group(NamedTuple):
-    """The rows of one call, whoever made it."""
+    """The rows of one call, whoever made it, and the conditions of each."""
 
     rows: list[Row]
-    conditions: Conditions
+    conditions: list[Conditions]
 
     @property
     def title(self) -> str:
@@ -69,20 +69,22 @@ class Group(NamedTuple):
 
 
 def groups(records: Iterable[Record]) -> list[Group]:
-    """Rows by call and conditions, models first, in the order they come."""
+    """Rows by call and conditions, those of several runs together, models first, in the order they come."""
     found: dict[tuple[object, ...], Group] = {}
     for row, conditions in records:
-        key = (row.suite, row.case, row.batch, row.mode, row.launch, row.dtype, conditions)
-        found.setdefault(key, Group([], conditions)).rows.append(row)
+        key = (row.suite, row.case, row.batch, row.mode, row.launch, row.dtype, conditions.key)
+        group = found.setdefault(key, Group([], []))
+        group.rows.append(row)
+        group.conditions.append(conditions)
     return sorted(found.values(), key=lambda group: group.rows[0].suite not in MODELS)
 
 
 def describe(conditions: Conditions) -> str:
-    """Device, its measured limits, software and date in one line."""
+    """Device, its measured limits, software, tuning and date in one line."""
     parts = [
         f"{conditions.device} ({conditions.peak_tflops:.4g} TFLOP/s bf16, {conditions.copy_tbs:.3g} TB/s, measured)",
         *(f"{name} {value}" for name in ("torch", "triton", "fastvit_kernels") if (value := getattr(conditions, name))),
-        *([f"commit {conditions.commit}"] if conditions.commit else []),
+        *(f"{name} {value}" for name in ("tuning", "commit") if (value := getattr(conditions, name))),
         conditions.date,
     ]
     return ", ".join(parts)
@@ -152,7 +154,7 @@ def plot_floors(found: Sequence[Group], path: Path) -> None:
 
 
 def _described(found: Sequence[Group]) -> str:
-    return "\n".join(dict.fromkeys(describe(group.conditions) for group in found))
+    return "\n".join(dict.fromkeys(describe(conditions) for group in found for conditions in group.conditions))
 
 
 def plot_times(found: Sequence[Group], path: Path) -> None:

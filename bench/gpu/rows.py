@@ -17,7 +17,8 @@ from fastvit_kernels.testing.device import Check
 class Conditions:
     """What rows must have in common to be compared: the device, its limits, the software.
 
-    `sources` stands for the exact code of this package; `commit` is empty where it was installed from a wheel.
+    `sources` stands for the exact code of this package, `tuning` for what the tuning entries in force decide, empty for
+    none; `commit` is empty where it was installed from a wheel.
     """
 
     device: str
@@ -30,13 +31,18 @@ class Conditions:
     cuda: str
     fastvit_kernels: str
     sources: str
+    tuning: str
     commit: str
     date: str
 
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells measurements apart: not the limits and the date, which are another run's own."""
+        return self.device, self.torch, self.triton, self.cuda, self.sources, self.tuning
+
     def repeats(self, other: Conditions) -> bool:
         """Whether a measurement under the other conditions would be the same again."""
-        same = ("device", "torch", "triton", "cuda", "sources")
-        return all(getattr(self, name) == getattr(other, name) for name in same)
+        return self.key == other.key
 
 
 @dataclass(frozen=True)
@@ -129,10 +135,9 @@ def read(path: Path) -> list[tuple[Row, Conditions]]:
     Raises:
         ValueError: the file is not one that `append` has written.
     """
-    latest: dict[tuple[object, ...], tuple[Row, Conditions]] = {}
+    latest: dict[tuple[Job, tuple[str, ...]], tuple[Row, Conditions]] = {}
     for row, conditions in _read(path, Row):
-        key = (row.job, conditions.device, conditions.torch, conditions.triton, conditions.cuda, conditions.sources)
-        latest[key] = row, conditions
+        latest[row.job, conditions.key] = row, conditions
     return list(latest.values())
 
 

@@ -1,4 +1,4 @@
-"""A run on a GPU: correctness first, then row after row as long as the time allows; the next run goes on from there."""
+"""A run on a GPU, as long as the time allows: of each part correctness first, then its rows; the next run goes on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from fastvit_kernels.bench import machine
 from fastvit_kernels.bench.gpu import rows as files
 from fastvit_kernels.bench.gpu.device import Device
-from fastvit_kernels.bench.gpu.jobs import MODELS, Find, Job, find
+from fastvit_kernels.bench.gpu.jobs import MODELS, TRAINING, Find, Job, find
 from fastvit_kernels.bench.gpu.measure import Plan, measure, with_limits
 from fastvit_kernels.bench.gpu.peers import OURS, VARIANTS
 from fastvit_kernels.bench.gpu.rows import TIMED_OUT, CheckRow, Conditions, Row
@@ -34,13 +34,27 @@ MakeWorker = Callable[[], Worker]
 Kind = TypeVar("Kind", Row, CheckRow)
 
 _START, _CHECK = 120.0, 120.0
-# What a row may take at most; and what one of its kind is expected to take, compiled or not, of a model or of an
-# operator, before any has been measured: guesses, as no GPU has run any of this yet.
-_LIMITS = {"compile": 300.0, "others": 120.0}
-_EXPECTED = {("compile", True): 60.0, ("compile", False): 30.0, ("others", True): 8.0, ("others", False): 3.0}
+# What a row may take at most; and what one of its kind is expected to take, before any has been measured: guesses, as
+# no GPU has run any of this yet. What trains is compiled twice: once for the few images on which it is judged.
+_LIMITS = {"compile": 300.0, "compile, training": 450.0, "others": 120.0}
+_EXPECTED = {
+    ("compile", True): 60.0,
+    ("compile", False): 30.0,
+    ("compile, training", True): 150.0,
+    ("compile, training", False): 60.0,
+    ("others", True): 8.0,
+    ("others", False): 4.0,
+}
 _EXPECTED_CHECK = 3.0
 # What is repeated on request, and a defect where it is a check or a row of ours.
 _LOST = (FAILED, TIMED_OUT)
+
+
+class Part(NamedTuple):
+    """Rows, the most important first, and the checks of correctness that come before them."""
+
+    jobs: Sequence[Job]
+    checks: Sequence[Check] = ()
 
 
 @dataclass(frozen=True)
@@ -48,8 +62,7 @@ class Request:
     """What is wanted.
 
     Attributes:
-        jobs: the rows, the most important first.
-        checks: of correctness, before any row.
+        parts: one after the other; a check that several have is done once.
         output: folder of the files.
         minutes: nothing is started that would end after them.
         processes: that share the device while nothing is timed.
@@ -58,14 +71,21 @@ class Request:
         find: makes the jobs' cases.
     """
 
-    jobs: Sequence[Job]
-    checks: Sequence[Check]
+    parts: Sequence[Part]
     output: Path
     minutes: float = 30.0
     processes: int = 1
     plan: Plan = field(default_factory=Plan)
     retry: bool = False
     find: Find = find
+
+    @property
+    def jobs(self) -> list[Job]:
+        return list(dict.fromkeys(job for part in self.parts for job in part.jobs))
+
+    @property
+    def checks(self) -> list[Check]:
+        return list(dict.fromkeys(check for part in self.parts for check in part.checks))
 
 
 class Outcome(NamedTuple):
@@ -116,7 +136,9 @@ def estimate(jobs: Iterable[Job], checks: int, processes: int) -> float:
 
 
 def _class(job: Job) -> str:
-    return "compile" if job.peer == "compile" else "others"
+    if job.peer != "compile":
+        return "others"
+    return "compile, training" if job.mode == TRAINING else "compile"
 
 
 def _kind(job: Job) -> tuple[str, bool]:
@@ -139,11 +161,14 @@ def run(request: Request, make_worker: MakeWorker, say: Say, clock: Callable[[],
     worker = make_worker()
     try:
         conditions, limits = _conditions(worker)
-        checks = _check(request, make_worker, conditions, budget, say)
-        failed = {f"{row.operator}:{row.backend}" for row in checks.values() if row.status in _LOST}
-        found: dict[Job, Row] = {}
-        if len(checks) == len(request.checks):
-            found = _measure(request, worker, conditions, limits, budget, sorted(failed), say)
+        checks = _checked_before(request, conditions)
+        found = _measured_before(request, conditions)
+        _announce(request, checks, found, conditions, say)
+        for part in request.parts:
+            _check(request, part, checks, make_worker, conditions, budget, say)
+            if checks.keys() >= set(part.checks):
+                failed = {f"{row.operator}:{row.backend}" for row in checks.values() if row.status in _LOST}
+                _measure(request, part, found, worker, conditions, limits, budget, sorted(failed), say)
     finally:
         worker.close()
     return Outcome(
@@ -177,6 +202,7 @@ def _conditions(worker: Worker) -> tuple[Conditions, Roofline]:
         cuda=torch.version.cuda or "",
         fastvit_kernels=machine.version("fastvit-kernels"),
         sources=machine.sources(),
+        tuning=machine.tuned(),
         commit=machine.commit(),
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     )
@@ -193,15 +219,44 @@ def _check_on(device: Device, check: Check) -> CheckRow:
     return CheckRow(*check, OK)
 
 
-def _check(
-    request: Request, make_worker: MakeWorker, conditions: Conditions, budget: Budget, say: Say
-) -> dict[Check, CheckRow]:
-    """The results of all checks that were done, now or before."""
+def _checked_before(request: Request, conditions: Conditions) -> dict[Check, CheckRow]:
     path = files.checks_file(request.output, conditions.device)
     known = _known(files.read_checks(path), conditions, request.retry) if path.exists() else []
     wanted = set(request.checks)
-    found = {row.check: row for row in known if row.check in wanted}
-    pending = iter([check for check in request.checks if check not in found])
+    return {row.check: row for row in known if row.check in wanted}
+
+
+def _measured_before(request: Request, conditions: Conditions) -> dict[Job, Row]:
+    path = files.rows_file(request.output, conditions.device)
+    known = _known(files.read(path), conditions, request.retry) if path.exists() else []
+    wanted = set(request.jobs)
+    return {row.job: row for row in known if row.job in wanted}
+
+
+def _announce(
+    request: Request, checks: Collection[Check], found: Collection[Job], conditions: Conditions, say: Say
+) -> None:
+    left = [job for job in request.jobs if job not in found]
+    minutes = estimate(left, len(request.checks) - len(checks), request.processes)
+    say(
+        f"{conditions.device}: {len(request.checks)} checks, {len(checks)} of them done before; {len(request.jobs)} "
+        f"rows, {len(found)} of them done before; the others take about {minutes:.0f} minutes"
+    )
+
+
+def _check(
+    request: Request,
+    part: Part,
+    found: dict[Check, CheckRow],
+    make_worker: MakeWorker,
+    conditions: Conditions,
+    budget: Budget,
+    say: Say,
+) -> None:
+    """Do the part's checks that are not among those found, and add them."""
+    path = files.checks_file(request.output, conditions.device)
+    waiting = [check for check in part.checks if check not in found]
+    pending = iter(waiting)
     lock = threading.Lock()
 
     def work(index: int) -> None:
@@ -229,17 +284,11 @@ def _check(
         finally:
             worker.close()
 
-    left = len(request.checks) - len(found)
-    processes = max(min(request.processes, left), 1)
-    minutes = estimate([], left, processes)
-    say(
-        f"correctness on {conditions.device}: {len(request.checks)} checks, {len(found)} of them done before; "
-        f"the others take about {minutes:.0f} minutes"
-    )
-    if left:
+    processes = min(request.processes, len(waiting))
+    if waiting and budget.left > 0:
+        say(f"{len(waiting)} checks of correctness")
         with ThreadPoolExecutor(processes) as pool:
             list(pool.map(work, range(processes)))
-    return found
 
 
 def _known(records: Iterable[tuple[Kind, Conditions]], conditions: Conditions, retry: bool) -> list[Kind]:
@@ -249,21 +298,18 @@ def _known(records: Iterable[tuple[Kind, Conditions]], conditions: Conditions, r
 
 def _measure(
     request: Request,
+    part: Part,
+    found: dict[Job, Row],
     worker: Worker,
     conditions: Conditions,
     limits: Roofline,
     budget: Budget,
     distrusted: Collection[str],
     say: Say,
-) -> dict[Job, Row]:
-    """The rows that there are, from now or before."""
+) -> None:
+    """Measure the part's rows that are not among those found, and add them."""
     path = files.rows_file(request.output, conditions.device)
-    known = _known(files.read(path), conditions, request.retry) if path.exists() else []
-    wanted = set(request.jobs)
-    found = {row.job: row for row in known if row.job in wanted}
-    left = estimate([job for job in request.jobs if job not in found], 0, 1)
-    say(f"{len(request.jobs)} rows, {len(found)} of them done before; the others take about {left:.0f} minutes")
-    for job in request.jobs:
+    for job in part.jobs:
         if job in found or budget.left < budget.expected(job):
             continue
         limit = min(_LIMITS[_class(job)], budget.left)
@@ -284,11 +330,11 @@ def _measure(
         files.append(path, row, conditions)
         found[job] = row
         say(f"{job}: {_summary(row)}")
-    return found
 
 
 def _summary(row: Row) -> str:
     if row.p50_ms is None:
         return f"{row.status}: {row.reason[:120]}"
     assert row.floor_multiple is not None and not math.isnan(row.p50_ms)
-    return f"{row.p50_ms:.4g} ms, {row.floor_multiple:.2f} x floor"
+    text = f"{row.p50_ms:.4g} ms, {row.floor_multiple:.2f} x floor"
+    return f"{text}; {row.reason[:120]}" if row.reason else text

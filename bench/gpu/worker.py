@@ -105,4 +105,6 @@ def _serve(connection: Connection, make_device: Callable[[], Device]) -> None:
         except Exception as error:
             connection.send((False, answer if isinstance(answer, Exception) else Lost(str(error))))
             return
-        connection.send((True, answer))
+        connection.send((not device.spoiled, answer))
+        if device.spoiled:
+            return

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from fastvit_kernels.bench.gpu.device import Device
-from fastvit_kernels.bench.gpu.jobs import FORWARD, OPERATORS, STREAM, TRAINING, Find, Job, cases_of, find
+from fastvit_kernels.bench.gpu.jobs import FORWARD, GRAPH, OPERATORS, TRAINING, Find, Job, cases_of, find
 from fastvit_kernels.bench.gpu.measure import Plan, judge, made, repeated
 from fastvit_kernels.bench.gpu.peers import prepare
 from fastvit_kernels.bench.gpu.worker import Lost, TimedOut, Worker
@@ -223,14 +223,15 @@ def _tune(
 
 
 def try_config(device: Device, call: Call, place: Place, config: Config, find: Find, plan: Plan) -> float:
-    """Milliseconds of the call with this configuration, once its numbers are right.
+    """Milliseconds of the call with this configuration, replayed from a graph, once its numbers are right.
 
     Raises:
         NumericsError: they are not.
+        CaptureRefused: no graph holds the call.
     """
-    job = Job(*call, "triton", STREAM)
+    job = Job(*call, "triton", GRAPH)
     with tuning.using(with_config(place, config)):
         judged = made(find, job._replace(batch=_JUDGED), device)
         judge(job, judged, prepare(job, judged))
         step = prepare(job, made(find, job, device))
-        return 1e3 * median(repeated(device, step, plan, cold=True))
+        return 1e3 * median(repeated(device, device.capture(step), plan, cold=True))

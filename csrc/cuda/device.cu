@@ -2,7 +2,7 @@
 
 namespace fk {
 
-int64_t most_shared_memory() { return shared_memory_of_device(); }
-int64_t multiprocessors() { return multiprocessors_of_device(); }
+const char* most_shared_memory(int64_t* to) { return shared_memory_of_device(to); }
+const char* multiprocessors(int64_t* to) { return multiprocessors_of_device(to); }
 
 }  // namespace fk

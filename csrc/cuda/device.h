@@ -27,14 +27,20 @@ inline const char* message_of(cudaError_t error) {
   return cudaGetErrorString(error);
 }
 
-inline int64_t attribute_of_device(cudaDeviceAttr attribute) {
+inline const char* attribute_of_device(cudaDeviceAttr attribute, int64_t* to) {
   int device = 0, value = 0;
-  if (message_of(cudaGetDevice(&device))) return 0;
-  return message_of(cudaDeviceGetAttribute(&value, attribute, device)) ? 0 : value;
+  if (const char* problem = message_of(cudaGetDevice(&device))) return problem;
+  if (const char* problem = message_of(cudaDeviceGetAttribute(&value, attribute, device))) return problem;
+  *to = value;
+  return nullptr;
 }
 
-inline int64_t shared_memory_of_device() { return attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
-inline int64_t multiprocessors_of_device() { return attribute_of_device(cudaDevAttrMultiProcessorCount); }
+inline const char* shared_memory_of_device(int64_t* to) {
+  return attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin, to);
+}
+inline const char* multiprocessors_of_device(int64_t* to) {
+  return attribute_of_device(cudaDevAttrMultiProcessorCount, to);
+}
 
 template <class Params>
 const char* launch_kernel(void (*kernel)(Params), int64_t blocks, int threads, int64_t shared, void* stream,

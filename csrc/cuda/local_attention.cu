@@ -299,8 +299,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 || kValueTiles > 8 ? 
           return pixel < 0 ? int64_t{-1} : (first_pixel + pixel) * value_channels + head * p.value_width;
         },
         [&](float value) { spread.add(value); });
-    // The other warps fill the next head's queries.
-    __syncthreads();
+    // A block with another head makes its queries, and `multiply` waits for all warps before they are put there.
   }
 
   if (projects)

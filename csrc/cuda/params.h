@@ -160,9 +160,10 @@ struct MergeMoments {
   int32_t samples, parts;
 };
 
-// Shared memory that the current device lets a block have, and its multiprocessors; 0 when CUDA does not say.
-int64_t most_shared_memory();
-int64_t multiprocessors();
+// Shared memory that the current device lets a block have, and its multiprocessors; what is returned is null, or what
+// CUDA said.
+const char* most_shared_memory(int64_t* to);
+const char* multiprocessors(int64_t* to);
 
 // Every launch returns null, or what CUDA said.
 const char* launch(const LocalAttention& p, void* stream);

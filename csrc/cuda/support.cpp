@@ -40,6 +40,20 @@ void check_tokens(const Tensor& x) {
                   "x: expected less than 2^20 channels, and 2^30 samples and tokens");
 }
 
+int64_t most_shared_memory() {
+  int64_t bytes = 0;
+  const char* problem = most_shared_memory(&bytes);
+  STD_TORCH_CHECK(!problem, "CUDA, asked for the shared memory of a block: ", problem);
+  return bytes;
+}
+
+int64_t multiprocessors() {
+  int64_t count = 0;
+  const char* problem = multiprocessors(&count);
+  STD_TORCH_CHECK(!problem, "CUDA, asked for the multiprocessors: ", problem);
+  return count;
+}
+
 void check_shared_memory(int64_t bytes) {
   const int64_t most = most_shared_memory();
   STD_TORCH_CHECK(bytes <= most, "shared memory: a block needs ", bytes, " bytes of shared memory, and has at most ",

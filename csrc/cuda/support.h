@@ -43,6 +43,9 @@ ScalarType promoted(ScalarType dtype, const std::optional<Tensor>& residual);
 
 // Tokens [B, N, C] where the kernels run, of sizes that their 32-bit indices can count.
 void check_tokens(const Tensor& x);
+// As the functions that take a place to write to; they raise what CUDA said.
+int64_t most_shared_memory();
+int64_t multiprocessors();
 // That a block of this many bytes of shared memory finds room on the current device.
 void check_shared_memory(int64_t bytes);
 

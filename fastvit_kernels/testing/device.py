@@ -13,7 +13,8 @@ from fastvit_kernels import _extension, use_backend
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.operator import BackwardBackend
 from fastvit_kernels.testing.calls import Call, Results, as_list, cotangents
-from fastvit_kernels.testing.contract.base import ContractBase, forward, run
+from fastvit_kernels.testing.contract.base import ContractBase, expected, forward, run
+from fastvit_kernels.testing.contract.base import check as hold_to_rule
 from fastvit_kernels.testing.inputs import BF16, BF16_FP32, CASES, FP16, FP32, Case
 from fastvit_kernels.testing.numerics import NumericsError
 from fastvit_kernels.testing.raw import raw_call
@@ -32,7 +33,8 @@ class Check(NamedTuple):
         operator, case, precision: the call, as in `fastvit_kernels.testing.inputs`.
         backend: asked for by name.
         what: `"forward"` and `"gradients"` are within the numerics rule; a captured `"graph"` of the call, or a `"graph
-            of gradients"` of forward and backward, waits for nothing, and a replay gives what the calls gave.
+            of gradients"` of forward and backward, waits for nothing, and a replay gives what the calls gave: to the
+            bit, but for gradients of `sdpa`, which are within the rule.
     """
 
     operator: str
@@ -128,7 +130,13 @@ def _check_graph(case: Case, check: Check, device: str, capture: Callable[..., C
         for result in replay():
             result.fill_(float("nan"))
         found = replay()
-    if not all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True)):
+    if check.backend == "sdpa" and check.what == TRAINING_GRAPH:
+        # PyTorch's attention may add gradients up in another order every time.
+        exact, low = expected(case, PRECISIONS[check.precision])
+        names = [name for name, gradient in exact.gradients.items() if gradient is not None]
+        gradients = {name: f.cpu() for name, f in zip(names, found, strict=True)}
+        hold_to_rule(Results([], gradients, {}), exact._replace(outputs=[]), low._replace(outputs=[]), case.vanishing)
+    elif not all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True)):
         raise NumericsError("a replay of the graph gives something else than the call")
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
+from unittest import mock
 
 import gpu_host
 import pytest
@@ -13,7 +16,7 @@ from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.flops import Cost
 from fastvit_kernels.bench.gpu import measure as measuring
 from fastvit_kernels.bench.gpu import peers
-from fastvit_kernels.bench.gpu.device import Gpu
+from fastvit_kernels.bench.gpu.device import CaptureRefused, Gpu
 from fastvit_kernels.bench.gpu.jobs import BATCHES, FORWARD, GRAPH, MODELS, OPERATORS, STREAM, TRAINING, Job, all_jobs
 from fastvit_kernels.bench.gpu.jobs import find as find_published
 from fastvit_kernels.bench.gpu.measure import Plan, measure, with_limits
@@ -80,13 +83,64 @@ def test_a_row_from_a_graph(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     capture = Host.capture
     monkeypatch.setattr(Host, "capture", lambda self, run: captured.append(1) or capture(self, run))
     row = _measured(_job("pointwise_mlp", mode, launch=GRAPH))
-    assert row.status == OK and row.launch == GRAPH and captured == [1] and row.peak_mb is None, row.reason
+    assert row.status == OK and row.launch == GRAPH and captured == [1] and row.peak_mb == 3.0, row.reason
 
 
-def test_a_graph_with_other_results_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mode", "judged"), [(FORWARD, 8), (TRAINING, 8), (TRAINING, 1)])
+def test_a_graph_with_other_results_gets_no_time(mode: str, judged: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of more images than are judged are compared with those of the call."""
+    monkeypatch.setattr(measuring, "JUDGED", judged)
+    assert _measured(_job("pointwise_mlp", mode, launch=GRAPH)).status == OK
     monkeypatch.setattr(Host, "capture", lambda self, run: lambda: tuple(1.1 * y for y in run()))
+    row = _measured(_job("pointwise_mlp", mode, launch=GRAPH))
+    assert row.status == FAILED and row.p50_ms is None
+    assert ("difference" if judged == 1 else "error") in row.reason
+
+
+def test_what_no_graph_holds_is_timed_without_one_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Host, run: object) -> None:
+        raise CaptureRefused("RuntimeError: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Host, "capture", refuse)
     row = _measured(_job("pointwise_mlp", launch=GRAPH))
-    assert row.status == FAILED and "error" in row.reason and row.p50_ms is None
+    assert row.status == OK and row.p50_ms is not None and row.job == _job("pointwise_mlp", launch=GRAPH)
+    assert row.variant == "cast-uncaptured" and "not from a graph: RuntimeError: operation not perm" in row.reason
+    # Models have rows without graphs anyway.
+    row = _measured(_job("cvt_13", launch=GRAPH))
+    assert row.status == FAILED and row.p50_ms is None and "CaptureRefused" in row.reason
+
+
+def test_a_refused_capture_names_its_cause_and_spoils_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, streams = mock.MagicMock(), []
+
+    @contextlib.contextmanager
+    def graph(recorded: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("the end of the capture")
+
+    calls = []
+
+    def run() -> None:
+        calls.append(1)
+        if len(calls) > 3:
+            raise ValueError("not while capturing")
+
+    for name, value in {
+        "Stream": mock.MagicMock,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda: usual,
+        "set_stream": streams.append,
+        "CUDAGraph": mock.MagicMock,
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    device = Gpu()
+    assert not device.spoiled
+    with pytest.raises(CaptureRefused, match="^ValueError: not while capturing$"):
+        device.capture(run)
+    assert device.spoiled and streams == [usual]
 
 
 def test_compiled_row() -> None:
@@ -262,16 +316,20 @@ def test_everything_asked_for_is_a_job() -> None:
     jobs = all_jobs()
     assert len(set(jobs)) == len(jobs)
     kinds = {(job.suite, job.batch, job.mode, job.launch) for job in jobs}
-    for suite in (*MODELS, *OPERATORS):
-        for mode in (FORWARD, TRAINING):
+    for mode in (FORWARD, TRAINING):
+        for suite in MODELS:
             assert {(suite, batch, mode, STREAM) for batch in BATCHES} <= kinds
             assert (suite, 1, mode, GRAPH) in kinds and (suite, 64, mode, GRAPH) not in kinds
+        for suite in OPERATORS:
+            assert {(suite, batch, mode, GRAPH) for batch in BATCHES} <= kinds
+            assert (suite, 64, mode, STREAM) not in kinds
     cases = {(job.suite, job.case) for job in jobs}
     assert cases == {(name, case.name) for name in (*MODELS, *OPERATORS) for case in SUITES[name](1)}
     assert {job.peer for job in jobs} == set(PEERS)
     # Those that the goals are about come first.
-    first = jobs[: 2 * 3 * len(MODELS)]
-    assert {(job.suite, job.batch) for job in first} == {(name, 64) for name in MODELS}
+    first = [job[:5] for job in jobs[: 4 * len(MODELS)]]
+    compared = ("fastvit", "eager", "compile", "sdpa")
+    assert first == [(name, name, 64, FORWARD, peer) for name in MODELS for peer in compared]
     assert all(job.peer in OURS for job in jobs if job.peer in ("triton", "cuda"))
     two = {job.suite for job in jobs if job.peer == "cuda"}
     assert two == {"conv_projection", "depthwise_mlp", "local_attention"}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import gpu_host
 import pytest
@@ -14,20 +16,34 @@ import torch
 from gpu_host import Broken, Host, Inline, Losing, find
 
 import fastvit_kernels
+from fastvit_kernels import models
 from fastvit_kernels.bench import cli, machine
 from fastvit_kernels.bench.gpu import cli as gpu_cli
 from fastvit_kernels.bench.gpu import measure as measuring
 from fastvit_kernels.bench.gpu import preferences, report
 from fastvit_kernels.bench.gpu import rows as files
 from fastvit_kernels.bench.gpu import run as running
-from fastvit_kernels.bench.gpu.jobs import FORWARD, GRAPH, MODELS, OPERATORS, STREAM, TRAINING, Job, all_jobs, core_jobs
+from fastvit_kernels.bench.gpu.jobs import (
+    FORWARD,
+    GRAPH,
+    MODELS,
+    OPERATORS,
+    OPERATORS_OF,
+    STREAM,
+    TRAINING,
+    Job,
+    all_jobs,
+    core_jobs,
+)
 from fastvit_kernels.bench.gpu.measure import Plan, measure
 from fastvit_kernels.bench.gpu.rows import TIMED_OUT, CheckRow, Conditions, Row
-from fastvit_kernels.bench.gpu.run import Request, run
+from fastvit_kernels.bench.gpu.run import Part, Request, run
 from fastvit_kernels.bench.gpu.worker import Lost, TimedOut, Worker
 from fastvit_kernels.bench.results import FAILED, OK, UNAVAILABLE
 from fastvit_kernels.demo.errors import UserError
 from fastvit_kernels.ops import library, tuning
+from fastvit_kernels.ops.triton_configs import Config
+from fastvit_kernels.ops.tuning import Launch, Preference
 from fastvit_kernels.testing import device as checking
 from fastvit_kernels.testing.device import Check, checks, run_check
 from fastvit_kernels.testing.inputs import CASES, tagged
@@ -35,6 +51,7 @@ from fastvit_kernels.testing.numerics import NumericsError
 
 PLAN = Plan(seconds=0.0, fewest=2, most=2)
 JOBS = [Job("pointwise_mlp", "tiny", 2, FORWARD, peer, STREAM) for peer in ("fastvit", "eager")]
+OTHERS = ["cuda", "sdpa"]
 GOOD = Check("pointwise_mlp", "tiny", "float32", "cpu", "forward")
 BAD = Check("pointwise_mlp", "no such case", "float32", "cpu", "forward")
 CONDITIONS = Conditions(
@@ -48,9 +65,13 @@ CONDITIONS = Conditions(
     cuda="13.0",
     fastvit_kernels="0.1.0",
     sources="0123456789ab",
+    tuning="",
     commit="",
     date="2026-01-02",
 )
+LAUNCH = Launch("linear", "sm_90", "half", 192, 768, Config(32, 128, 64, 8, 4), "NVIDIA Test 1", 0.05, 0.06)
+TIMES = {"triton": 1.5, "cuda": 2.0}
+PREFERENCE = Preference("depthwise_mlp", "NVIDIA Test 1", "9.0", "bfloat16", FORWARD, 64, TIMES, "nvidia-test-1.csv")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +85,7 @@ def good_check() -> Check:
 
 
 def _request(folder: Path, jobs=JOBS, checks=(), **options) -> Request:
-    return Request(jobs, list(checks), folder, plan=PLAN, find=find, **options)
+    return Request([Part(jobs, list(checks))], folder, plan=PLAN, find=find, **options)
 
 
 def _run(request: Request, worker=None, **options):
@@ -257,11 +278,14 @@ def test_processes() -> None:
         with pytest.raises(Lost, match="illegal memory access"):
             worker.run(gpu_host.lose, limit=60)
         third, _ = worker.run(gpu_host.process, limit=60)
-        assert len({pid, second, third}) == 3
+        # It answers, and another does what comes next.
+        assert worker.run(gpu_host.spoil, limit=60) == third
+        fourth, _ = worker.run(gpu_host.process, limit=60)
+        assert len({pid, second, third, fourth}) == 4
     finally:
         worker.close()
     with pytest.raises(ProcessLookupError):
-        os.kill(third, 0)
+        os.kill(fourth, 0)
 
 
 def test_checks_of_every_operator_and_backend() -> None:
@@ -303,6 +327,28 @@ def test_checks_find_what_is_wrong(what: str, monkeypatch: pytest.MonkeyPatch) -
         run_check(check, device.type, device.capture)
 
 
+@pytest.mark.parametrize(
+    ("operator", "backend", "factor", "holds"),
+    [
+        ("global_attention", "sdpa", 1.0005, True),
+        ("global_attention", "sdpa", 1.05, False),
+        ("pointwise_mlp", "triton", 1.0005, False),
+    ],
+)
+def test_only_gradients_of_sdpa_may_differ_from_replay_to_replay(
+    operator: str, backend: str, factor: float, holds: bool
+) -> None:
+    def capture(run):
+        made = run()
+        return lambda: [result.copy_(factor * gradient) for result, gradient in zip(made, run(), strict=True)]
+
+    smallest = str(tagged(CASES[operator], "smallest")[0])
+    check = Check(operator, smallest, "bfloat16-with-float32-parameters", backend, "graph of gradients")
+    assert check in checks([backend], [check.precision])
+    with contextlib.nullcontext() if holds else pytest.raises(NumericsError):
+        run_check(check, "cpu", capture)
+
+
 def _row(peer: str, p50: float | None, **changes) -> Row:
     backends = {"fastvit": "global_attention:triton:64", "triton": "global_attention:triton:64"}
     backends |= {"cuda": "global_attention:cuda:64", "fastvit_sdpa": "global_attention:sdpa:64"}
@@ -332,7 +378,7 @@ def test_files_round_trip_and_the_last_row_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "same"),
     [({"date": "2027-01-01", "copy_tbs": 4.2, "commit": "x"}, True), ({"sources": "x"}, False)]
-    + [({name: "x"}, False) for name in ("device", "torch", "triton", "cuda")],
+    + [({name: "x"}, False) for name in ("device", "torch", "triton", "cuda", "tuning")],
 )
 def test_what_makes_a_measurement_another_one(change: dict[str, object], same: bool) -> None:
     assert CONDITIONS.repeats(replace(CONDITIONS, **change)) is same
@@ -350,6 +396,57 @@ def test_sources_stand_for_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert machine.sources() != before
 
 
+def _tuned(folder: Path, launches=(), preferences=()) -> str:
+    """What stands for a user's file with these entries."""
+    path = folder / "tuning.json"
+    tuning.write(path, tuning.Tuning(tuple(launches), tuple(preferences)))
+    with tuning.using(tuning.read(path)):
+        return machine.tuned()
+
+
+def test_tuning_stands_for_what_it_decides(tmp_path: Path) -> None:
+    assert _tuned(tmp_path) == ""
+    faster = _tuned(tmp_path, [LAUNCH])
+    assert faster not in ("", _tuned(tmp_path, [replace(LAUNCH, config=LAUNCH.config._replace(num_warps=4))]))
+    assert _tuned(tmp_path, [replace(LAUNCH, milliseconds=0.04, device="another")]) == faster
+    # It decides nothing.
+    assert _tuned(tmp_path, [replace(LAUNCH, width=64, milliseconds=0.0, usual_milliseconds=0.0)]) == ""
+    by_times = _tuned(tmp_path, preferences=[PREFERENCE])
+    assert by_times == _tuned(tmp_path, preferences=[replace(PREFERENCE, milliseconds={"triton": 1.0, "cuda": 1.5})])
+    others = [{"milliseconds": {"triton": 3.0, "cuda": 2.0}}, {"channels": 128}, {"mode": TRAINING}]
+    assert all(by_times != _tuned(tmp_path, preferences=[replace(PREFERENCE, **other)]) for other in others)
+
+
+def test_rows_are_measured_again_once_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark, tuning, the benchmark: neither the old times nor both in one table."""
+    _run(_request(tmp_path))
+    path = tmp_path / "tuning.json"
+    tuning.write(path, tuning.Tuning((LAUNCH,)))
+    monkeypatch.setenv(tuning.VARIABLE, str(path))
+    monkeypatch.setattr(tuning, "_chosen", None)
+    outcome, worker, _ = _run(_request(tmp_path))
+    assert _measured(worker) == JOBS
+    records = files.read(outcome.file)
+    before, after = report.groups(records)
+    assert {c.tuning for c in before.conditions} == {""} and {c.tuning for c in after.conditions} == {machine.tuned()}
+    assert [len(group.rows) for group in (before, after)] == [2, 2]
+    assert f"tuning {machine.tuned()}" in report.markdown(records)
+    _, worker, _ = _run(_request(tmp_path))
+    assert _measured(worker) == []
+
+
+def test_a_run_that_went_on_another_day_is_in_the_same_table() -> None:
+    later = replace(CONDITIONS, date="2026-01-03", commit="x", peak_tflops=810.0, copy_tbs=4.4)
+    records = [(_row("eager", 4.0), CONDITIONS), (_row("fastvit", 1.0), CONDITIONS), (_row("compile", 2.0), later)]
+    (group,) = report.groups(records)
+    assert [row.peer for row in group.ranked] == ["fastvit", "compile", "eager"]
+    text = report.markdown(records)
+    assert text.count("| peer |") == 1 and "| compile | 2 | 1.9 - 2.1 | 4.00 | 0.5 | 1 | 7 | 2.00 | 1.0e-03 |" in text
+    # Where and when each was measured.
+    assert "800 TFLOP/s bf16, 4.3 TB/s" in text and "810 TFLOP/s bf16, 4.4 TB/s" in text and "2026-01-03" in text
+    assert report._described([group]).splitlines() == [report.describe(CONDITIONS), report.describe(later)]
+
+
 def test_tables_and_pictures(tmp_path: Path) -> None:
     model = {"suite": "cvt_13", "case": "cvt_13", "backends": ""}
     rows = [_row("eager", 4.0), _row("fastvit", 1.0), _row("compile", None, status=UNAVAILABLE, reason="out of memory")]
@@ -357,24 +454,29 @@ def test_tables_and_pictures(tmp_path: Path) -> None:
     rows += [_row("eager", 40.0, **model), _row("fastvit", 10.0, **model), _row("eager", 9.0, **model, launch=GRAPH)]
     records = [(row, CONDITIONS) for row in rows]
     path = tmp_path / "gpu.csv"
-    tables, models, operators = report.write(records, path)
+    tables, of_models, of_operators = report.write(records, path)
     text = tables.read_text()
     assert text.startswith("**cvt_13, batch 64, forward**") and "in a graph" in text
     assert "| **fastvit** | **1** | **0.9 - 1.1** | **2.00** | **1** | **2** | **7** | **4.00** | **1.0e-03** |" in text
     assert "- compile unavailable: out of memory" in text and "800 TFLOP/s bf16, 4.3 TB/s, measured" in text
-    assert models.name == "gpu-models.png" and operators.name == "gpu-operators.png"
-    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in (models, operators))
+    assert of_models.name == "gpu-models.png" and of_operators.name == "gpu-operators.png"
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in (of_models, of_operators))
 
 
 def test_preferences_come_from_rows_that_can_be_compared(tmp_path: Path) -> None:
     rows = [_row("fastvit", 1.0), _row("triton", 1.0), _row("cuda", 4.0), _row("eager", 9.0), _row("sdpa", 2.0)]
     rows += [_row("fastvit", 4.0, batch=1), _row("triton", 4.0, batch=1), _row("cuda", 1.0, batch=1)]
     rows += [_row("fastvit_sdpa", 3.0), _row("fastvit_sdpa", 12.0, batch=1)]
-    # No times of the others at batch 1 but eager's; graphs and failures do not count.
-    rows += [_row("eager", 16.0, batch=1), _row("cuda", 0.01, launch=GRAPH)]
+    # No times of the others at batch 1 but eager's; failures do not count.
+    rows += [_row("eager", 16.0, batch=1)]
     rows += [_row("triton", 1.0, mode=TRAINING), _row("eager", None, mode=TRAINING, status=FAILED)]
     rows += [_row("eager", 5.0, case="s2"), _row("compile", 0.1)]
-    records = [(_row("cuda", 0.001), replace(CONDITIONS, sources="old")), *((row, CONDITIONS) for row in rows)]
+    rows = [replace(row, launch=GRAPH) for row in rows]
+    # The host's time, or something else's.
+    rows += [_row("cuda", 0.01), _row("cuda", 0.01, case="s3"), _row("triton", 0.01, case="s3")]
+    rows += [_row(p, 0.01, case="s4", launch=GRAPH, variant="cast-uncaptured") for p in ("cuda", "triton")]
+    old = replace(CONDITIONS, sources="old")
+    records = [(_row("cuda", 0.001, launch=GRAPH), old), *((row, CONDITIONS) for row in rows)]
     (found,) = preferences.preferences(records, "gpu.csv")
     assert (found.operator, found.device, found.capability) == ("global_attention", "NVIDIA Test 1", "9.0")
     assert (found.dtype, found.mode, found.channels, found.results) == ("bfloat16", "forward", 64, "gpu.csv")
@@ -393,7 +495,7 @@ def test_preferences_come_from_rows_that_can_be_compared(tmp_path: Path) -> None
 def test_preferences_are_by_dtype() -> None:
     times = {"bf16": (1.0, 2.0), "fp32": (4.0, 3.0), "fp16": (1.5, 2.5)}
     rows = [
-        _row(peer, time, dtype=dtype)
+        _row(peer, time, dtype=dtype, launch=GRAPH)
         for dtype, both in times.items()
         for peer, time in zip(("triton", "cuda"), both, strict=True)
     ]
@@ -409,41 +511,106 @@ def test_the_command_lists_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cuda", "--list", "--suite", "cvt_13", "--batch", "64", "--mode", "forward"]
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:-1] == [f"cvt_13, batch 64, forward, {peer}" for peer in ("fastvit", "eager", "sdpa", "compile")]
-    assert re.fullmatch(r"\d+ checks, then 4 rows: about \d+ minutes, by guess", lines[-1])
+    assert lines[:-1] == [f"cvt_13, batch 64, forward, {peer}" for peer in ("fastvit", "eager", "compile", "sdpa")]
+    assert re.fullmatch(r"\d+ checks and 4 rows: about \d+ minutes, by guess", lines[-1])
     assert cli.main([*arguments, "--peers", "eager", "--dtype", "fp32", "fp16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:-1] == [f"cvt_13, batch 64, forward, {dtype}, eager" for dtype in ("fp32", "fp16")]
 
 
-def test_the_core_comes_first_and_takes_half_an_hour() -> None:
+def test_the_core_comes_first_and_takes_an_hour() -> None:
     core = core_jobs()
     assert all_jobs()[: len(core)] == core
     assert {job.suite for job in core} == {*MODELS, *OPERATORS} and {job.batch for job in core} == {1, 64}
     stages = {job.case.partition("-stage")[2][:1] for job in core if "-stage" in job.case}
     assert stages == {"1", "2"} and {job.mode for job in core} == {FORWARD, TRAINING}
     # With the processes of a machine that has a GPU.
-    assert 10 < running.estimate(core, len(gpu_cli._checks(core, checking.BACKENDS)), 14) < 35
+    assert 30 < running.estimate(core, len(_checks_of(core, [])), 14) < 60
+    compiled = {(job.suite, job.batch, job.mode, job.launch) for job in core if job.peer == "compile"}
+    forward, training, graph = (64, FORWARD, STREAM), (64, TRAINING, STREAM), (1, FORWARD, GRAPH)
+    assert compiled == {(model, *kind) for model in MODELS for kind in (forward, training, graph)}
+
+
+def _checks_of(jobs: list[Job], without: list[str]) -> set[Check]:
+    return {check for part in gpu_cli._parts(jobs, without) for check in part.checks}
+
+
+def test_nine_minutes_compare_a_model_and_the_next_nine_go_on(tmp_path: Path) -> None:
+    """By the guesses of what checks and rows take, with the processes of a machine that has a GPU."""
+
+    class Guessed(Inline):
+        now = 0.0
+
+        def run(self, task, *arguments, limit):
+            self.tasks.append((task, arguments, limit))
+            if task is running._check_on:
+                self.now += running._EXPECTED_CHECK / 14
+                return CheckRow(*arguments[0], OK)
+            if task is measure:
+                self.now += running._EXPECTED[running._kind(arguments[0])]
+                return Row(*arguments[0], variant="", status=UNAVAILABLE)
+            return task(self.device, *arguments)
+
+    core = core_jobs()
+    request = Request(gpu_cli._parts(core, []), tmp_path, minutes=9, find=lambda *case: gpu_host.find("cvt_13", "", 1))
+    slices = []
+    for _ in range(2):
+        worker = Guessed()
+        _run(request, worker, clock=lambda worker=worker: worker.now)
+        assert any(task is running._check_on for task, *_ in worker.tasks)
+        slices.append(_measured(worker))
+    # Three models are compared with everybody in the first, all of them and operators after the second.
+    assert slices[0][:12] == core[:12]
+    done = {*slices[0], *slices[1]}
+    assert set(core[: 4 * len(MODELS)]) <= done and sum(job.suite in OPERATORS for job in done) > 50
+
+
+def test_a_part_waits_for_its_own_checks_alone(tmp_path: Path) -> None:
+    first, second, third = (check for check in checks(["cpu"], ["float32"])[:3])
+    parts = [Part(JOBS[:1], [first, second]), Part(JOBS[1:], [second, third])]
+    outcome, worker, _ = _run(Request(parts, tmp_path, plan=PLAN, find=find))
+    done = [arguments[0] for task, arguments, _ in worker.tasks if task in (measure, running._check_on)]
+    assert done == [first, second, JOBS[0], third, JOBS[1]] and outcome.complete
+    assert (outcome.checks, outcome.checks_done, outcome.rows) == (3, 3, 2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_models_call_the_operators_that_are_checked_before_them(model: str, training: bool) -> None:
+    called = set()
+
+    def call(operator, tensors, static, **options):
+        called.add(operator.name)
+        return operator.fake(tensors, static)
+
+    with (
+        torch.device("meta"),
+        torch.no_grad(),
+        mock.patch.object(library, "call", call),
+        mock.patch.object(library, "statistics_by_kernels", lambda *arguments: None),
+    ):
+        models.create_model(model).train(training)(torch.empty(2, 3, 224, 224))
+    assert called == set(OPERATORS_OF[model])
 
 
 def test_checks_are_of_what_is_measured() -> None:
-    (of_operator,) = {check.operator for check in gpu_cli._checks(JOBS[:1], ["triton"])}
+    (of_operator,) = {check.operator for check in _checks_of(JOBS[:1], OTHERS)}
     assert of_operator == "pointwise_mlp"
     for mode, kinds, precision in (
         (FORWARD, {"forward", "graph"}, "bfloat16"),
         (TRAINING, {"gradients", "graph of gradients"}, "bfloat16-with-float32-parameters"),
     ):
-        found = gpu_cli._checks([JOBS[0]._replace(mode=mode)], ["triton"])
+        found = _checks_of([JOBS[0]._replace(mode=mode)], OTHERS)
         assert {check.what for check in found} == kinds and {check.precision for check in found} == {precision}
-        of_model = gpu_cli._checks([Job("cvt_13", "cvt_13", 64, mode, "fastvit", STREAM)], ["triton"])
-        assert {check.operator for check in of_model} == set(library.operators) and set(found) < set(of_model)
-        queries = gpu_cli._checks([JOBS[0]._replace(suite="query_attention", mode=mode)], ["triton"])
+        of_model = _checks_of([Job("cvt_13", "cvt_13", 64, mode, "fastvit", STREAM)], OTHERS)
+        assert {check.operator for check in of_model} == set(OPERATORS_OF["cvt_13"]) and found < of_model
+        queries = _checks_of([JOBS[0]._replace(suite="query_attention", mode=mode)], OTHERS)
         assert {check.operator for check in queries} == {"global_attention"}
 
 
 def test_checks_are_in_the_dtypes_that_are_measured() -> None:
     jobs = [JOBS[0], JOBS[0]._replace(dtype="fp16", mode=TRAINING), JOBS[0]._replace(dtype="fp32")]
-    found = {(check.precision, check.what) for check in gpu_cli._checks(jobs, ["triton"])}
+    found = {(check.precision, check.what) for check in _checks_of(jobs, OTHERS)}
     expected = {("bfloat16", "forward"), ("bfloat16", "graph"), ("float16", "gradients"), ("float32", "forward")}
     assert found == expected
 
@@ -477,10 +644,10 @@ def test_the_command_runs_on_a_device(
     """All of it but the GPU itself."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(checking, "problems", lambda device: {"cuda": "not built: for this test"})
-    monkeypatch.setattr(gpu_cli, "_checks", lambda jobs, backends: checks(["cpu"], ["float32"])[:1])
+    monkeypatch.setattr(gpu_cli, "_parts", lambda jobs, without: [Part(jobs, checks(["cpu"], ["float32"])[:1])])
     monkeypatch.setattr(gpu_cli, "Worker", lambda device: Inline())
     monkeypatch.setattr(gpu_cli, "Request", functools.partial(Request, plan=PLAN, find=find))
-    wanted = [*JOBS, JOBS[0]._replace(peer="cuda")]
+    wanted = [job._replace(launch=GRAPH) for job in (*JOBS, JOBS[0]._replace(peer="cuda"))]
     monkeypatch.setattr(gpu_cli, "core_jobs", lambda: wanted)
     chosen = tmp_path / "tuning.json"
     arguments = ["--device", "cuda", "--output", str(tmp_path), "--preferences", str(chosen)]

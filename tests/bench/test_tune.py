@@ -254,10 +254,14 @@ def test_a_candidate_is_judged_before_it_is_timed(monkeypatch: pytest.MonkeyPatc
         submit(kernel, grid, args, options)
 
     monkeypatch.setattr(triton_support, "submit", listen)
+    captured = []
+    capture = Host.capture
+    monkeypatch.setattr(Host, "capture", lambda self, run: captured.append(1) or capture(self, run))
     for mode in (FORWARD, TRAINING):
         launched.clear()
         assert try_config(Host(), CALL._replace(mode=mode), FIRST, FASTER, find, plan) > 0
         assert 2 in launched and 4 in launched
+    assert captured == [1, 1]
 
     def skewed(kernel, grid, args, options):
         submit(kernel, grid, args, options)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_cases import OPERATORS, reasons, taken
-from cuda_emulator import EmulatorError
+from cuda_emulator import A100, EmulatorError
 
 from fastvit_kernels.ops import library, native
 from fastvit_kernels.testing import assert_within_rule
@@ -132,6 +132,14 @@ def test_shared_memory(emulator, monkeypatch, name, case, precision):
     torch.testing.assert_close(found, wanted)
     with pytest.raises(RuntimeError, match=f"needs {needed} bytes of shared memory"):
         emulator("raw", name, tensors, static, needed - 1)
+
+
+def test_a_device_that_does_not_answer_is_no_small_one(emulator):
+    for name in OPERATORS:
+        with pytest.raises(RuntimeError, match="asked for the shared memory of a block: the emulated device does not"):
+            emulator("raw", name, *smallest(name), -1)
+    with pytest.raises(RuntimeError, match="CUDA, asked for the multiprocessors: the emulated device does not work"):
+        emulator("raw", "conv_projection", *smallest("conv_projection"), A100, -1)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -19,19 +19,20 @@ def sanitize(root, tmp_path):
     """Runs the script with stand-ins of Python, which says what it lacks, and of the tool; returns what it did."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "tail").symlink_to(shutil.which("tail"))
+    for name in ("tail", "dirname"):
+        (folder / name).symlink_to(shutil.which(name))
 
     def stand_in(name, body):
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / name).chmod(0o755)
 
-    def call(problems="", tool=True, fails="none", python="python", importable=True, **environment):
+    def call(problems="", tool=True, fails="none", python="python", importable=True, command=None, **environment):
         stand_in("python", f"printf '{problems}'\nexit {0 if importable else 1}")
         if tool:
             log = 'printf "%s|" "$PYTORCH_NO_CUDA_MEMORY_CACHING" "$@"; echo'
             stand_in("compute-sanitizer", f"{log}\n[ $2 != {fails} ] || exit 9")
         done = subprocess.run(
-            ["/bin/sh", root / "tools" / "sanitize.sh", python, "-x"],
+            command or ["/bin/sh", root / "tools" / "sanitize.sh", python, "-x"],
             env={"PATH": str(folder), **environment},
             capture_output=True,
             text=True,
@@ -68,6 +69,15 @@ def test_what_is_missing_is_said(sanitize, options, messages):
     status, out, err = sanitize(**options)
     assert status == 1 and out == [] and len(err) == len(messages)
     assert all(line.startswith(f"missing: {message}") for line, message in zip(err, messages, strict=True))
+
+
+def test_the_tests_on_a_gpu_say_the_same(sanitize, root):
+    make = [shutil.which("make"), "--no-print-directory", "-C", str(root), "test-gpu", "PYTHON=python"]
+    status, out, err = sanitize(problems="a GPU: torch 2 sees none", tool=False, command=make)
+    assert status != 0 and out == [] and "missing: a GPU: torch 2 sees none" in err
+    # Nothing is missing: the stand-in is asked for the tests.
+    status, out, _ = sanitize(tool=False, command=make)
+    assert status == 0 and "python -m pytest tests/cuda/test_device.py" in out[0]
 
 
 def test_the_selection_means_the_cuda_kernels(tmp_path):

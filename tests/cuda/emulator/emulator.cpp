@@ -204,10 +204,16 @@ void multiply_all(void* const (&parts)[kWarp]) {
     }
 }
 
+// A device that was given a negative number does not work.
+const char* told(int64_t number, int64_t* to) {
+  *to = number;
+  return number < 0 ? "the emulated device does not work" : nullptr;
+}
+
 }  // namespace
 
-int64_t shared_memory_of_device() { return most_shared; }
-int64_t multiprocessors_of_device() { return processors; }
+const char* shared_memory_of_device(int64_t* to) { return told(most_shared, to); }
+const char* multiprocessors_of_device(int64_t* to) { return told(processors, to); }
 
 unsigned char* shared_memory() { return block.shared.get(); }
 

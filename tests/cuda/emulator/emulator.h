@@ -70,8 +70,8 @@ void wait_for_copies() {
 }
 inline int unknown(int value) { return value; }
 
-int64_t shared_memory_of_device();
-int64_t multiprocessors_of_device();
+const char* shared_memory_of_device(int64_t* to);
+const char* multiprocessors_of_device(int64_t* to);
 
 void run_grid(int64_t blocks, int threads, int64_t shared, const std::function<void()>& kernel);
 
