@@ -47,7 +47,7 @@ def _calls(model: str, precision: Precision, training: bool) -> list[tuple[Opera
         keep(operator, tensors, static, "gradients" if training else "forward")
         return operator.fake(tensors, static)
 
-    def statistics(operator: Operator, tensors: Tensors, static: Any, backend: str | None) -> None:
+    def statistics(operator: Operator, tensors: Tensors, static: Any, *options: Any) -> None:
         keep(operator, tensors, static, "statistics")
 
     autocast = None if precision.products == precision.parameters else precision.products
