@@ -54,6 +54,8 @@ def main(argv: Sequence[str]) -> int:
         UserError: there is no GPU, or what was asked for makes no sense.
     """
     options = _parser().parse_args(argv)
+    if options.report is not None:
+        return _report(options.report, options.preferences)
     jobs = _chosen(options)
     problems = {} if options.list else _problems()
     parts = _parts([job for job in jobs if job.peer not in problems], problems)
@@ -77,12 +79,21 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(str(error)) from error
     print(outcome)
     if outcome.file.exists():
-        records = files.read(outcome.file)
-        for path in report.write(records, outcome.file):
-            print(path)
-        if options.preferences is not None:
-            print(preferences.write(records, outcome.file.name, options.preferences))
+        _report(outcome.file, options.preferences)
     return 1 if outcome.checks_failed or outcome.ours_failed else 0
+
+
+def _report(rows: Path, preferred: Path | None) -> int:
+    """Write what follows from a file of rows, which takes no GPU."""
+    try:
+        records = files.read(rows)
+        for path in report.write(records, rows):
+            print(path)
+        if preferred is not None:
+            print(preferences.write(records, rows.name, preferred))
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="also write which backend was measured fastest into this tuning file; see FASTVIT_TUNING",
+    )
+    add(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: tables and pictures of a file of rows anew, beside it; takes no GPU",
     )
     add("--list", action="store_true", help="list the rows in their order and measure nothing")
     return parser

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastvit_kernels.bench.gpu.jobs import BF16, GRAPH, MODELS
+from fastvit_kernels.bench.gpu.measure import UNCAPTURED
 from fastvit_kernels.bench.gpu.peers import OURS
 from fastvit_kernels.bench.gpu.rows import Conditions, Row
 from fastvit_kernels.bench.results import OK
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Record = tuple[Row, Conditions]
-HEADER = ("peer", "median ms", "p20 - p80", "x floor", "TFLOP/s", "TB/s", "peak MB", "vs eager", "error")
+HEADER = ("peer", "median ms", "p20 - p80", "x floor", "TFLOP/s", "TB/s", "peak MB", "vs eager", "vs compile", "error")
+SUMMARY = ("fastvit", "median ms", "x floor", "vs eager", "vs compile", "vs sdpa", "peak MB of eager's")
 _OURS_COLOUR, _OTHERS_COLOUR, _INK = "#d9480f", "#9aa5b1", "#1f2933"
 _COLUMNS = 3
 _SHOWN = 64
@@ -49,23 +51,51 @@ class Group(NamedTuple):
         """The timed rows, the fastest first."""
         return sorted((row for row in self.rows if row.status == OK), key=lambda row: row.p50_ms or 0.0)
 
-    def speedup(self, row: Row) -> float | None:
-        eager = next((other.p50_ms for other in self.rows if other.peer == "eager"), None)
-        return None if eager is None or row.p50_ms is None else eager / row.p50_ms
+    def of(self, peer: str) -> Row | None:
+        """A peer's timed row."""
+        return next((row for row in self.rows if row.peer == peer and row.status == OK), None)
+
+    def speedup(self, row: Row, peer: str = "eager") -> float | None:
+        """How many times as long as this row the peer takes."""
+        other = self.of(peer)
+        return other.p50_ms / row.p50_ms if other and other.p50_ms and row.p50_ms else None
+
+    def memory(self, row: Row) -> float | None:
+        """The share of eager's memory that this row takes."""
+        eager = self.of("eager")
+        return row.peak_mb / eager.peak_mb if eager and eager.peak_mb and row.peak_mb is not None else None
 
     def cells(self, row: Row) -> tuple[str, ...]:
-        speedup = self.speedup(row)
         return (
-            row.peer,
+            label(row),
             f"{row.p50_ms:.4g}",
             f"{row.p20_ms:.4g} - {row.p80_ms:.4g}",
             f"{row.floor_multiple:.2f}",
             f"{row.tflops:.3g}",
             f"{row.tbs:.3g}",
             "" if row.peak_mb is None else f"{row.peak_mb:.4g}",
-            "" if speedup is None else f"{speedup:.2f}",
+            _ratio(self.speedup(row)),
+            _ratio(self.speedup(row, "compile")),
             f"{row.error:.1e}",
         )
+
+    def summary(self, row: Row) -> tuple[str, ...]:
+        speedups = [_ratio(self.speedup(row, peer)) for peer in ("eager", "compile", "sdpa")]
+        title = f"{self.title}, uncaptured" if uncaptured(row) else self.title
+        return title, f"{row.p50_ms:.4g}", f"{row.floor_multiple:.2f}", *speedups, _ratio(self.memory(row))
+
+
+def uncaptured(row: Row) -> bool:
+    """Whether a row should come from a graph and does not: its time may be the host's."""
+    return row.variant.endswith(UNCAPTURED)
+
+
+def label(row: Row) -> str:
+    return f"{row.peer}, uncaptured" if uncaptured(row) else row.peer
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def groups(records: Iterable[Record]) -> list[Group]:
@@ -91,18 +121,24 @@ def describe(conditions: Conditions) -> str:
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """One table per call, what has no time and why, and a line on where it was measured."""
-    blocks = []
-    for group in groups(records):
-        lines = [f"**{group.title}**", "", _pipes(HEADER), _pipes(["---", *["---:"] * (len(HEADER) - 1)])]
+    """A line per call, then a table per call, what has no time or no graph and why, and where it was measured."""
+    found = groups(records)
+    ours = [group.summary(row) for group in found if (row := group.of("fastvit")) is not None]
+    blocks = ["\n".join([*_head(SUMMARY), *map(_pipes, ours)])] if ours else []
+    for group in found:
+        lines = [f"**{group.title}**", "", *_head(HEADER)]
         for row in group.ranked:
             cells = group.cells(row)
             lines.append(_pipes([f"**{cell}**" if cell else "" for cell in cells] if row.peer in OURS else cells))
-        untimed = [row for row in group.rows if row.status != OK]
-        lines += ["", *(f"- {row.peer} {row.status}: {row.reason}" for row in untimed)] if untimed else []
-        blocks.append("\n".join(lines))
+        notes = [f"- {row.peer} {row.status}: {row.reason}" for row in group.rows if row.status != OK]
+        notes += [f"- {label(row)}: {row.reason}" for row in group.ranked if uncaptured(row)]
+        blocks.append("\n".join([*lines, "", *notes] if notes else lines))
     described = dict.fromkeys(describe(conditions) for _, conditions in records)
     return "\n\n".join([*blocks, *described]) + "\n"
+
+
+def _head(names: Sequence[str]) -> list[str]:
+    return [_pipes(names), _pipes(["---", *["---:"] * (len(names) - 1)])]
 
 
 def _pipes(cells: Iterable[str]) -> str:
@@ -139,7 +175,9 @@ def plot_floors(found: Sequence[Group], path: Path) -> None:
         for row in group.ranked:
             marker, size = _MARKERS[row.peer]
             colour = _OURS_COLOUR if row.peer in OURS else _OTHERS_COLOUR
-            axes.plot(row.floor_multiple, place, marker, color=colour, markersize=size)
+            # Hollow: the time of a call that no graph holds.
+            filling = "full" if not uncaptured(row) else "none"
+            axes.plot(row.floor_multiple, place, marker, color=colour, markersize=size, fillstyle=filling)
     for peer, (marker, size) in _MARKERS.items():
         colour = _OURS_COLOUR if peer in OURS else _OTHERS_COLOUR
         axes.plot([], [], marker, color=colour, markersize=size, label=peer)
@@ -184,7 +222,7 @@ def _panel(axes: Axes, group: Group) -> None:
         axes.annotate(f"{row.p50_ms:.4g}", (row.p50_ms, place), (4, 0), textcoords="offset points", va="center", size=8)
     assert rows[0].floor_ms is not None
     axes.axvline(rows[0].floor_ms, color=_INK, linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(rows)), [row.peer for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), list(map(label, rows)), fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_title(f"{group.title} (ms)", fontsize=8, loc="left", color=_INK)

@@ -13,7 +13,7 @@ import torch
 
 from fastvit_kernels.bench.gpu.cli import minutes
 from fastvit_kernels.bench.gpu.device import Gpu
-from fastvit_kernels.bench.gpu.jobs import MODES
+from fastvit_kernels.bench.gpu.jobs import BF16, MODES
 from fastvit_kernels.bench.gpu.worker import Worker
 from fastvit_kernels.bench.tune.run import Request, all_calls, dry_run, run
 from fastvit_kernels.demo.errors import UserError
@@ -23,6 +23,7 @@ from fastvit_kernels.ops.tuning import VARIABLE
 from fastvit_kernels.testing.triton_aot import compiling_process
 
 _ARCHITECTURE = "sm_90"
+_DTYPES = (BF16, "fp32")
 _ARCHITECTURES = r"sm_\d+|gfx[0-9a-f]+"
 
 
@@ -39,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
     if unknown := set(options.suite or ()) - set(suites):
         raise UserError(f"--suite {' '.join(sorted(unknown))}: expected some of {', '.join(suites)}")
     calls = [
-        call
+        call._replace(dtype=dtype)
+        for dtype in options.dtype
         for call in known
         if (options.suite is None or call.suite in options.suite)
         and call.mode in options.mode
@@ -104,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--suite", nargs="+", metavar="NAME", help="of operators; default: all")
     add("--case", default="*", metavar="PATTERN", help="only these of a suite's shapes")
     add("--mode", nargs="+", choices=MODES, default=MODES, help="default: both")
+    add(
+        "--dtype", nargs="+", choices=_DTYPES, default=_DTYPES[:1], help="of the products; bf16's tiles are fp16's, too"
+    )
     add("--kernel", nargs="+", choices=CONFIGS, metavar="NAME", help=f"of {', '.join(CONFIGS)}; default: all")
     add("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="that compile; default: %(default)s")
     add("--dry-run", action="store_true", help="list candidates and which compile well; takes no GPU")

@@ -28,9 +28,11 @@ class Call(NamedTuple):
     case: str
     batch: int
     mode: str
+    dtype: str = BF16
 
     def __str__(self) -> str:
-        return f"{self.suite} {self.case}, {self.mode}"
+        dtype = "" if self.dtype == BF16 else f", {self.dtype}"
+        return f"{self.suite} {self.case}, {self.mode}{dtype}"
 
 
 class Place(NamedTuple):
@@ -87,7 +89,7 @@ def autocast_without_memory(dtype: torch.dtype | None) -> Iterator[None]:
 def launches(call: Call, find: Find) -> Callable[[], None]:
     """Launches the kernels of a call on tensors without memory: its forward or, in training, its gradients."""
     case = replace(find(call.suite, call.case, call.batch), device="meta", _remembered={})
-    variant = VARIANTS[BF16, call.mode]
+    variant = VARIANTS[call.dtype, call.mode]
     module = case.fuse(stock(case, call.mode, variant))
     inputs = [x.requires_grad_(call.mode != FORWARD) for x in case.inputs(variant)]
     caught: list[tuple[Any, list[Any], Any]] = []

@@ -229,7 +229,7 @@ def try_config(device: Device, call: Call, place: Place, config: Config, find: F
         NumericsError: they are not.
         CaptureRefused: no graph holds the call.
     """
-    job = Job(*call, "triton", GRAPH)
+    job = Job(call.suite, call.case, call.batch, call.mode, "triton", GRAPH, call.dtype)
     with tuning.using(with_config(place, config)):
         judged = made(find, job._replace(batch=_JUDGED), device)
         judge(job, judged, prepare(job, judged))

@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::
                       views.array(t[kOutNormBias], "out_norm_bias", {out_channels}), static_cast<float>(*out_norm_eps),
                       static_cast<const float*>(statistics_of_result->const_data_ptr())};
     ResultNorm n = {};
-    n.y = {result.const_data_ptr(), p.dtype};
+    n.y = views.array(result, "y", {batch, tokens, out_channels});
     n.norm = norm_of_result;
     n.residual = residual;
     n.out = out.mutable_data_ptr();

@@ -12,8 +12,17 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(const Moments p) {
   const int64_t sample = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
   const int64_t begin = part * p.values_per_part;
   const int64_t end = begin + p.values_per_part < p.values ? begin + p.values_per_part : p.values;
+  const bool vectors = p.x.aligned && p.sample_stride % kVector<T> == 0 && p.values % kVector<T> == 0 &&
+                       p.values_per_part % kVector<T> == 0;
   SpreadSums sums;
-  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) sums.add(load<T>(p.x, sample * p.sample_stride + i));
+  for (int64_t i = begin + threadIdx.x * kVector<T>; i < end; i += kThreads * kVector<T>) {
+    const int count = end - i < kVector<T> ? static_cast<int>(end - i) : kVector<T>;
+    float values[kVector<T>];
+    load_values<T>(values, p.x, sample * p.sample_stride + i, count, vectors);
+#pragma unroll
+    for (int j = 0; j < kVector<T>; ++j)
+      if (j < count) sums.add(values[j]);
+  }
   const Spread all = merge_block(sums.result(), reinterpret_cast<Spread*>(shared_memory()));
   if (threadIdx.x == 0) reinterpret_cast<Spread*>(p.moments)[blockIdx.x] = all;
 }

@@ -1,5 +1,6 @@
 // What follows the results of all blocks: a GroupNorm of a sample's map, and the mean of its pixels.
 #include "moments.h"
+#include "rows.h"
 
 namespace fk {
 namespace {
@@ -24,17 +25,27 @@ __global__ void __launch_bounds__(kThreads) result_norm_kernel(const ResultNorm 
   const int64_t sample = blockIdx.x / blocks;
   const int begin = static_cast<int>(blockIdx.x % blocks) * p.rows_per_block;
   const float2 spread = spread_of(p.norm, sample);
+  const bool vectors = p.channels % kVector<T> == 0 && p.y.aligned && reinterpret_cast<uintptr_t>(p.out) % 16 == 0 &&
+                       (!p.residual.data || p.residual.aligned);
+  const int pieces = parts(p.channels, kVector<T>), rows = min(p.rows_per_block, p.tokens - begin);
   SpreadSums sums;
-  for (int row = begin + warp_index(); row < min(begin + p.rows_per_block, p.tokens); row += kWarps)
-    for (int c = lane_index(); c < p.channels; c += kWarp) {
-      const int64_t index = (sample * p.tokens + row) * p.channels + c;
-      float value = load_or<T>(p.residual, index, 0.0f);
-      if (row >= p.prefix) {
-        value += normalized<T>(p.norm, spread, c, load<T>(p.y, index));
-        sums.add(value);
+  for (int piece = threadIdx.x; piece < rows * pieces; piece += kThreads) {
+    const int row = begin + piece / pieces, c = piece % pieces * kVector<T>, count = min(p.channels - c, kVector<T>);
+    const int64_t index = (sample * p.tokens + row) * p.channels + c;
+    float values[kVector<T>] = {}, y[kVector<T>];
+    if (p.residual.data) load_values<T>(values, p.residual, index, count, vectors);
+    if (row >= p.prefix) {
+      load_values<T>(y, p.y, index, count, vectors);
+      const RowAffine<T> affine(p.norm, c, p.channels);
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) {
+        if (i >= count) break;
+        values[i] += (y[i] - spread.x) * spread.y * affine.weight[i] + affine.bias[i];
+        sums.add(values[i]);
       }
-      store<T>(p.out, p.out_dtype, index, value);
     }
+    store_values<T>(p.out, p.out_dtype, index, values, count, vectors);
+  }
   if (p.moments) {
     const Spread all = merge_block(sums.result(), reinterpret_cast<Spread*>(shared_memory()));
     if (threadIdx.x == 0) reinterpret_cast<Spread*>(p.moments)[blockIdx.x] = all;

@@ -131,11 +131,13 @@ Tensor group_statistics(const Stream& stream, const std::optional<Tensor>& given
     return *given;
   }
   const DType dtype = kernel_dtype(x.scalar_type());
+  const char* first = static_cast<const char*>(x.const_data_ptr()) + skipped * x.size(2) * size_of(dtype);
   Moments p = {};
-  p.x = {static_cast<const char*>(x.const_data_ptr()) + skipped * x.size(2) * size_of(dtype), dtype};
+  p.x = {first, dtype, is_aligned(first)};
   p.sample_stride = x.size(1) * x.size(2);
   p.values = (x.size(1) - skipped) * x.size(2);
-  p.values_per_part = std::max(parts(p.values, kMostParts), kFewestValues);
+  // Whole vectors of any dtype.
+  p.values_per_part = std::max(parts(parts(p.values, kMostParts), 16) * 16, kFewestValues);
   p.samples = static_cast<int32_t>(samples);
   p.parts = static_cast<int32_t>(parts(p.values, p.values_per_part));
   const Tensor moments = empty(x, {samples, p.parts, 3}, ScalarType::Float);

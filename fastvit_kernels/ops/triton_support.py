@@ -21,6 +21,7 @@ INTERPRETER = "interpreter"
 _WIDEST_NORM = 8192
 # Of a thread; and the warps of a program that may all have them.
 _MOST_REGISTERS = 255
+_UNALIGNED = "unaligned"
 _WARPS_WITH_ALL_REGISTERS = 8
 _WIDTH_WITH_ALL_REGISTERS = 64
 _interpreter_lock = threading.Lock()
@@ -151,7 +152,8 @@ def place(kernel: str, arithmetic: Arithmetic, width: int, *channels: int) -> tu
     if arithmetic.architecture == INTERPRETER:
         return kernel, INTERPRETER, "any", width, depth
     aligned = all(n % ALIGNMENT == 0 for n in (width, *channels))
-    return kernel, arithmetic.architecture, arithmetic.kind if aligned else "unaligned", width, depth
+    kind = arithmetic.kind if aligned else f"{_UNALIGNED} {arithmetic.kind}"
+    return kernel, arithmetic.architecture, kind, width, depth
 
 
 def usual(kernel: str, architecture: str, kind: str, width: int) -> Config:
@@ -163,6 +165,9 @@ def usual(kernel: str, architecture: str, kind: str, width: int) -> Config:
 
 def _row(kernel: str, architecture: str, kind: str, width: int) -> Config | None:
     table = CONFIGS[kernel]
+    if kind.startswith(_UNALIGNED):
+        # Tiles for these are small enough for every dtype; measured ones need not be.
+        kind = _UNALIGNED
     rows = table.get((architecture, kind)) or table["default", kind]
     return next((row for widest, row in rows if width <= widest), None)
 
@@ -170,8 +175,6 @@ def _row(kernel: str, architecture: str, kind: str, width: int) -> Config | None
 def all_registers(config: Config, kernel: str, arithmetic: Arithmetic, width: int, *channels: int) -> dict[str, int]:
     """Launch options with which threads get the registers that they need, where `ALL_REGISTERS` says so."""
     kind = place(kernel, arithmetic, width, *channels)[2]
-    if kind == "unaligned":
-        kind += f" {arithmetic.kind}"
     return _all_registers(arithmetic, config) if kind in ALL_REGISTERS.get(kernel, ()) else {}
 
 

@@ -29,7 +29,8 @@ class Launch:
     """The fastest configuration of a kernel for one pair of widths.
 
     Attributes:
-        kernel, architecture, kind: as in `triton_configs`.
+        kernel, architecture, kind: as in `triton_configs`, where widths that no vector load reads have one kind for all
+            products; here it is one for each, such as `"unaligned half"`.
         width, depth: columns of the result (of attention, of a head), and channels of the rows it is made from, 0 where
             that is all there is.
         config: tiles, warps and stages.

@@ -441,7 +441,10 @@ def test_a_run_that_went_on_another_day_is_in_the_same_table() -> None:
     (group,) = report.groups(records)
     assert [row.peer for row in group.ranked] == ["fastvit", "compile", "eager"]
     text = report.markdown(records)
-    assert text.count("| peer |") == 1 and "| compile | 2 | 1.9 - 2.1 | 4.00 | 0.5 | 1 | 7 | 2.00 | 1.0e-03 |" in text
+    assert (
+        text.count("| peer |") == 1
+        and "| compile | 2 | 1.9 - 2.1 | 4.00 | 0.5 | 1 | 7 | 2.00 | 1.00 | 1.0e-03 |" in text
+    )
     # Where and when each was measured.
     assert "800 TFLOP/s bf16, 4.3 TB/s" in text and "810 TFLOP/s bf16, 4.4 TB/s" in text and "2026-01-03" in text
     assert report._described([group]).splitlines() == [report.describe(CONDITIONS), report.describe(later)]
@@ -451,16 +454,45 @@ def test_tables_and_pictures(tmp_path: Path) -> None:
     model = {"suite": "cvt_13", "case": "cvt_13", "backends": ""}
     rows = [_row("eager", 4.0), _row("fastvit", 1.0), _row("compile", None, status=UNAVAILABLE, reason="out of memory")]
     rows += [_row("eager", 3.0, mode=TRAINING), _row("fastvit", 1.5, mode=TRAINING, peak_mb=None)]
-    rows += [_row("eager", 40.0, **model), _row("fastvit", 10.0, **model), _row("eager", 9.0, **model, launch=GRAPH)]
+    rows += [_row("eager", 40.0, **model, peak_mb=28.0), _row("fastvit", 10.0, **model), _row("compile", 15.0, **model)]
+    rows += [_row("eager", 9.0, **model, launch=GRAPH)]
+    called = {"case": "s2", "launch": GRAPH, "variant": "cast" + measuring.UNCAPTURED, "reason": "not from a graph: no"}
+    rows += [_row("fastvit", 2.0, **called), _row("cuda", 3.0, case="s2", launch=GRAPH)]
     records = [(row, CONDITIONS) for row in rows]
     path = tmp_path / "gpu.csv"
     tables, of_models, of_operators = report.write(records, path)
     text = tables.read_text()
-    assert text.startswith("**cvt_13, batch 64, forward**") and "in a graph" in text
-    assert "| **fastvit** | **1** | **0.9 - 1.1** | **2.00** | **1** | **2** | **7** | **4.00** | **1.0e-03** |" in text
+    summary, first, *_ = text.split("\n\n")
+    assert summary.splitlines()[2:] == [
+        "| cvt_13, batch 64, forward | 10 | 20.00 | 4.00 | 1.50 |  | 0.25 |",
+        "| global_attention s1, batch 64, forward | 1 | 2.00 | 4.00 |  |  | 1.00 |",
+        "| global_attention s1, batch 64, training | 1.5 | 3.00 | 2.00 |  |  |  |",
+        "| global_attention s2, batch 64, forward, in a graph, uncaptured | 2 | 4.00 |  |  |  |  |",
+    ]
+    assert first == "**cvt_13, batch 64, forward**" and "| cuda | 3 |" in text.replace("*", "")
+    assert (
+        "| **fastvit** | **1** | **0.9 - 1.1** | **2.00** | **1** | **2** | **7** | **4.00** |  | **1.0e-03** |" in text
+    )
+    assert "| **fastvit, uncaptured** | **2** |" in text and "- fastvit, uncaptured: not from a graph: no" in text
     assert "- compile unavailable: out of memory" in text and "800 TFLOP/s bf16, 4.3 TB/s, measured" in text
     assert of_models.name == "gpu-models.png" and of_operators.name == "gpu-operators.png"
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in (of_models, of_operators))
+
+
+def test_tables_are_made_again_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run that was ended from outside, before it came to them."""
+    path = files.rows_file(tmp_path, CONDITIONS.device)
+    for peer in ("fastvit", "cuda"):
+        files.append(path, _row(peer, 1.0, launch=GRAPH), CONDITIONS)
+    chosen = tmp_path / "tuning.json"
+    assert cli.main(["--device", "cuda", "--report", str(path), "--preferences", str(chosen)]) == 0
+    written = [path.with_suffix(".md"), path.with_name(f"{path.stem}-operators.png"), chosen]
+    assert capsys.readouterr().out.splitlines() == list(map(str, written))
+    assert tuning.read(chosen).preferences and "global_attention s1" in written[0].read_text()
+    chosen.rename(other := tmp_path / "other.csv")
+    for wrong in (tmp_path / "none.csv", other):
+        with pytest.raises(UserError, match=wrong.name):
+            cli.main(["--device", "cuda", "--report", str(wrong)])
 
 
 def test_preferences_come_from_rows_that_can_be_compared(tmp_path: Path) -> None:

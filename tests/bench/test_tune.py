@@ -122,6 +122,13 @@ def test_places_of_a_call(suite: str, mode: str, kernels: set[str]) -> None:
     assert found == places(Call(suite, "tiny", 3, mode), "sm_90", find)
 
 
+def test_places_in_fp32_are_others() -> None:
+    for mode in (FORWARD, TRAINING):
+        call = Call("pointwise_mlp", "tiny", 2, mode, "fp32")
+        kinds = {place.kind for place in places(call, "sm_90", find)}
+        assert kinds == {"ieee"} and str(call).endswith(", fp32")
+
+
 def test_one_configuration_changes_one_place() -> None:
     with tuning.using(with_config(FIRST, FASTER)), looked_up() as found:
         arithmetic = triton_support.Arithmetic("interpreter", "ieee", torch.float32)
@@ -257,11 +264,11 @@ def test_a_candidate_is_judged_before_it_is_timed(monkeypatch: pytest.MonkeyPatc
     captured = []
     capture = Host.capture
     monkeypatch.setattr(Host, "capture", lambda self, run: captured.append(1) or capture(self, run))
-    for mode in (FORWARD, TRAINING):
+    for mode, dtype in ((FORWARD, "bf16"), (TRAINING, "bf16"), (FORWARD, "fp32")):
         launched.clear()
-        assert try_config(Host(), CALL._replace(mode=mode), FIRST, FASTER, find, plan) > 0
+        assert try_config(Host(), CALL._replace(mode=mode, dtype=dtype), FIRST, FASTER, find, plan) > 0
         assert 2 in launched and 4 in launched
-    assert captured == [1, 1]
+    assert captured == [1, 1, 1]
 
     def skewed(kernel, grid, args, options):
         submit(kernel, grid, args, options)
@@ -302,3 +309,5 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         "  32 64 64 4 1",
         "  32 64 64 16 1: linear_kernel spills 8 bytes",
     ]
+    assert cli.main(["tune", "--dry-run", "--suite", "pointwise_mlp", "--dtype", "fp32", "bf16"]) == 0
+    assert "(pointwise_mlp cvt_13-224-stage1, forward, fp32)" in capsys.readouterr().out

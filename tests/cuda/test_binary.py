@@ -110,9 +110,10 @@ def expected(kernel, dtype):
     Activations and weights are read, and results written, 16 bytes at a time, and nothing goes through shared memory by
     the byte, which is what the compiler makes of a copy whose alignment it does not know.
     """
+    wide = {"LDG.E.128", "STG.E.128"}
     if kernel not in ("conv_projection_kernel", "depthwise_mlp_kernel", "local_attention_kernel"):
-        return set()
-    wide = {"LDGSTS.128", "LDG.E.128", "STG.E.128"}
+        return {"result_norm_kernel": wide, "moments_kernel": {"LDG.E.128"}}.get(kernel, set())
+    wide.add("LDGSTS.128")
     if dtype == "f":
         return wide
     transposed = {"LDSM.16.MT88"} if kernel == "local_attention_kernel" else set()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from cuda_emulator import EmulatorError
 
-NONE, BEFORE_READING, BEFORE_OVERWRITING, IN_WARP, NOT_WAITED, SHARED, RESULT, SOME, PARTIAL, UNALIGNED = range(10)
+NONE, BEFORE_READING, BEFORE_OVERWRITING, IN_WARP, NOT_WAITED, COPIED_TOO_EARLY = range(6)
+SHARED, RESULT, SOME, PARTIAL, UNALIGNED = range(6, 11)
 RIGHT = [float(i) for i in range(64)]
 
 
@@ -13,7 +14,7 @@ def test_right_without_a_mistake(faults):
     assert faults("fault", NONE) == [RIGHT, RIGHT]
 
 
-@pytest.mark.parametrize("which", [BEFORE_READING, BEFORE_OVERWRITING, IN_WARP, NOT_WAITED])
+@pytest.mark.parametrize("which", [BEFORE_READING, BEFORE_OVERWRITING, IN_WARP, NOT_WAITED, COPIED_TOO_EARLY])
 def test_a_race_gives_a_wrong_result(faults, which):
     """With the first threads ahead or with the last."""
     assert any(found != RIGHT for found in faults("fault", which))

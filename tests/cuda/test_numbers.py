@@ -12,7 +12,16 @@ from cuda_emulator import A100, EmulatorError
 
 from fastvit_kernels.ops import library, native
 from fastvit_kernels.testing import assert_within_rule
-from fastvit_kernels.testing.inputs import BF16, BF16_FP32, CASES, FP16, FP32
+from fastvit_kernels.testing.inputs import (
+    BF16,
+    BF16_FP32,
+    CASES,
+    FP16,
+    FP32,
+    conv_projection_case,
+    depthwise_mlp_case,
+    local_attention_case,
+)
 from fastvit_kernels.testing.raw import raw_call
 
 
@@ -62,6 +71,17 @@ def test_a_published_size(emulator):
     check(emulator, "local_attention", case, BF16)
 
 
+@pytest.mark.parametrize("channels", [7, 16])
+def test_statistics_from_several_parts(emulator, channels):
+    """A sample of more values than one block sums up; 16 bytes at a time or one by one."""
+    options = {"grid": (40, 24), "window": 8, "heads": 1, "width": 4, "channels": channels, "norm": "group"}
+    case = local_attention_case("case", batch=2, **options)
+    tensors, static = raw_call(case.call(BF16))
+    reference = library.operators["local_attention"].reference
+    exact, low = list(reference(*raw_call(case.call(BF16).fp64()))), list(reference(tensors, static))
+    assert_within_rule(emulator("raw", "local_attention", tensors, static), (exact, low))
+
+
 THIRD = {"conv_projection": "plain", "depthwise_mlp": "prefix_without_residual", "local_attention": "projection_only"}
 
 
@@ -91,6 +111,50 @@ def test_what_is_not_finite_shows_where_it_should(emulator, name, case, precisio
     found = [output.isfinite() for output in emulator("raw", name, tensors, static)]
     assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
     assert not wanted[0].all()
+
+
+@pytest.mark.parametrize("fill", [float("-inf"), torch.finfo(torch.float32).min])
+@pytest.mark.parametrize(("window", "masked"), [(4, 5), (11, 64)])
+def test_biases_that_mask_keys(emulator, window, masked, fill):
+    """Row 0 at the first keys, which may be a tile of them, row 1 but for the last key, row 2 wholly."""
+    area, generator = window**2, torch.Generator().manual_seed(0)
+    bias = torch.zeros(1, area, area)
+    bias[:, 0, :masked], bias[:, 1, :-1], bias[:, 2] = fill, fill, fill
+    tensors = [torch.randn(1, area, 48, generator=generator), *[None] * 7, bias, *[None] * 3]
+    changes = {"height": window, "width": window, "window_size": window, "num_heads": 1, "pad": "none"}
+    static = smallest("local_attention", norm="none", scale=0.25, return_statistics=False, **changes)[1]
+    assert not reasons("local_attention", tensors, static)
+    (found, _), (wanted, _) = (
+        emulator("raw", "local_attention", tensors, static),
+        library.operators["local_attention"].reference(tensors, static),
+    )
+    assert torch.equal(found.isnan(), wanted.isnan()) and not wanted[:, :2].isnan().any()
+    torch.testing.assert_close(found.nan_to_num(), wanted.nan_to_num(), rtol=1e-5, atol=1e-5)
+
+
+LARGE = {
+    "conv_projection": (conv_projection_case, {"grid": (4, 4), "channels": 8, "kernel": (1, 3, 3)}),
+    "depthwise_mlp": (
+        depthwise_mlp_case,
+        {"grid": (4, 4), "channels": 8, "hidden": 8, "prefix": 1, "norm": "group", "out_norm": True},
+    ),
+    "local_attention": (local_attention_case, {"grid": (4, 4), "window": 4, "channels": 16, "norm": "group"}),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_offsets_that_32_bits_do_not_hold(emulator, name):
+    """The last sample of tensors with more than 2^31 values."""
+    make, options = LARGE[name]
+    statistics = {} if name == "conv_projection" else {"return_statistics": True}
+    case, other = (make("case", batch=batch, **options, **statistics) for batch in (1, 2))
+    tensors, static = raw_call(case.call(BF16))
+    both = zip(tensors, raw_call(other.call(BF16))[0], strict=True)
+    per_sample = [index for index, (t, o) in enumerate(both) if t is not None and t.shape != o.shape]
+    batch = 2**31 // tensors[0].numel() + 2
+    found = emulator("last sample", name, tensors, static, per_sample, batch)
+    reference = library.operators[name].reference
+    assert_within_rule(found, (list(reference(*raw_call(case.call(BF16).fp64()))), list(reference(tensors, static))))
 
 
 def test_what_is_refused():

@@ -53,9 +53,13 @@ def test_only_the_widths_that_were_measured_are_tuned():
         for other in (HALF._replace(kind="tf32"), HALF._replace(architecture="sm_80")):
             assert triton_support.config("linear", other, 192, 768) != CONFIG
         assert triton_support.config("input_gradient", HALF, 192, 768) != CONFIG
-        unaligned = replace(LAUNCH, kind="unaligned", width=46, depth=165)
+        unaligned = replace(LAUNCH, kind="unaligned half", width=46, depth=165)
         with tuning.using(Tuning((unaligned,))):
             assert triton_support.config("linear", HALF, 46, 165) == CONFIG
+            # A tile of bf16 need not have room in fp32.
+            for kind in ("ieee", "tf32"):
+                single = HALF._replace(kind=kind, dtype=torch.float32)
+                assert triton_support.config("linear", single, 46, 165) != CONFIG
     assert triton_support.config("linear", HALF, 192, 768) == usual
 
 

@@ -21,6 +21,13 @@ struct Copy {
   bool valid;
 };
 
+void make(const Copy& copy) {
+  if (copy.valid)
+    std::memcpy(copy.to, copy.from, 16);
+  else
+    std::memset(copy.to, 0, 16);
+}
+
 struct Lane {
   Fiber fiber;
   enum { kRuns, kAtBarrier, kInCollective, kEnded } state = kRuns;
@@ -42,6 +49,8 @@ bool reversed = false;
 int64_t most_shared = 163 * 1024;
 // Those of an A100.
 int64_t processors = 108;
+// Of each launch so many blocks run, the last ones.
+int64_t most_blocks = INT64_MAX;
 
 [[noreturn]] void fail(const char* message) {
   std::fprintf(stderr, "emulator: %s (block %d, thread %d)\n", message, blockIdx.x, threadIdx.x);
@@ -261,7 +270,11 @@ void multiply_f16(float (&to)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 void copy_16(void* to, const void* from, bool valid) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16))
     fail("a copy of 16 bytes is not aligned");
-  current().open.push_back({to, from, valid});
+  const Copy copy = {to, from, valid};
+  if (reversed)
+    current().open.push_back(copy);
+  else
+    make(copy);
 }
 
 void end_copies() {
@@ -273,12 +286,7 @@ void end_copies() {
 void wait_for_copies(int left) {
   Lane& lane = current();
   while (lane.groups.size() > static_cast<size_t>(left)) {
-    for (const Copy& copy : lane.groups.front()) {
-      if (copy.valid)
-        std::memcpy(copy.to, copy.from, 16);
-      else
-        std::memset(copy.to, 0, 16);
-    }
+    for (const Copy& copy : lane.groups.front()) make(copy);
     lane.groups.erase(lane.groups.begin());
   }
 }
@@ -289,7 +297,7 @@ void run_grid(int64_t blocks, int threads, int64_t shared, const std::function<v
   while (block.lanes.size() < static_cast<size_t>(threads)) block.lanes.push_back(std::make_unique<Lane>());
   block.kernel = &kernel;
   blockDim.x = threads;
-  for (int64_t i = 0; i < blocks; ++i) {
+  for (int64_t i = max(blocks - most_blocks, int64_t{0}); i < blocks; ++i) {
     blockIdx.x = static_cast<int>(i);
     block.shared.reset(new unsigned char[shared]);
     std::memset(block.shared.get(), 0xff, shared);
@@ -302,4 +310,5 @@ void run_grid(int64_t blocks, int threads, int64_t shared, const std::function<v
 
 extern "C" __attribute__((visibility("default"))) void fk_emulator_reverse(int wanted) { fk::reversed = wanted != 0; }
 extern "C" __attribute__((visibility("default"))) void fk_emulator_shared_memory(int bytes) { fk::most_shared = bytes; }
+extern "C" __attribute__((visibility("default"))) void fk_emulator_blocks(int64_t count) { fk::most_blocks = count; }
 extern "C" __attribute__((visibility("default"))) void fk_emulator_processors(int count) { fk::processors = count; }

@@ -60,7 +60,8 @@ void load_matrices(uint32_t (&to)[4], const void* row);
 void load_matrices_transposed(uint32_t (&to)[4], const void* row);
 void multiply_bf16(float (&to)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void multiply_f16(float (&to)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-// Copies are made when they are waited for, and not before: an early reader finds what was there.
+// Where the last threads go first, copies are made when they are waited for, and not before: an early reader finds what
+// was there. Otherwise they are made at once: a late reader of what was there finds them.
 void copy_16(void* to, const void* from, bool valid);
 void end_copies();
 void wait_for_copies(int left);

@@ -20,6 +20,7 @@ enum Which {
   kNoBarrierBeforeOverwriting,
   kNoWarpBarrier,
   kNotWaitedFor,
+  kCopiedTooEarly,
   kBeyondSharedMemory,
   kBeyondTheResult,
   kBarrierOfSome,
@@ -51,6 +52,13 @@ void kernel(Fault p) {
   if (p.which != kNotWaitedFor) wait_for_copies<0>();
   __syncthreads();
   found = shared[thread] + shared[kThreads + thread];
+  wait_for_copies<0>();
+  __syncthreads();
+  found += 2 * (shared[other] - static_cast<float>(other));
+  if (p.which != kCopiedTooEarly) __syncthreads();
+  if (thread % 4 == 0) copy_16(shared + thread, p.out + kThreads + thread, true);
+  end_copies();
+  __syncthreads();
   wait_for_copies<0>();
 
   if (p.which == kBeyondSharedMemory) found += shared[2 * kThreads + thread];
