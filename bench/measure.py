@@ -23,7 +23,7 @@ class Plan:
     Attributes:
         rounds: turns of each peer.
         seconds: no further round starts after this time (`MINIMUM_ROUNDS` are always done).
-        sample: a turn repeats a quick call until it lasts about this many seconds.
+        sample: a turn repeats a quick call until it lasts about this many seconds, behind one that is not timed.
         settle: wait at most this long before a turn until the process is idle: some runtimes keep their threads
             spinning for tens of milliseconds after a call, and the next peer would pay for it.
         clock: wall time, or `time.process_time` for the CPU time of a single thread, which pre-emption leaves alone.
@@ -53,8 +53,10 @@ def order(names: list[str], turn: int) -> list[str]:
     return names[first:] + names[:first]
 
 
-def interleave(runs: Mapping[str, Callable[[], object]], plan: Plan) -> dict[str, Times]:
-    """Time each of `runs`; every one has run at least once before."""
+def interleave(
+    runs: Mapping[str, Callable[[], object]], plan: Plan, advance: Callable[[], None] = lambda: None
+) -> dict[str, Times]:
+    """Time each of `runs`; every one has run at least once before. `advance` is called after every round."""
     names = list(runs)
     calls = {name: _calls(runs[name], plan) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -65,6 +67,7 @@ def interleave(runs: Mapping[str, Callable[[], object]], plan: Plan) -> dict[str
             wait_until_idle(plan.settle)
             samples[name].append(_sample(runs[name], calls[name], plan))
         turn += 1
+        advance()
     return {name: _statistics(samples[name], calls[name]) for name in names}
 
 
@@ -87,9 +90,9 @@ def _calls(run: Callable[[], object], plan: Plan) -> int:
 
 
 def _sample(run: Callable[[], object], calls: int, plan: Plan) -> float:
-    if calls > 1:
-        # The others' turns have emptied the caches; a short call would mostly measure that.
-        run()
+    # The others' turns have emptied the caches, and the memory that a call takes and gives back has gone to the system:
+    # a first call would also measure that, and whoever repeats a call or trains does not meet it again.
+    run()
     begin = plan.clock()
     for _ in range(calls):
         run()

@@ -53,14 +53,13 @@ def measure(
         models: variant -> model.
         x: the input of all.
         plan: rounds and clock.
-        advance: told after every call of the first model.
+        advance: told after every round.
 
     Returns:
         The times of whole calls; and per block, in the order of the first model, the median time inside it, followed by
         that outside all blocks.
     """
-    first, model = next(iter(models.items()))
-    names = _block_names(model)
+    names = _block_names(next(iter(models.values())))
     samples: dict[str, dict[str, list[float]]] = {v: {n: [] for n in [*names, REST]} for v in models}
 
     def run(variant: str) -> None:
@@ -68,14 +67,12 @@ def measure(
         logits(models[variant], x)
         total = time.perf_counter() - start
         samples[variant][REST].append(total - sum(samples[variant][name][-1] for name in names))
-        if variant == first:
-            advance()
 
     with ExitStack() as stack:
         for variant, model in models.items():
             for name in names:
                 stack.enter_context(_timed(model.get_submodule(name), samples[variant][name]))
-        times = interleave({variant: partial(run, variant) for variant in models}, plan)
+        times = interleave({variant: partial(run, variant) for variant in models}, plan, advance)
     shared = _shared_path(names)
     blocks = [
         BlockTime(name.removeprefix(shared), {v: median(samples[v][name]) for v in models}) for name in [*names, REST]
