@@ -16,7 +16,7 @@ from fastvit_kernels.models.checkpoints import Conversion
 from fastvit_kernels.models.cmt_tables import check_tables, resize_tables
 from fastvit_kernels.models.features import FeatureInfo, check_image
 from fastvit_kernels.models.registry import register
-from fastvit_kernels.nn import IRFFN, LMHSA, LPU, DenseConv2d, DropPath, LayerNorm, PatchEmbedding
+from fastvit_kernels.nn import IRFFN, LMHSA, LPU, DenseConv2d, DenseLinear, DropPath, LayerNorm, PatchEmbedding
 from fastvit_kernels.nn.dense_conv import convolve
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 from fastvit_kernels.nn.repetition import Repeating
@@ -172,12 +172,12 @@ class CMT(Repeating):
             self._bn = nn.BatchNorm2d(fc_dim)
             self._swish = nn.SiLU()
             self._drop = nn.Dropout(dp)
-            self.head = nn.Linear(fc_dim, num_classes) if num_classes > 0 else nn.Identity()
+            self.head = DenseLinear(fc_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.left_out = ("_fc.", "_bn.", "head.") if features_only else ("head.",) if num_classes == 0 else ()
         self.feature_info = [FeatureInfo(channels, 4 << stage) for stage, channels in enumerate(embed_dims)]
         for module in self.modules():
             _initialise(module)
-            if isinstance(module, (DenseConv2d, IRFFN, LMHSA, LPU, PatchEmbedding)):
+            if isinstance(module, (DenseConv2d, DenseLinear, IRFFN, LMHSA, LPU, PatchEmbedding)):
                 module.backend = backend
 
     def grid(self, stage: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvit_kernels.models.features import FeatureInfo, check_image
 from fastvit_kernels.models.registry import register
-from fastvit_kernels.nn import DAFF, HIMHSA, DenseConv2d, DropPath, LayerNorm
+from fastvit_kernels.nn import DAFF, HIMHSA, DenseConv2d, DenseLinear, DropPath, LayerNorm
 from fastvit_kernels.nn.dense_conv import convolve
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 from fastvit_kernels.nn.repetition import Repeating
@@ -34,6 +34,10 @@ class Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.beta, x, self.alpha)
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, `[dim]` both."""
+        return self.alpha.flatten(), self.beta.flatten()
 
 
 class PatchEmbed(nn.Module):
@@ -56,8 +60,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to a map `[B, embed_dim, H', W']`."""
-        out: Tensor = self.post_affine(self._project(self.pre_affine(x)))
-        return out
+        if has_hooks(self.proj) or any(map(_is_changed, (self.pre_affine, self.post_affine))):
+            out: Tensor = self.post_affine(self.proj(self.pre_affine(x)))
+            return out
+        return self._project(x)
 
     @torch.no_grad()
     def pack_weights(self) -> None:
@@ -65,17 +71,21 @@ class PatchEmbed(nn.Module):
         self.forward(self.pre_affine.alpha.new_zeros(1, *self.pre_affine.alpha.shape[1:2], 1, 1))
 
     def _project(self, x: Tensor) -> Tensor:
-        """`self.proj(x)`, with activations handed to the convolutions in front of them where nobody can tell."""
+        """All of it, with activations and affines handed to the convolutions beside them where nobody can tell."""
         steps = list(self.proj)
-        if has_hooks(self.proj):
-            return self.proj(x)
+        before: Affine | None = self.pre_affine
+        behind: Affine | None = self.post_affine
         while steps:
             step = steps.pop(0)
-            if isinstance(step, _ConvNorm) and not has_hooks(step) and steps and isinstance(steps[0], nn.GELU):
-                x = step(x, steps.pop(0))
+            if isinstance(step, _ConvNorm) and not has_hooks(step):
+                act = steps.pop(0) if steps and isinstance(steps[0], nn.GELU) else None
+                last = None if steps else behind
+                x = step(x, act, before, last)
+                behind = behind if last is None else None
             else:
-                x = step(x)
-        return x
+                x = step(x if before is None else before(x))
+            before = None
+        return x if behind is None else behind(x)
 
 
 class Block(nn.Module):
@@ -191,7 +201,7 @@ class DHVT(Repeating):
         self.norm = None if features_only else LayerNorm(embed_dim, EPS)
         self.head: nn.Module | None = None
         if not features_only:
-            self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+            self.head = DenseLinear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.left_out = ("norm.", "head.") if features_only else ("head.",) if num_classes == 0 else ()
         self.feature_info = [FeatureInfo(embed_dim, patch_size)]
         for module in self.modules():
@@ -199,7 +209,7 @@ class DHVT(Repeating):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            if isinstance(module, (DAFF, HIMHSA, DenseConv2d)):
+            if isinstance(module, (DAFF, HIMHSA, DenseConv2d, DenseLinear)):
                 module.backend = backend
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -243,12 +253,30 @@ class DHVT(Repeating):
 
 
 class _ConvNorm(nn.Sequential):
-    """A convolution and its batch norm, on a map that stays in channels-last memory; an activation may be behind."""
+    """A convolution and its batch norm, on a map that stays in channels-last memory; more may stand around them."""
 
-    def forward(self, input: Tensor, act: nn.Module | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        act: nn.Module | None = None,
+        before: Affine | None = None,
+        behind: Affine | None = None,
+    ) -> Tensor:
         modules: Any = self
         conv, bn = modules
-        return convolve(conv, input, act=act, bn=bn)
+        return convolve(
+            conv,
+            input,
+            act=act,
+            bn=bn,
+            before=None if before is None else before.vectors(),
+            behind=None if behind is None else behind.vectors(),
+        )
+
+
+def _is_changed(affine: nn.Module) -> bool:
+    """Whether calling it might do something else than scaling and shifting."""
+    return type(affine) is not Affine or has_hooks(affine)
 
 
 def _conv3x3(in_dim: int, out_dim: int) -> nn.Module:

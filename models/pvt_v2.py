@@ -16,7 +16,7 @@ from fastvit_kernels.models.checkpoints import Conversion
 from fastvit_kernels.models.features import FeatureInfo, check_image
 from fastvit_kernels.models.pvt_v2_keys import official_names
 from fastvit_kernels.models.registry import register
-from fastvit_kernels.nn import DropPath, LayerNorm, MixFFN, PatchEmbedding, SpatialReductionAttention
+from fastvit_kernels.nn import DenseLinear, DropPath, LayerNorm, MixFFN, PatchEmbedding, SpatialReductionAttention
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 from fastvit_kernels.nn.initialisation import initialise
 from fastvit_kernels.nn.repetition import Repeating
@@ -192,7 +192,7 @@ class PyramidVisionTransformerV2(Repeating):
             # The attentions and MLPs initialised themselves.
             if isinstance(module, PatchEmbedding) or module is self.head:
                 module.apply(initialise)
-            if isinstance(module, (MixFFN, PatchEmbedding, SpatialReductionAttention)):
+            if isinstance(module, (DenseLinear, MixFFN, PatchEmbedding, SpatialReductionAttention)):
                 module.backend = backend
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -206,24 +206,35 @@ class PyramidVisionTransformerV2(Repeating):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The mean `[B, C]` over the last map's pixels, in front of the classifier."""
-        return self.forward_maps(x)[-1].mean((2, 3))
+        check_image(x, self.in_chans, self.min_size)
+        norm: nn.Module | None = None
+        for stage in range(1, self.num_stages + 1):
+            x, norm = self._stage(stage, x, norm), self.get_submodule(f"norm{stage}")
+        return _normalised(x, norm).mean((2, 3))
 
     def forward_maps(self, x: Tensor) -> list[Tensor]:
         """Every stage's normalised map `[B, C, H, W]` in channels-last memory."""
         check_image(x, self.in_chans, self.min_size)
         maps = []
         for stage in range(1, self.num_stages + 1):
-            x = self.get_submodule(f"patch_embed{stage}")(x)
-            h, w = x.shape[2:]
-            rows = x.permute(0, 2, 3, 1).flatten(1, 2)
-            blocks = self.get_submodule(f"block{stage}")
-            assert isinstance(blocks, nn.ModuleList)
-            for block in blocks:
-                rows = block(rows, h, w)
-            rows = self.get_submodule(f"norm{stage}")(rows)
-            x = rows.transpose(1, 2).unflatten(2, (h, w))
+            x = _normalised(self._stage(stage, x, None), self.get_submodule(f"norm{stage}"))
             maps.append(x)
         return maps
+
+    def _stage(self, stage: int, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """The map behind a stage's blocks, not normalised yet; `norm` is that of the stage before, if still to come."""
+        embed = self.get_submodule(f"patch_embed{stage}")
+        if isinstance(norm, nn.LayerNorm) and isinstance(embed, PatchEmbedding) and not has_hooks(embed):
+            x = embed(x, in_norm=norm) if embed.fuses(norm) else embed(_normalised(x, norm))
+        else:
+            x = embed(_normalised(x, norm))
+        h, w = x.shape[2:]
+        rows = x.permute(0, 2, 3, 1).flatten(1, 2)
+        blocks = self.get_submodule(f"block{stage}")
+        assert isinstance(blocks, nn.ModuleList)
+        for block in blocks:
+            rows = block(rows, h, w)
+        return rows.transpose(1, 2).unflatten(2, (h, w))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -253,8 +264,13 @@ class PyramidVisionTransformerV2(Repeating):
         return self.conventions[eps]
 
 
+def _normalised(x: Tensor, norm: nn.Module | None) -> Tensor:
+    """A map whose pixels have gone through a LayerNorm."""
+    return x if norm is None else norm(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
 def _classifier(channels: int, num_classes: int) -> nn.Module:
-    return nn.Linear(channels, num_classes) if num_classes > 0 else nn.Identity()
+    return DenseLinear(channels, num_classes) if num_classes > 0 else nn.Identity()
 
 
 def _min_size(sr_ratios: Sequence[int]) -> int:

@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -31,8 +32,15 @@ inline void check_shape(const Tensor& tensor, const char* name, std::initializer
                   ": unexpected shape");
 }
 
-inline const void* data_of(const Tensor& tensor, const char* name) {
+// Null where the memory has been freed, also that of a view, whose pointer is then no more than its offset.
+inline const void* data_or_null(const Tensor& tensor) {
   const void* data = tensor.const_data_ptr();
+  const auto offset = static_cast<uintptr_t>(tensor.storage_offset()) * tensor.element_size();
+  return reinterpret_cast<uintptr_t>(data) == offset ? nullptr : data;
+}
+
+inline const void* data_of(const Tensor& tensor, const char* name) {
+  const void* data = data_or_null(tensor);
   STD_TORCH_CHECK(data || tensor.numel() == 0, name, ": its memory has been freed");
   return data;
 }

@@ -19,4 +19,9 @@ struct Convolution {
 Convolution check(TensorList& t, const std::optional<Tensor>& packed, std::optional<double> norm_eps, double bn_eps,
                   int64_t height, int64_t width, int64_t stride, int64_t padding);
 
+// The convolution, without the norm behind it, as the only branch of a convolutional projection: the others have no
+// results. Its bands do not depend on the number of threads.
+void set_branch(const Convolution& c, const Tensor& x, int64_t stride, int64_t padding, fk_conv_projection* to);
+Tensor pack_branch(const Convolution& c, fk_conv_projection* to);
+
 }  // namespace fk::depthwise

@@ -5,29 +5,6 @@
 namespace fk::depthwise {
 namespace {
 
-// The kernels hold a row of the padded map.
-constexpr int64_t kMostPadding = 64;
-
-// The convolution as the only branch of a convolutional projection: the others have no results.
-void set_geometry(const Convolution& c, const Tensor& x, int64_t stride, int64_t padding, fk_conv_projection* to) {
-  to->x = view(x, "x");
-  to->batch = c.batch;
-  to->height = c.height;
-  to->width = c.width;
-  to->channels = c.channels;
-  for (fk_conv_branch& b : to->branch) b.kernel = b.stride = 1;
-  fk_conv_branch& b = to->branch[0];
-  b.kernel = c.kernel;
-  b.stride = stride;
-  b.padding = padding;
-  b.out_h = (c.height + 2 * padding - c.kernel) / stride + 1;
-  b.out_w = (c.width + 2 * padding - c.kernel) / stride + 1;
-  // The patch and the convolved rows of a band stay in the cache.
-  const int64_t cached = kCacheBytes / (8 * std::max<int64_t>(1, c.channels * c.width));
-  to->rows_per_task = band_rows(c.batch, c.height, cached);
-  to->tasks_per_image = blocks(c.height, to->rows_per_task);
-}
-
 // Of the convolution's bias: everything that comes through the norm behind it.
 void set_bias(const Convolution& c, bool training, const std::vector<double>& alone, Gradients* found) {
   std::vector<double> bias(alone);
@@ -40,9 +17,8 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::option
                              bool training, int64_t height, int64_t width, int64_t stride, int64_t padding,
                              ScalarType dtype) {
   const Convolution c = check(t, std::nullopt, norm_eps, bn_eps, height, width, stride, padding);
-  STD_TORCH_CHECK(padding <= kMostPadding, "padding: expected at most ", kMostPadding);
   fk_conv_projection_backward p = {};
-  set_geometry(c, *t[kX], stride, padding, &p.forward);
+  set_branch(c, *t[kX], stride, padding, &p.forward);
   const fk_conv_branch& b = p.forward.branch[0];
   const int64_t pixels = b.out_h * b.out_w;
   const fk_array grad = grad_view(grads, 0, 1, {c.batch, pixels, c.channels}, promoted(dtype, t[kResidual]));
@@ -56,13 +32,7 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::option
 
   Memory memory;
   ChannelNorm norm(c.bn, c.channels, padded_channels(c.channels), training, &memory);
-  const Tensor block = pack_once([&](Packer& packer) {
-    p.forward.norm = norm_of(packer, c.norm_weight, c.norm_bias, c.norm_eps, c.channels);
-    const Filter filter =
-        packer.depthwise(c.weight, c.bias, BatchNorm{}, c.channels, c.kernel * c.kernel, padded_channels(c.channels));
-    p.forward.branch[0].filter = filter.taps;
-    p.forward.branch[0].shift = filter.shift;
-  });
+  const Tensor block = pack_branch(c, &p.forward);
   p.dtype = grad.dtype;
   p.training = training;
   p.branch[0].grad = grad.data;

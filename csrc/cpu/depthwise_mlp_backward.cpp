@@ -8,8 +8,9 @@ namespace {
 
 using Needs = std::vector<bool>;
 
-// Tasks that a call is cut into at least, where it can be, groups of images at most, and pixels that products need.
-constexpr int64_t kTasks = 8, kMostGroups = 32, kFewPixels = 400;
+// Tasks that a call is cut into at least, where it can be, the same in steps, groups of images at most, and pixels that
+// products need.
+constexpr int64_t kTasks = 8, kStepTasks = 4, kMostGroups = 32, kFewPixels = 400;
 
 // Sums over all pixels, per hidden channel and per weight.
 struct Sums {
@@ -156,7 +157,9 @@ void batch_norm_gradients(Backward* b, float* grad, const fk_array& raw, int64_t
 // How a call is cut: hidden channels at a time, rows at a time, images and hidden channels that share partial sums.
 void choose_tiles(fk_depthwise_mlp_backward* p, int64_t hidden) {
   const int64_t panel = kernels().panel, reach = p->kernel / 2;
-  p->stack = std::max<int64_t>(1, std::min(p->batch, kFewPixels / (p->height * p->width)));
+  // Steps have no slices: their stacks are all the tasks there are.
+  const int64_t most = p->stores ? blocks(p->batch, kStepTasks) : p->batch;
+  p->stack = std::max<int64_t>(1, std::min(most, kFewPixels / (p->height * p->width)));
   const int64_t stacks = blocks(p->batch, p->stack), rows = p->stack * p->height;
   const int64_t padded = (p->stack * (p->height + reach) + reach) * (p->width + 2 * reach);
   const bool steps = p->stores;
@@ -177,13 +180,13 @@ void choose_tiles(fk_depthwise_mlp_backward* p, int64_t hidden) {
   const int64_t chunks = steps ? 1 : blocks(hidden, p->chunk);
   p->groups = 0;
   p->slices = 1;
-  int64_t most = 0, least = 0;
+  int64_t best = 0, least = 0;
   for (int64_t wanted = 1; wanted <= std::min(stacks, kMostGroups); wanted *= 2) {
     const int64_t groups = blocks(stacks, blocks(stacks, wanted));
     const int64_t slices = blocks(chunks, blocks(chunks, std::min(chunks, blocks(kTasks, groups))));
     const int64_t tasks = std::min(kTasks, groups * slices), values = groups * weights + slices * inputs;
-    if (tasks < most || (tasks == most && values >= least)) continue;
-    most = tasks;
+    if (tasks < best || (tasks == best && values >= least)) continue;
+    best = tasks;
     least = values;
     p->groups = groups;
     p->slices = slices;
@@ -207,8 +210,10 @@ Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p) {
   p->first = 0;
   p->rows = steps ? p->chunk : hidden;
   std::vector<char*> stores;
-  if (steps) stores = take_stores(blocks(m.batch, p->stack), k.store_depthwise_mlp_backward(p), &b->memory);
-  if (steps) p->stores = stores.data();
+  if (steps) {
+    stores = take_stores(blocks(m.batch, p->stack), k.store_depthwise_mlp_backward(p), &b->memory);
+    p->stores = stores.data();
+  }
   p->expand_sums =
       p->wants_expand ? b->memory.take<float>(std::max<int64_t>(1, p->groups) * p->rows * channels) : nullptr;
   p->project_sums = p->wants_project ? b->memory.take<float>(std::max<int64_t>(1, p->groups) * p->rows * out) : nullptr;
@@ -486,18 +491,16 @@ std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, cons
     write_vector(&b, kOutNormWeight, weight);
     write_vector(&b, kOutNormBias, bias);
     p.grad = {out.x, FK_F32, raw.size};
+  } else if (normalises && raw_branch) {
+    batch_norm_gradients(&b, map, branch_view(*raw_branch, m, b.pixels), 0);
   } else if (normalises) {
-    if (raw_branch) {
-      batch_norm_gradients(&b, map, branch_view(*raw_branch, m, b.pixels), 0);
-    } else {
-      TensorList inner = t;
-      for (size_t i = kBn3; i < kBn3 + 4; ++i) inner[i].reset();
-      inner[kResidual].reset();
-      Options plain = o;
-      plain.summary = "none";
-      const Outputs found = forward(inner, std::nullopt, plain, ScalarType::Float);
-      batch_norm_gradients(&b, map, view(found.out, "out"), o.prefix);
-    }
+    TensorList inner = t;
+    for (size_t i = kBn3; i < kBn3 + 4; ++i) inner[i].reset();
+    inner[kResidual].reset();
+    Options plain = o;
+    plain.summary = "none";
+    const Outputs found = forward(inner, std::nullopt, plain, ScalarType::Float);
+    batch_norm_gradients(&b, map, view(found.out, "out"), o.prefix);
   }
   std::vector<double> scale(static_cast<size_t>(m.out), 1.0);
   for (int64_t n = 0; m.bn[2].present() && !training && n < m.out; ++n) scale[n] = m.bn[2].scale(n);

@@ -1,5 +1,8 @@
 #include "head_tokens.h"
 
+#include <atomic>
+#include <vector>
+
 namespace fk::heads {
 namespace {
 
@@ -77,10 +80,15 @@ Tensor run(TensorList t, std::optional<Tensor> packed, int64_t heads, std::optio
   perform(
       [call, block, sums, tasks] {
         const fk_table& k = kernels();
-        run_tasks(tasks, k.scratch_normalize_tokens(call.get()),
-                  [&](int64_t task, void* memory) { k.normalize_tokens(call.get(), task, memory); });
-        run_tasks(call->batch, k.scratch_head_tokens(call.get()),
-                  [&](int64_t image, void* memory) { k.head_tokens(call.get(), image, memory); });
+        const int64_t bytes = std::max(k.scratch_normalize_tokens(call.get()), k.scratch_head_tokens(call.get()));
+        // Whoever finishes the last rows of an image makes its head tokens.
+        std::vector<std::atomic<int64_t>> finished(static_cast<size_t>(call->batch));
+        run_tasks(tasks, bytes, [&](int64_t task, void* memory) {
+          k.normalize_tokens(call.get(), task, memory);
+          const int64_t image = task / call->tasks_per_image;
+          if (finished[static_cast<size_t>(image)].fetch_add(1, std::memory_order_acq_rel) + 1 == call->tasks_per_image)
+            k.head_tokens(call.get(), image, memory);
+        });
       },
       {&p.x.data, &p.out}, {out});
   return out;

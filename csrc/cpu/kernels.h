@@ -9,7 +9,8 @@ enum fk_dtype { FK_F32 = 0, FK_BF16 = 1 };
 
 enum fk_activation { FK_GELU = 0, FK_QUICK_GELU = 1, FK_SILU = 2, FK_RELU = 3, FK_NO_ACTIVATION = 4 };
 
-enum fk_norm_kind { FK_NO_NORM = 0, FK_LAYER_NORM = 1, FK_GROUP_NORM = 2 };
+// The last one is no norm, only its weight and bias; patch_embedding takes it.
+enum fk_norm_kind { FK_NO_NORM = 0, FK_LAYER_NORM = 1, FK_GROUP_NORM = 2, FK_AFFINE = 3 };
 
 // A row-major matrix or vector as it comes from torch.
 struct fk_array {
@@ -95,9 +96,9 @@ struct fk_patch_embedding {
   struct fk_norm in_norm;   // of each pixel of x
   fk_activation activation;
   const float *scale, *shift;  // of the activated result [N, padded]; null: none
-  struct fk_norm norm;
+  struct fk_norm norm;         // of the result
   int64_t batch, height, width, channels, kernel, stride, padding, out_h, out_w;
-  int64_t rows_per_task;
+  int64_t rows_per_task, panels_per_task, panel_groups;  // several groups: there is no norm of the result
 };
 
 struct fk_head_tokens {
@@ -111,6 +112,28 @@ struct fk_head_tokens {
   int64_t batch, tokens, channels, heads;
   int64_t rows_per_task, tasks_per_image;
   float* sums;  // per task of the first step [C, padded to whole vectors]
+};
+
+// The class token with the mean of the head tokens, and the other tokens, on top of a residual.
+struct fk_merge_head_tokens {
+  struct fk_array x, residual;  // [B, rows + heads, C], [B, rows, C]
+  void* out;                    // [B, rows, C]
+  fk_dtype out_dtype;
+  int64_t batch, rows, heads, channels, rows_per_task, tasks_per_image;
+};
+
+// The class token of each image, normalised and times a gate, added to that of the result. Its weights are few, and
+// read where they lie.
+struct fk_class_token {
+  struct fk_array x;     // [B, rows, C], the class token first
+  struct fk_array mean;  // [B, C]
+  struct fk_array norm_weight, norm_bias;
+  struct fk_array weight1, bias1, weight2, bias2;  // gate: activation between linears [hidden, C], [C, hidden]
+  fk_activation activation;
+  struct fk_array out;  // like x
+  int64_t rows, channels, hidden;
+  float eps;
+  int32_t normed;
 };
 
 struct fk_pooled_projection {
@@ -477,6 +500,9 @@ struct fk_table {
   void (*normalize_tokens)(const struct fk_head_tokens*, int64_t task, void* scratch);
   int64_t (*scratch_head_tokens)(const struct fk_head_tokens*);
   void (*head_tokens)(const struct fk_head_tokens*, int64_t image, void* scratch);
+  void (*merge_head_tokens)(const struct fk_merge_head_tokens*, int64_t task);
+  int64_t (*scratch_gate_class_token)(const struct fk_class_token*);
+  void (*gate_class_token)(const struct fk_class_token*, int64_t image, void* scratch);
   void (*head_tokens_slopes)(const struct fk_head_tokens_backward*, int64_t row, void* scratch);
   int64_t (*scratch_head_tokens_backward)(const struct fk_head_tokens_backward*);
   void (*head_tokens_backward)(const struct fk_head_tokens_backward*, int64_t task, void* scratch);

@@ -4,7 +4,7 @@ namespace fk {
 namespace {
 
 // What a thread keeps at most, and the smallest block worth it.
-constexpr int64_t kMostSpare = 64 << 20, kLeastSpare = 64 << 10;
+constexpr int64_t kMostSpare = 256 << 20, kLeastSpare = 64 << 10;
 
 // Blocks that this thread does not need now, the oldest first.
 class Spares {
@@ -43,8 +43,8 @@ class Spares {
 };
 thread_local Spares spares;
 
-// Gives back what this thread keeps; how many bytes that was.
-int64_t release() { return spares.clear(); }
+// Gives back what this thread keeps and the shelf of packed weights that is being filled; how many bytes that was.
+int64_t release() { return spares.clear() + release_shelf(); }
 
 }  // namespace
 

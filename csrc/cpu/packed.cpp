@@ -1,9 +1,5 @@
 #include "packed.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -142,12 +138,23 @@ void Packer::fold(Fold* f) {
   }
 }
 
-Affine Packer::affine(const BatchNorm& norm, int64_t n, int64_t padded) {
-  if (!norm.present()) return {nullptr, nullptr};
+Affine Packer::affine(const BatchNorm& norm, int64_t n, int64_t padded, const fk_array& outer_scale,
+                      const fk_array& outer_shift) {
+  if (!norm.present() && !outer_scale.data && !outer_shift.data) return {nullptr, nullptr};
   float* scale = reinterpret_cast<float*>(take(padded * 4));
   float* shift = reinterpret_cast<float*>(take(padded * 4));
-  if (fills_) norms_.push_back({norm, n, padded, scale, shift});
+  if (fills_) norms_.push_back({norm, outer_scale, outer_shift, n, padded, scale, shift});
   return {scale, shift};
+}
+
+void Packer::fill_norm(const Norm& m) {
+  for (int64_t c = 0; c < m.padded; ++c) {
+    const bool real = c < m.n, normed = real && m.norm.present();
+    const double by = real && m.outer_scale.data ? element(m.outer_scale, c) : 1.0;
+    const double more = real && m.outer_shift.data ? element(m.outer_shift, c) : 0.0;
+    m.scale[c] = real ? static_cast<float>((normed ? m.norm.scale(c) : 1.0) * by) : 0.0f;
+    m.shift[c] = static_cast<float>((normed ? m.norm.shift(c) : 0.0) * by + more);
+  }
 }
 
 const float* Packer::vector(const fk_array& source, int64_t n, int64_t padded, float fill) {
@@ -192,11 +199,7 @@ static float in_log2(float bias) {
 
 void Packer::fill() {
   for (Fold& f : folds_) fold(&f);
-  for (const Norm& m : norms_)
-    for (int64_t c = 0; c < m.padded; ++c) {
-      m.scale[c] = c < m.n ? static_cast<float>(m.norm.scale(c)) : 0.0f;
-      m.shift[c] = c < m.n ? static_cast<float>(m.norm.shift(c)) : 0.0f;
-    }
+  for (const Norm& m : norms_) fill_norm(m);
   for (const Table& t : tables_)
     for (int64_t h = 0; h < t.heads; ++h)
       for (int64_t k = 0; k < t.keys; ++k)
@@ -227,7 +230,7 @@ fk_norm norm_of(Packer& packer, fk_norm_kind kind, const fk_array& weight, const
 
 bool carries(const std::optional<Tensor>& packed, uint64_t mark) {
   if (!packed.has_value() || !packed->is_cpu() || packed->scalar_type() != ScalarType::Byte ||
-      !packed->is_contiguous() || packed->numel() < kAlignment || !packed->const_data_ptr())
+      !packed->is_contiguous() || packed->numel() < kAlignment || !data_or_null(*packed))
     return false;
   uint64_t stored;
   std::memcpy(&stored, packed->const_data_ptr(), sizeof stored);
@@ -254,20 +257,6 @@ uint64_t identify(std::initializer_list<int64_t> key, TensorList& tensors, size_
     }
   if (copied) look();
   return state;
-}
-
-// Packed weights are read from end to end at every call: with large pages that takes fewer address translations.
-void prefer_large_pages(char* block, int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(block) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(block) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  // Advice only: without large pages nothing changes.
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)block;
-  (void)bytes;
-#endif
 }
 
 void stamp(char* block, uint64_t mark) {

@@ -6,6 +6,7 @@
 
 #include <functional>
 
+#include "pages.h"
 #include "plan.h"
 
 namespace fk {
@@ -54,8 +55,9 @@ class Packer {
   // exact arithmetic: no zero padding may lie between a norm and what it is folded into.
   fk_linear folded(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
                    const BatchNorm& in, const BatchNorm& out, int64_t taps = 1);
-  // A norm that nothing can take in.
-  Affine affine(const BatchNorm& norm, int64_t n, int64_t padded);
+  // A norm that nothing can take in, and a scale and shift behind it, each maybe absent.
+  Affine affine(const BatchNorm& norm, int64_t n, int64_t padded, const fk_array& scale = absent(),
+                const fk_array& shift = absent());
   // `n` values converted to fp32; `fill` where the source is absent, and up to `padded`.
   const float* vector(const fk_array& source, int64_t n, int64_t padded, float fill);
 
@@ -104,9 +106,11 @@ class Packer {
   };
   struct Norm {
     BatchNorm norm;
+    fk_array outer_scale, outer_shift;
     int64_t n, padded;
     float *scale, *shift;
   };
+  static void fill_norm(const Norm& m);
   static void fill_filter(const Depthwise& d);
   static void fold(Fold* f);
 
@@ -126,7 +130,6 @@ uint64_t identify(std::initializer_list<int64_t> key, TensorList& tensors, size_
                   const std::optional<Tensor>& packed, const std::function<void()>& look);
 
 bool carries(const std::optional<Tensor>& packed, uint64_t fingerprint);
-void prefer_large_pages(char* block, int64_t bytes);
 void stamp(char* block, uint64_t fingerprint);
 
 // The block for this call: `packed` when it fits, else a new one. `describe(packer)` lays out the weights and keeps the

@@ -70,8 +70,13 @@ Tensor prepare(const Embedding& e, const std::optional<Tensor>& packed, Weights*
     const BatchNorm none = {};
     w->linear = p.folded(e.weight, e.bias, e.out, taps * e.channels, e.low_precision, none,
                          e.bn_after_activation ? none : e.bn, taps);
-    w->affine = p.affine(e.bn_after_activation ? e.bn : none, e.out, padded);
-    w->in_norm = norm_of(p, e.in_norm_weight, e.in_norm_bias, e.in_norm_eps, e.channels);
+    // Without its epsilon a norm is only its weight and bias.
+    const bool normed = e.norm_eps.has_value();
+    w->affine = p.affine(e.bn_after_activation ? e.bn : none, e.out, padded, normed ? absent() : e.norm_weight,
+                         normed ? absent() : e.norm_bias);
+    const bool in_affine = !e.in_norm_eps.has_value() && (e.in_norm_weight.data || e.in_norm_bias.data);
+    w->in_norm = in_affine ? norm_of(p, FK_AFFINE, e.in_norm_weight, e.in_norm_bias, 0.0, e.channels)
+                           : norm_of(p, e.in_norm_weight, e.in_norm_bias, e.in_norm_eps, e.channels);
     w->norm = norm_of(p, e.norm_weight, e.norm_bias, e.norm_eps, e.out);
   });
 }
@@ -92,6 +97,9 @@ fk_patch_embedding geometry(const Embedding& e, const TensorList& t, int64_t str
   return p;
 }
 
+// So few rows, those of a classifier, wait for the weights, which the threads then share.
+constexpr int64_t kFewRows = 16, kPanelsOfFewRows = 8;
+
 Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps,
            std::optional<double> in_norm_eps, int64_t stride, int64_t padding, std::string activation,
            bool bn_after_activation, double bn_eps, bool, ScalarType dtype, ScalarType out_dtype) {
@@ -111,9 +119,16 @@ Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> nor
   Tensor out = empty({e.batch, p.out_h, p.out_w, e.out}, out_dtype);
   p.out = out.mutable_data_ptr();
   const int64_t rows = e.batch * p.out_h * p.out_w;
-  const int64_t cached = kCacheBytes / (4 * std::max<int64_t>(1, w.linear.k + e.out));
+  const int64_t row_bytes = (e.low_precision ? 2 : 4) * w.linear.k + (e.norm_eps.has_value() ? 4 * e.out : 0);
+  const int64_t cached = kCacheBytes / std::max<int64_t>(1, row_bytes);
   p.rows_per_task = rows_per_task(rows, std::min<int64_t>(224, std::max<int64_t>(28, cached)));
-  const int64_t tasks = blocks(rows, p.rows_per_task);
+  p.panels_per_task = blocks(e.out, kernels().panel);
+  if (rows <= kFewRows && !e.norm_eps.has_value()) {
+    p.rows_per_task = std::max<int64_t>(1, rows);
+    p.panels_per_task = rows_per_task(p.panels_per_task, kPanelsOfFewRows);
+  }
+  p.panel_groups = blocks(blocks(e.out, kernels().panel), p.panels_per_task);
+  const int64_t tasks = blocks(rows, p.rows_per_task) * p.panel_groups;
   perform(
       [call, block, tasks] {
         const fk_table& k = kernels();
@@ -178,6 +193,9 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::option
   const Embedding e =
       check(t, std::nullopt, {norm_eps, in_norm_eps, stride, padding, activation, bn_after_activation, bn_eps, dtype});
   STD_TORCH_CHECK(activation == "none" && !e.bn.present(), "activation, bn: have no gradients here");
+  STD_TORCH_CHECK((norm_eps.has_value() || (!e.norm_weight.data && !e.norm_bias.data)) &&
+                      (in_norm_eps.has_value() || (!e.in_norm_weight.data && !e.in_norm_bias.data)),
+                  "norm_eps, in_norm_eps: a norm without one has no gradients here");
   fk_patch_embedding_backward p = {};
   p.forward = geometry(e, t, stride, padding);
   fk_patch_embedding& f = p.forward;

@@ -33,12 +33,8 @@ class Places {
   }
 
   bool unchanged() const {
-    const int64_t n = static_cast<int64_t>(places_.size());
-    std::atomic<bool> found{true};
-    run_tasks(blocks(n, kTask), 0, [&](int64_t task, void*) {
-      if (!unchanged(task * kTask, std::min(n, (task + 1) * kTask))) found.store(false, std::memory_order_relaxed);
-    });
-    return found.load(std::memory_order_relaxed);
+    return all_of(static_cast<int64_t>(places_.size()), kTask,
+                  [&](int64_t first, int64_t last) { return unchanged(first, last); });
   }
 
  private:

@@ -57,17 +57,14 @@ class Weights {
     for (const Place& p : places_)
       if (p.weight.const_data_ptr() != p.data) return false;
     const int64_t n = static_cast<int64_t>(samples_.size());
-    std::atomic<uint32_t> different{0};
-    run_tasks(blocks(n, kTask), 0, [&](int64_t task, void*) {
-      const int64_t last = std::min(n, (task + 1) * kTask);
-      uint32_t found = 0;
-      for (int64_t i = task * kTask; i < last; ++i) {
+    return all_of(n, kTask, [&](int64_t first, int64_t last) {
+      uint32_t different = 0;
+      for (int64_t i = first; i < last; ++i) {
         if (i + kAhead < n) __builtin_prefetch(samples_[i + kAhead].address);
-        found |= samples_[i].now() ^ samples_[i].bits;
+        different |= samples_[i].now() ^ samples_[i].bits;
       }
-      different.fetch_or(found, std::memory_order_relaxed);
+      return different == 0;
     });
-    return different.load(std::memory_order_relaxed) == 0;
   }
 
  private:

@@ -90,6 +90,16 @@ constexpr int64_t kCacheBytes = 320 * 1024;
 
 inline int64_t blocks(int64_t rows, int64_t rows_per_task) { return (rows + rows_per_task - 1) / rows_per_task; }
 
+// Whether `test(first, last)` holds for all of n things, `per_task` at a time on all threads.
+template <class Test>
+bool all_of(int64_t n, int64_t per_task, const Test& test) {
+  std::atomic<bool> all{true};
+  run_tasks(blocks(n, per_task), 0, [&](int64_t task, void*) {
+    if (!test(task * per_task, std::min(n, (task + 1) * per_task))) all.store(false, std::memory_order_relaxed);
+  });
+  return all.load(std::memory_order_relaxed);
+}
+
 // Rows of a task, at most `most`: even blocks, and a multiple of the threads when there are few.
 int64_t rows_per_task(int64_t rows, int64_t most);
 // The same for rows that cannot be mixed across the images of a batch.

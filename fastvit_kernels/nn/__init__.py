@@ -4,6 +4,7 @@ from fastvit_kernels.nn.activations import QuickGELU
 from fastvit_kernels.nn.conv_projection_attention import ConvProjectionAttention
 from fastvit_kernels.nn.daff import DAFF
 from fastvit_kernels.nn.dense_conv import DenseConv2d
+from fastvit_kernels.nn.dense_linear import DenseLinear
 from fastvit_kernels.nn.drop_path import DropPath
 from fastvit_kernels.nn.hat_mlp import HatMLP
 from fastvit_kernels.nn.hi_mhsa import HIMHSA
@@ -25,6 +26,7 @@ __all__ = [
     "LPU",
     "ConvProjectionAttention",
     "DenseConv2d",
+    "DenseLinear",
     "DropPath",
     "HatMLP",
     "HierarchicalAttention",

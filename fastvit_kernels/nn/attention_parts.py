@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ def linear(
     With `packed` its weights stay packed between calls; a norm is fused in any case.
     """
     assert weight is not None
-    if packed is None and norm is None:
+    if packed is None and norm is None and not _faster_fused(x):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     # The same linear as a 1 x 1 convolution of an image that is one row high.
     pixels, filters = x.transpose(1, 2).unsqueeze(2), weight[:, :, None, None]
@@ -32,6 +33,15 @@ def linear(
         pixels, filters, bias, stride=1, packed=packed, backend=backend, **fused.in_norm_arguments(norm)
     )
     return out.squeeze(2).transpose(1, 2)
+
+
+def _faster_fused(x: Tensor) -> bool:
+    """Whether the operator is faster than `F.linear` even if it packs the weights at each call.
+
+    Measured with DHVT's keys and values (batch 8, forward and backward): in fp32 on a CPU, not in bf16.
+    """
+    training = torch.is_grad_enabled() and x.requires_grad
+    return training and x.device.type == "cpu" and x.dtype is torch.float32
 
 
 def attend(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastvit_kernels.nn import fused
 from fastvit_kernels.nn.fused_depthwise import DepthwiseMLPParts, depthwise_mlp, depthwise_mlp_obstacles
+from fastvit_kernels.ops import class_token
 from fastvit_kernels.ops.packing import PackedWeights
 
 # Whose weights are packed: those of the map, and of the class token's gate.
@@ -92,7 +93,6 @@ class DAFF(nn.Module):
         grid = self._grid(x) if grid is None else grid
         parts = self._parts(norm)
         if not depthwise_mlp_obstacles(parts):
-            cls = x[:, :1] if norm is None else norm(x[:, :1])
             out, mean = depthwise_mlp(
                 x,
                 grid,
@@ -105,6 +105,9 @@ class DAFF(nn.Module):
                 backend=self.backend,
             )
             # The operator leaves the class token's row to us.
+            if self._gate_in_place(out, x, mean, norm):
+                return out
+            cls = x[:, :1] if norm is None else norm(x[:, :1])
             out[:, :1].addcmul_(cls.to(out.dtype), self._gate(mean.to(cls.dtype)).to(out.dtype))
             return out
         cls, patches = (x if norm is None else norm(x)).split([1, grid[0] * grid[1]], dim=1)
@@ -129,6 +132,24 @@ class DAFF(nn.Module):
                 f"x: expected [B, 1 + H*W, C] with H = W, or the grid beside it, got shape {tuple(x.shape)}"
             )
         return side, side
+
+    def _gate_in_place(self, out: Tensor, x: Tensor, mean: Tensor, norm: nn.LayerNorm | None) -> bool:
+        """Add the gated class token to the first row, if the kernel for that can be used now."""
+        if self._packed is None or fused.pointwise_mlp_obstacles(self.compress, self.act, self.excitation):
+            return False
+        modules: dict[str, Any] = self._modules
+        compress, excitation = modules["compress"]._parameters, modules["excitation"]._parameters
+        tensors = [
+            *(x, mean, *((norm._parameters["weight"], norm._parameters["bias"]) if norm is not None else (None, None))),
+            *(compress["weight"], compress["bias"], excitation["weight"], excitation["bias"]),
+        ]
+        if not class_token.can_gate(tensors, out.dtype, self.backend):
+            return False
+        activation = fused.activation_name(modules["act"])
+        assert activation is not None
+        eps = None if norm is None else norm.eps
+        class_token.gate_class_token(out, tensors, norm_eps=eps, activation=activation)
+        return True
 
     def _gate(self, mean: Tensor) -> Tensor:
         if fused.pointwise_mlp_obstacles(self.compress, self.act, self.excitation):

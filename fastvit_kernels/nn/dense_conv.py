@@ -10,6 +10,9 @@ from fastvit_kernels.nn import fused
 from fastvit_kernels.nn.fused_depthwise import activation_name
 from fastvit_kernels.ops.packing import PackedWeights
 
+# Scale and shift of each channel, `[C]` both.
+Affine = tuple[Tensor, Tensor]
+
 
 class DenseConv2d(nn.Conv2d):
     """`nn.Conv2d`; prepared for inference it runs on `ops.patch_embedding`, whose weights are packed once.
@@ -34,21 +37,27 @@ class DenseConv2d(nn.Conv2d):
         act: nn.Module | None = None,
         bn: nn.BatchNorm2d | None = None,
         bn_after_activation: bool = False,
+        before: Affine | None = None,
+        behind: Affine | None = None,
     ) -> Tensor:
-        """`act(bn(conv(input)))`; without the optional arguments the convolution's own forward.
+        """`behind(act(bn(conv(before(input)))))`; without the optional arguments the convolution's own forward.
 
         Args:
             input: `[B, in_channels, H, W]`, best in channels-last memory.
             act, bn: modules to apply to the result, fused where possible.
             bn_after_activation: `bn` stands behind `act`, not in front of it.
+            before, behind: scale and shift of the input's channels, and of those of the result behind `act` and `bn`.
 
         Returns:
             `[B, out_channels, H', W']`.
         """
         if self._packed is None or torch.is_grad_enabled() or self.fusion_obstacles(act, bn):
-            return _behind(super().forward(input), act, bn, bn_after_activation)
+            maps = _behind(super().forward(_scaled(input, before)), act, bn, bn_after_activation)
+            return _scaled(maps, behind)
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None and isinstance(self.padding[0], int)
+        in_scale, in_shift = before or (None, None)
+        out_scale, out_shift = behind or (None, None)
         return ops.patch_embedding(
             input,
             weight,
@@ -58,6 +67,10 @@ class DenseConv2d(nn.Conv2d):
             activation=None if act is None else activation_name(act),
             bn=None if bn is None else fused.batch_norm_of(bn),
             bn_after_activation=bn_after_activation,
+            in_scale=in_scale,
+            in_shift=in_shift,
+            out_scale=out_scale,
+            out_shift=out_shift,
             packed=self._packed,
             backend=self.backend,
         )
@@ -87,11 +100,20 @@ def convolve(
     act: nn.Module | None = None,
     bn: nn.BatchNorm2d | None = None,
     bn_after_activation: bool = False,
+    before: Affine | None = None,
+    behind: Affine | None = None,
 ) -> Tensor:
-    """A convolution and what stands behind it, handed to the convolution where nobody can tell the difference."""
+    """A convolution and what stands around it, handed to the convolution where nobody can tell the difference."""
     if isinstance(conv, DenseConv2d) and not fused.has_hooks(conv):
-        return conv(input, act=act, bn=bn, bn_after_activation=bn_after_activation)
-    return _behind(conv(input), act, bn, bn_after_activation)
+        return conv(input, act=act, bn=bn, bn_after_activation=bn_after_activation, before=before, behind=behind)
+    return _scaled(_behind(conv(_scaled(input, before)), act, bn, bn_after_activation), behind)
+
+
+def _scaled(maps: Tensor, affine: Affine | None) -> Tensor:
+    if affine is None:
+        return maps
+    scale, shift = affine
+    return torch.addcmul(shift.view(-1, 1, 1), maps, scale.view(-1, 1, 1))
 
 
 def _behind(maps: Tensor, act: nn.Module | None, bn: nn.BatchNorm2d | None, bn_after_activation: bool) -> Tensor:

@@ -173,6 +173,11 @@ def dense_conv_obstacles(conv: nn.Conv2d) -> list[str]:
     return reasons + _storage_obstacles(conv)
 
 
+def own_linear_obstacles(linear: nn.Linear) -> list[str]:
+    """`linear_obstacles` of a linear of any class, hooked or not: of a module that is one itself."""
+    return _storage_obstacles(linear)
+
+
 def own_filter_obstacles(conv: nn.Conv2d) -> list[str]:
     """`filter_obstacles` of a convolution of any class, hooked or not: of a module that is one itself."""
     reasons = _square_conv_obstacles(conv)

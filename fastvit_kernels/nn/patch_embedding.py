@@ -46,16 +46,28 @@ class PatchEmbedding(nn.Module):
         self.norm = LayerNorm(embed_dim, eps)
         self._packed: dict[str, PackedWeights] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, H, W]`, best in channels-last memory, to a channels-last `[B, embed_dim, H', W']`."""
+    def forward(self, x: Tensor, *, in_norm: nn.LayerNorm | None = None) -> Tensor:
+        """`[B, C, H, W]`, best in channels-last memory, to a channels-last `[B, embed_dim, H', W']`.
+
+        `in_norm` is a LayerNorm of the pixels in front; in inference on prepared weights it is fused.
+        """
+        if in_norm is not None and not self.fuses(in_norm):
+            x, in_norm = in_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), None
         if not self.fusion_obstacles():
-            return fused.patch_embedding(x, self.proj, self.norm, packed=self._packed, backend=self.backend)
+            return fused.patch_embedding(
+                x, self.proj, self.norm, in_norm=in_norm, packed=self._packed, backend=self.backend
+            )
         # Only an image in NCHW memory is copied here; the maps between stages are channels-last already.
         tokens = self.proj(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
         if tokens.dtype is not x.dtype:
             # Autocast chose the convolution's dtype; the norm's result is fp32 then, as the operator's.
             tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         return self.norm(tokens).permute(0, 3, 1, 2)
+
+    def fuses(self, in_norm: nn.LayerNorm) -> bool:
+        """Whether `forward` would compute this norm in front along with the rest now."""
+        prepared = self._packed is not None and not torch.is_grad_enabled()
+        return prepared and not self.fusion_obstacles() and not fused.layer_norm_obstacles(in_norm)
 
     def fusion_obstacles(self) -> list[str]:
         """Every reason why `forward` would call submodules now instead of the fused operator."""

@@ -80,11 +80,14 @@ def _segments(calls: Calls) -> Iterator[tuple[list[Step], set[Name]]]:
 
 
 def _is_operator(step: Step, calls: Calls) -> bool:
-    """Whether it calls the CPU kernels of one of our operators with weights that are packed for good."""
+    """Whether it calls the CPU kernels of one of our operators with weights that are packed, or bound, for good."""
     name = getattr(step.function, "_opname", None)
+    if getattr(step.function, "namespace", None) != library.NAMESPACE:
+        return False
+    if name in library.in_place:
+        return all(t is None or t in calls.bound for t in step.args[1][library.in_place[name] :])
     return (
-        getattr(step.function, "namespace", None) == library.NAMESPACE
-        and name in library.operators
+        name in library.operators
         and step.function._overloadname == "default"  # type: ignore[attr-defined]
         and (step.args[1] in calls.bound or not library.operators[name].parameters)
     )
@@ -123,6 +126,8 @@ def _kept(calls: Calls, values: dict[Any, Any]) -> int:
 
 def _activations(step: Step) -> list[Name]:
     """The tensors of a call of an operator that are no weights."""
+    if (count := library.in_place.get(step.function._opname)) is not None:  # type: ignore[attr-defined]
+        return [step.args[0], *step.args[1][:count]]
     parameters = library.operators[step.function._opname].parameters  # type: ignore[attr-defined]
     return [t for index, t in enumerate(step.args[0]) if t is not None and index not in parameters]
 

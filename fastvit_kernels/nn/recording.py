@@ -68,7 +68,8 @@ class Recording(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self.obstacle is None and not (func.namespace == library.NAMESPACE and func._opname.endswith("_pack")):
+        packs = func.namespace == library.NAMESPACE and func._opname.endswith(("_pack", "shelve"))
+        if self.obstacle is None and not packs:
             self._note(func, args, kwargs, out)
         return out
 

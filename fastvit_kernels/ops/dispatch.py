@@ -174,15 +174,20 @@ def _transforming() -> bool:
 
 
 def repeatable() -> bool:
-    """Whether operators do nothing now but compute: no gradient, no tracing, no transform, nobody who listens."""
+    """Whether operators do nothing now but compute, and no mode listens to them."""
+    return (
+        only_computes() and not torch._C._is_torch_function_mode_enabled() and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def only_computes() -> bool:
+    """Whether operators do nothing now but compute: no gradient, no tracing, no transform, no explanation."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and _state.recorder is None
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         and not _transforming()
-        and not torch._C._is_torch_function_mode_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

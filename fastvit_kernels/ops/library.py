@@ -52,6 +52,7 @@ library.define("cpu_isa() -> str")
 library.define("cpu_peak(str kind, float seconds) -> float")
 library.define("cpu_bandwidth(float seconds) -> float")
 library.define("release_memory() -> int")
+library.define("shelve(Tensor block) -> Tensor")
 library.define("plan_begin() -> ()")
 library.define("plan_end(Tensor[] inputs, Tensor[] outputs) -> int")
 library.define("plan_replay(Tensor[] inputs, int plan) -> Tensor[]")
@@ -61,6 +62,8 @@ library.define("places_unchanged(int places) -> bool")
 library.define("places_forget(int places) -> ()")
 library.define("fetch_ahead(Tensor objects, Tensor tables, int arrays) -> ()")
 operators: dict[str, Operator] = {}
+# Operators that write into their first argument, with how many of the tensors in their second one are activations.
+in_place: dict[str, int] = {}
 _NATIVE = ("cpu", "cuda")
 _functions: dict[str, Any] = {}
 # By the helper operator's name and the backend.
@@ -86,6 +89,16 @@ def define_statistics(name: str, static_schema: str, fake: Callable[..., Tensor]
     _define(f"{name}(Tensor?[] tensors, {static_schema}) -> Tensor")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     _statistics[name, "cpu"] = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def define_in_place(name: str, arguments: str, activations: int) -> None:
+    """Define an operator `fastvit::name(Tensor(a!) out, Tensor?[] tensors, ...) -> ()` that only has C++ kernels.
+
+    The first `activations` of the tensors are activations, the others weights, which it reads where they lie.
+    """
+    _define(f"{name}({arguments}) -> ()")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None, lib=library)
+    in_place[name] = activations
 
 
 def define_two_steps(operator: Operator, fake: Callable[..., Outputs]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ class Backend(Protocol):
     def run(self, tensors: Tensors, packed: Tensor | None, static: Any) -> Outputs: ...
 
 
-@runtime_checkable
-class BackwardBackend(Protocol):
+class BackwardBackend(ABC):
     """The gradients of one way to run an operator.
 
     `supports_backward` lists every reason it cannot compute the wanted ones, beyond those of `supports`. `run_backward`
@@ -39,26 +38,28 @@ class BackwardBackend(Protocol):
     them, and with what `run_keeping` or a `TwoStepBackend` kept at the end; `tensors` those of the forward.
     """
 
+    @abstractmethod
     def supports_backward(
         self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
     ) -> list[str]: ...
 
+    @abstractmethod
     def run_backward(
         self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
     ) -> list[Tensor]: ...
 
 
-@runtime_checkable
-class TwoStepBackend(Protocol):
+class TwoStepBackend(ABC):
     """A backend whose kernels for batch statistics do most of the call: `finish` does the rest.
 
     `begun` is what they kept for the gradients, maybe empty, and what `finish` reads.
     """
 
+    @abstractmethod
     def finish(self, tensors: Tensors, begun: Outputs, static: Any) -> Outputs: ...
 
 
-class GradientKernels(ABC):
+class GradientKernels(BackwardBackend):
     """The `BackwardBackend` part of a backend with kernels for every gradient; one that refuses some says which.
 
     Attributes:

@@ -71,7 +71,8 @@ class PackedWeights:
         ):
             pack = getattr(torch.ops.fastvit, f"{operator.name}_pack").default
             with torch.no_grad():
-                entry = _Entry(packing, weights, found, pack(tensors, *static))
+                packed = torch.ops.fastvit.shelve.default(pack(tensors, *static))
+                entry = _Entry(packing, weights, found, packed)
             self._entry = entry
         if _local.listener is not None:
             _local.listener(entry.packed, operator, self)

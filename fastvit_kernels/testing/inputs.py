@@ -810,6 +810,7 @@ def _patch_embedding(
     bn_after_activation: bool = False,
     bn_affine: bool = True,
     bn_training: bool = False,
+    scales: Sequence[str] = (),
     layout: torch.memory_format = torch.channels_last,
 ) -> Call:
     arguments: dict[str, Any] = {
@@ -838,6 +839,9 @@ def _patch_embedding(
             maker.positive(out),
             training=bn_training,
         )
+    for name in scales:
+        width = channels if name.startswith("in_") else out
+        arguments[name] = maker.positive(width) if name.endswith("scale") else maker.vector(width)
     return Call(ops.patch_embedding, arguments)
 
 
@@ -847,6 +851,7 @@ def patch_embedding_case(name: str, *tags: str, vanishing: Sequence[str] = (), *
 
 
 _CMT_STEM: dict[str, Any] = {"activation": "gelu", "bn": True, "bn_after_activation": True, "norm": False}
+_SCALES = ("in_scale", "in_shift", "out_scale", "out_shift")
 _DHVT_STEM: dict[str, Any] = {"activation": "gelu", "bn": True, "bias": False, "norm": False}
 
 
@@ -866,6 +871,7 @@ PATCH_EMBEDDING = [
     patch_embedding_case("unread_border", kernel=2, stride=3, padding=0),
     patch_embedding_case("stride_1", kernel=5, stride=1, padding=2),
     patch_embedding_case("wide_padding", kernel=3, padding=2),
+    patch_embedding_case("whole_panels", batch=1, size=(16, 8), channels=32, out=9, kernel=8, stride=8, padding=0),
     patch_embedding_case("linear", kernel=1, stride=1, padding=0),
     patch_embedding_case("padding_beyond_the_filter", kernel=1, stride=16, padding=16, channels=64, out=8),
     patch_embedding_case("far_beyond", batch=1, size=(2, 3), kernel=3, stride=70, padding=70),
@@ -882,6 +888,15 @@ PATCH_EMBEDDING = [
     patch_embedding_case("bn_without_affine", bn=True, bn_affine=False, activation="relu", out=37),
     patch_embedding_case("activation_alone", activation="silu", norm=False, out=3, kernel=5, padding=2),
     patch_embedding_case("all_norms", activation="quick_gelu", bn=True, in_norm=True, out=40),
+    patch_embedding_case("scales_around", "smallest", channels=3, scales=_SCALES, **_DHVT_STEM),
+    patch_embedding_case("scales_in_place_of_norms", scales=_SCALES, norm=False, size=(9, 21), channels=17, out=37),
+    patch_embedding_case("scales_of_a_linear", scales=_SCALES, norm=False, kernel=1, stride=1, padding=0),
+    patch_embedding_case("scale_alone", scales=["in_scale"], channels=5),
+    patch_embedding_case("shift_alone", scales=["in_shift", "out_shift"], norm=False, kernel=2, padding=0),
+    patch_embedding_case("scale_behind_a_bn", scales=["out_scale", "out_shift"], out=13, **_CMT_STEM),
+    patch_embedding_case("overlapping_in_norm", in_norm=True, batch=3, size=(13, 10), channels=20, padding=2),
+    patch_embedding_case("many_rows", channels=3, out=5, size=(31, 24), kernel=7, stride=4, padding=3, norm=False),
+    patch_embedding_case("filter_within_its_stride", channels=3, kernel=2, stride=5, size=(21, 22), in_norm=True),
     patch_embedding_case(
         "cvt_13_stage_1", "published", batch=1, size=(224, 224), channels=3, out=64, kernel=7, stride=4, padding=2
     ),

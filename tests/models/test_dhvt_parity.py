@@ -14,7 +14,7 @@ from torch import nn
 from fastvit_kernels import ops
 from fastvit_kernels.bench import plain_dhvt
 from fastvit_kernels.models import create_model
-from fastvit_kernels.nn import DAFF
+from fastvit_kernels.nn import DAFF, DenseConv2d
 from fastvit_kernels.testing import relative_l2
 
 VARIANTS = tuple(plain_dhvt.VARIANTS)
@@ -100,6 +100,30 @@ def head_means_without_the_class_token(model, patch):
 def sigmoid_gate(model, patch):
     gate = DAFF._gate
     patch.setattr(DAFF, "_gate", lambda self, mean: gate(self, mean).sigmoid())
+
+
+@pytest.mark.parametrize("hooked", ["", "pre_affine", "post_affine", "proj", "proj.0", "proj.0.0"])
+@pytest.mark.parametrize("name", ["dhvt_tiny_cifar_patch4", "dhvt_tiny_cifar_patch2"])
+def test_the_stem_for_inference(name, hooked):
+    stem = create_model(name).patch_embed.eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for affine in (stem.pre_affine, stem.post_affine):
+            affine.alpha.normal_()
+            affine.beta.normal_()
+        x = image(2, 9, 11)
+        expected = copy.deepcopy(stem).double()(x.double())
+        called = []
+        if hooked:
+            stem.get_submodule(hooked).register_forward_hook(lambda *_: called.append(1))
+        for module in stem.modules():
+            if isinstance(module, DenseConv2d):
+                module.prepare_inference(True)
+        for _ in range(2):
+            assert relative_l2(stem(x), expected) <= 2e-6
+        stem.post_affine.beta.add_(1.0)
+        assert relative_l2(stem(x), expected + 1.0) <= 2e-6
+    assert len(called) == (3 if hooked else 0)
 
 
 def shortcut_in_front_of_the_activation(model, patch):

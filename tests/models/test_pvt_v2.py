@@ -16,7 +16,7 @@ from torch import nn
 from fastvit_kernels import accelerate, explain, restore
 from fastvit_kernels.models import create_model, list_models, load_checkpoint
 from fastvit_kernels.models.pvt_v2 import NormEps
-from fastvit_kernels.nn import DropPath, MixFFN, PatchEmbedding, SpatialReductionAttention
+from fastvit_kernels.nn import DenseLinear, DropPath, MixFFN, PatchEmbedding, SpatialReductionAttention
 from fastvit_kernels.testing import relative_l2
 
 
@@ -234,12 +234,12 @@ def packings(model):
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "pvt_v2_b2_li", "mit_b0"])
 def test_accelerate_releases_packs_and_is_undone(name):
     model, x = small(name=name, backend="reference").eval(), image()
-    own = (MixFFN, PatchEmbedding, SpatialReductionAttention)
+    own = (DenseLinear, MixFFN, PatchEmbedding, SpatialReductionAttention)
     fused = [path for path, module in model.named_modules() if isinstance(module, own)]
     with torch.no_grad():
         expected = model(x)
         report = accelerate(model, inference=True)
-        assert [row.path for row in report.replaced] == fused and len(fused) == 14 and not report.left_alone
+        assert [row.path for row in report.replaced] == fused and len(fused) == 15 and not report.left_alone
         packed = packings(model)
         assert relative_l2(model(x), expected) <= 1e-5
         assert all(one is other for one, other in zip(packings(model), packed, strict=True))

@@ -58,6 +58,33 @@ def test_prepared_for_inference_it_is_one_operator(act, after):
         assert relative_l2(again, model(x)) <= 2e-6
 
 
+@pytest.mark.parametrize("act", [None, nn.GELU()], ids=str)
+def test_scales_and_shifts_around_it(act):
+    model, x = made(act)
+    generator = torch.Generator().manual_seed(1)
+    before, behind = ((torch.randn(n, generator=generator), torch.randn(n, generator=generator)) for n in (3, 20))
+
+    def convolved(conv):
+        return convolve(conv, x, act=act, bn=model.bn, before=before, behind=behind)
+
+    with torch.no_grad():
+        scale, shift = (t[:, None, None] for t in before)
+        maps = model.bn(nn.functional.conv2d(x * scale + shift, model.conv.weight, model.conv.bias, 2, 1))
+        scale, shift = (t[:, None, None] for t in behind)
+        expected = (maps if act is None else act(maps)) * scale + shift
+        plain = nn.Conv2d(3, 20, 3, 2, 1)
+        plain.load_state_dict(model.conv.state_dict())
+        for conv in (plain, model.conv):
+            assert relative_l2(convolved(conv), expected) <= 1e-6
+        model.conv.prepare_inference(True)
+        assert relative_l2(convolved(model.conv), expected) <= 2e-6
+        for change in (*before, *behind):
+            old = convolved(model.conv)
+            change.mul_(1.5)
+            assert relative_l2(convolved(model.conv), convolved(plain)) <= 2e-6
+            assert relative_l2(convolved(model.conv), old) > 1e-3
+
+
 def trains(model):
     model.bn.train()
 

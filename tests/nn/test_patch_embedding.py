@@ -117,3 +117,26 @@ def test_initialisation_is_that_of_the_layers():
     torch.manual_seed(3)
     plain = plain_cvt.Embed(3, 4, 8, 2, 1)
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["fused", "hooked"])
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
+def test_a_norm_in_front(prepared, hooked):
+    ours, plain = make(dtype=torch.float32)
+    norm = nn.LayerNorm(4, eps=1e-3)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    called = []
+    if hooked:
+        norm.register_forward_hook(lambda *_: called.append(1))
+    ours.prepare_inference(prepared)
+    x = image(dtype=torch.float32).detach()
+    normed = copy.deepcopy(norm)(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    called.clear()
+    tokens, h, w = plain(normed)
+    assert not ours.fuses(norm)
+    with torch.no_grad():
+        assert ours.fuses(norm) is (prepared and not hooked)
+        found = ours(x, in_norm=norm)
+    assert len(called) == hooked
+    assert relative_l2(found, tokens.transpose(1, 2).unflatten(2, (h, w))) <= 2e-6

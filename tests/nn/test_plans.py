@@ -69,6 +69,36 @@ def test_plans_give_the_bits_of_single_calls(name, dtype):
     assert not left
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_plans_in_inference_mode(name):
+    """Views of weights have other version counters there while the calls are recorded: they are packed again."""
+    model, x = make(name), image(1, 3, 64, 96)
+    with torch.inference_mode():
+        results = [model(x) for _ in range(4)]
+    assert program_of(model)._planned is not None
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_blocks_with_a_gated_class_token_are_one_plan():
+    model = make("dhvt_tiny_imagenet_patch16")
+    x = image(1, 3, 64, 64)
+    with torch.no_grad():
+        for _ in range(3):
+            before = model(x)
+        program = program_of(model)
+        steps, numbers = plans.plan(program._calls, [x])
+        plans.forget(numbers)
+        # The stem, the blocks, the classifier.
+        assert [step.function for step in steps.steps].count(plans.replay) == len(numbers) == 3
+        # The gate's weights are read where they lie, in a plan as well.
+        for change in (lambda t: t.mul_(1.5), lambda t: t.data.mul_(1.5)):
+            change(model.blocks[0].mlp.compress.weight)
+            found, expected = model(x), copy.deepcopy(model)(x)
+            assert program_of(model) is program
+            assert torch.equal(found, expected) and not torch.equal(found, before)
+            before = found
+
+
 def test_results_are_fresh_tensors(model):
     with torch.no_grad():
         first = model(image(1, 3, 64, 64, seed=4))

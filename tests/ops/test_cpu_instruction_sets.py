@@ -32,12 +32,14 @@ def processes(tmp_path_factory):
     """By instruction set, a process that runs the contracts' tests of outputs and gradients with it, and its output."""
     contracts = [file for file in FILES if "Contract" in file.read_text() and file != Path(__file__)]
     assert len(contracts) >= 4
-    options = ["-q", "-p", "no:cacheprovider", "-k", "(test_forward or test_gradients) and cpu"]
+    chosen = "((test_forward or test_gradients) and cpu) or test_values_and_derivatives"
+    options = ["-q", "-p", "no:cacheprovider", "-k", chosen]
+    files = [*contracts, Path(__file__).with_name("test_activations.py")]
     started = {}
     for isa in ISAS:
         output = tmp_path_factory.mktemp(isa) / "output"
         with output.open("w") as file:
-            command = [sys.executable, "-c", PROGRAM, isa, *options, *contracts]
+            command = [sys.executable, "-c", PROGRAM, isa, *options, *files]
             environment = {**os.environ, "FASTVIT_CPU_ISA": isa}
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
         started[isa] = process, output

@@ -55,8 +55,6 @@ class TestTraining(Contract):
     fused = ("depthwise_conv",)
     reshaped = TestDepthwiseConv.reshaped
     equivalent = staticmethod(plain_pytorch)
-    # The batch's statistics come from PyTorch's operators, which make no such promise.
-    test_bits_do_not_depend_on_the_thread_count = None
 
 
 @pytest.mark.parametrize("k", range(1, 9))
@@ -85,15 +83,32 @@ def test_a_poisoned_pixel_reaches_its_neighbours_only(norm):
     assert torch.equal(out.isnan().view_as(expected), expected)
 
 
-def test_running_statistics_are_those_of_batch_norm():
+@pytest.mark.parametrize("padding", [1, 65])  # the latter is more than the kernels of the statistics take
+def test_running_statistics_are_those_of_batch_norm(padding):
     bn, expected = torch.nn.BatchNorm2d(24).train(), torch.nn.BatchNorm2d(24).train()
-    arguments = inputs.depthwise_conv_case("training", stride=2).call().arguments
+    arguments = inputs.depthwise_conv_case("training", stride=2, padding=padding).call().arguments
     ours = BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, True, bn.momentum)
     depthwise_conv(**{**arguments, "bn": ours})
     maps = arguments["x"].mT.unflatten(2, (5, 7))
-    expected(F.conv2d(maps, arguments["weight"], arguments["bias"], 2, 1, groups=24))
+    expected(F.conv2d(maps, arguments["weight"], arguments["bias"], 2, padding, groups=24))
     torch.testing.assert_close(bn.running_mean, expected.running_mean)
     torch.testing.assert_close(bn.running_var, expected.running_var)
+
+
+@pytest.mark.parametrize("name", ["everything", "one_channel", "odder_channels"])
+def test_statistics_of_the_kernels(name):
+    """Mean and variance of a batch, with a LayerNorm in front and for channels that fill no vector."""
+    case = next(case for case in inputs.DEPTHWISE_CONV if case.name == name)
+    a = case.call().arguments
+    tensors = [a.get(key) for key in ("x", "weight", "bias", "norm_weight", "norm_bias")] + [None] * 5
+    options = a.get("norm_eps"), 0.0, True, *a["grid"], a["stride"], a["padding"], torch.float32
+    mean, var = torch.ops.fastvit.depthwise_conv_statistics(tensors, *options)
+    exact = [None if t is None else t.double() for t in tensors]
+    arguments = {"stride": a["stride"], "padding": a["padding"], "norm_eps": a.get("norm_eps")}
+    results = plain_pytorch(*exact[:3], a["grid"], norm_weight=exact[3], norm_bias=exact[4], **arguments)
+    exact_var, exact_mean = torch.var_mean(results, (0, 1), correction=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=1e-6)
 
 
 def test_training_on_one_value_per_channel_is_refused():

@@ -205,14 +205,16 @@ def test_with_and_without_a_norm_that_has_no_weights(name, count_packs):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_freed_memory_is_refused(name):
     """FSDP frees the storage of weights between uses; reading it would end the process."""
-    for victim in _weights(_call(name)):
-        call = _call(name)
-        weight = _weights(call)[victim]
-        if weight.untyped_storage().nbytes() == 0:
-            continue
-        weight.untyped_storage().resize_(0)
-        with pytest.raises(RuntimeError):
+    for victim, weight in _weights(_call(name)).items():
+        for offset in (0, 16):
+            call = _call(name)
+            flat = torch.cat([weight.new_zeros(offset), weight.flatten()])
+            _weights(call)[victim].data = flat[offset:].view(weight.shape)
             _outputs(call)
+            flat.untyped_storage().resize_(0)
+            if weight.numel() > 0:
+                with pytest.raises(RuntimeError):
+                    _outputs(call)
     call, packed = _call(name), PackedWeights()
     _outputs(call, packed)
     tensors, static = raw_call(call)
@@ -277,3 +279,26 @@ def test_a_packing_for_something_else_is_not_used():
     own = PackedWeights().get(operator, tensors, static)
     with pytest.raises(RuntimeError, match="packed: damaged"):
         torch.ops.fastvit.pointwise_mlp.default(tensors, own[:-64].contiguous(), *static)
+
+
+def test_packed_weights_lie_side_by_side():
+    """Of one size or another, on the shelf or with memory of their own, and longer than the shelf is known."""
+    shelve = torch.ops.fastvit.shelve.default
+    torch.ops.fastvit.release_memory()
+    blocks = [torch.randint(0, 255, (size,), dtype=torch.uint8) for size in (0, 64, 1000, 4096, 9 << 20, 64)]
+    shelved = [shelve(block) for block in blocks]
+    small = [block.data_ptr() for block in shelved if 0 < block.numel() < 1 << 20]
+    assert all(address % 64 == 0 for address in small)
+    assert [address - small[0] for address in small] == [0, 64, 1088, 5184]
+    assert torch.ops.fastvit.release_memory() >= 32 << 20
+    assert shelve(blocks[1]).data_ptr() not in small
+    assert all(torch.equal(a, b) for a, b in zip(shelved, blocks, strict=True))
+    torch.library.opcheck(shelve, (blocks[1],), test_utils=("test_schema", "test_autograd_registration"))
+
+
+@pytest.mark.parametrize(
+    "block", [torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(64), torch.zeros(128, dtype=torch.uint8)[::2]]
+)
+def test_only_rows_of_bytes_are_shelved(block):
+    with pytest.raises(RuntimeError, match="block: expected a row of bytes"):
+        torch.ops.fastvit.shelve.default(block)

@@ -34,7 +34,12 @@ def plain_pytorch(
     in_norm_weight=None,
     in_norm_bias=None,
     in_norm_eps=None,
+    in_scale=None,
+    in_shift=None,
+    out_scale=None,
+    out_shift=None,
 ):
+    x = scaled(x, in_scale, in_shift)
     if in_norm_eps is not None:
         rows = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), in_norm_weight, in_norm_bias, in_norm_eps)
         x = rows.permute(0, 3, 1, 2)
@@ -45,8 +50,13 @@ def plain_pytorch(
         elif bn is not None:
             maps = F.batch_norm(maps, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.training, 0.0, bn.eps)
     if norm_eps is None:
-        return maps
+        return scaled(maps, out_scale, out_shift)
     return F.layer_norm(maps.permute(0, 2, 3, 1), (len(weight),), norm_weight, norm_bias, norm_eps).permute(0, 3, 1, 2)
+
+
+def scaled(maps, scale, shift):
+    maps = maps if scale is None else maps * scale[:, None, None]
+    return maps if shift is None else maps + shift[:, None, None]
 
 
 class TestPatchEmbedding(Contract, Rejection):
@@ -113,6 +123,14 @@ def test_running_statistics_are_those_of_batch_norm(after):
             {"x": torch.zeros(1, 6, 1, 1), "bn": BatchNorm(None, None, None, None, training=True)},
             ValueError,
             "x: expected more than 1 value per channel when training, got 1",
+        ),
+        ({"in_scale": torch.ones(5)}, ValueError, r"in_scale: expected shape \(6,\), got \(5,\)"),
+        ({"out_shift": torch.ones(6)}, ValueError, r"out_shift: expected shape \(16,\), got \(6,\)"),
+        ({"out_scale": torch.ones(16)}, ValueError, "out_scale, out_shift: expected None beside norm_eps, got a"),
+        (
+            {"in_shift": torch.ones(6), "in_norm_eps": 1e-5},
+            ValueError,
+            "in_scale, in_shift: expected None beside in_norm_eps, got a",
         ),
         ({"padding": -1}, ValueError, "padding: expected an integer of at least 0, got -1"),
         ({"padding": "same"}, TypeError, "padding: expected an integer, got str"),

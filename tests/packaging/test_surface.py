@@ -32,6 +32,7 @@ SURFACE = {
         "ConvProjectionAttention",
         "DAFF",
         "DenseConv2d",
+        "DenseLinear",
         "DropPath",
         "HIMHSA",
         "HatMLP",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fastvit_kernels import ops
 from fastvit_kernels.ops import dispatch, library
 from fastvit_kernels.ops.arguments import check_tensor
+from fastvit_kernels.ops.operator import BackwardBackend
 from fastvit_kernels.testing import inputs
 from fastvit_kernels.testing.contract import Contract, Rejection
 from fastvit_kernels.testing.contract.base import expected
@@ -64,7 +65,7 @@ class Planted:
         return self.change(outputs, tensors, static)
 
 
-class PlantedBackward(Planted):
+class PlantedBackward(Planted, BackwardBackend):
     """The CPU backend with an error in its gradients: `change(gradients, needs)`."""
 
     def __init__(self, change):

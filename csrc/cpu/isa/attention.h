@@ -126,20 +126,20 @@ FK_INLINE void pack_values(const struct fk_array& v, int64_t offset, int64_t str
   }
 }
 
-FK_INLINE vf column_maximum(const float* scores, int64_t keys, vf scale) {
+FK_INLINE vf column_maximum(const float* scores, int64_t keys, vf scale, int64_t stride = kPanel) {
   vf m[4];
   for (int j = 0; j < 4; ++j) m[j] = load(scores) * scale;
   int64_t i = 0;
   for (; i + 4 <= keys; i += 4)
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) m[j] = vmax(load(scores + (i + j) * kPanel) * scale, m[j]);
-  for (; i < keys; ++i) m[0] = vmax(load(scores + i * kPanel) * scale, m[0]);
+    for (int j = 0; j < 4; ++j) m[j] = vmax(load(scores + (i + j) * stride) * scale, m[j]);
+  for (; i < keys; ++i) m[0] = vmax(load(scores + i * stride) * scale, m[0]);
   return vmax(vmax(m[0], m[1]), vmax(m[2], m[3]));
 }
 
 // exp2(scale * score - maximum) down one column of lanes, as the left operand of the product with the values; returns
 // the sums per lane. fp32 weights replace the scores.
-FK_INLINE vf exponentiate(float* scores, int64_t keys, vf scale, vf maximum, float*) {
+FK_INLINE vf exponentiate(float* scores, int64_t keys, vf scale, vf maximum, float*, int64_t stride = kPanel) {
   constexpr int kSums = 4;
   vf sums[kSums];
   for (int j = 0; j < kSums; ++j) sums[j] = splat(0.0f);
@@ -147,13 +147,13 @@ FK_INLINE vf exponentiate(float* scores, int64_t keys, vf scale, vf maximum, flo
   for (; i + kSums <= keys; i += kSums)
 #pragma GCC unroll 4
     for (int j = 0; j < kSums; ++j) {
-      float* at = scores + (i + j) * kPanel;
+      float* at = scores + (i + j) * stride;
       const vf e = exp2v<false>(load(at) * scale - maximum);
       store(at, e);
       sums[j] += e;
     }
   for (; i < keys; ++i) {
-    float* at = scores + i * kPanel;
+    float* at = scores + i * stride;
     const vf e = exp2v<false>(load(at) * scale - maximum);
     store(at, e);
     sums[0] += e;
@@ -189,11 +189,12 @@ FK_INLINE bf16* weights_of(const AttentionScratch<bf16>& s, int64_t lane) { retu
 // goes through the same instructions, so a query's result does not depend on where in a panel it stands: choices made
 // inside the loop led to contracted multiply-adds for one vector and not for the next.
 template <bool Bias, bool Mask>
-FK_INLINE void add_bias(float* scores, int64_t keys, vf scale, const float* bias, int64_t stride, const float* mask) {
+FK_INLINE void add_bias(float* scores, int64_t keys, vf scale, const float* bias, int64_t stride, const float* mask,
+                        int64_t score_stride) {
   for (int64_t i = 0; i < keys; ++i) {
     const vf m = splat(Mask ? mask[i] : 0.0f);
     for (int j = 0; j < kPanel; j += FK_VL) {
-      float* at = scores + i * kPanel + j;
+      float* at = scores + i * score_stride + j;
       store(at, load(at) * scale + (Bias ? load(bias + i * stride + j) + m : m));
     }
   }
@@ -213,15 +214,15 @@ static __attribute__((noinline)) void attend(const AttentionShape& p, const A* k
     for (int64_t t = 0; t < key_tiles.count; ++t) {
       const int64_t row = tile_start(key_tiles, t);
       tile(tile_height(key_tiles, t), keys + (first + row) * key_stride, key_stride, s.queries, s.depth,
-           s.scores + row * kPanel, kPanel, false, fetch_nothing(s.queries));
+           s.scores + row * kPanel, kPanel, false, fetch_nothing(s.queries), queries);
     }
     if (bias || p.mask) {
       const auto add = bias ? p.mask ? add_bias<true, true> : add_bias<true, false> : add_bias<false, true>;
       add(s.scores, n, splat(p.scale * 1.44269504f), bias ? bias + first * p.bias_stride : nullptr, p.bias_stride,
-          p.mask ? p.mask + first : nullptr);
+          p.mask ? p.mask + first : nullptr, kPanel);
       scale = splat(1.0f);
     }
-    for (int j = 0; j < FK_NV; ++j) {
+    for (int j = 0; j * FK_VL < queries; ++j) {
       float* column = s.scores + j * FK_VL;
       vf m = column_maximum(column, n, scale), before = m;
       if (first > 0) {
@@ -237,7 +238,7 @@ static __attribute__((noinline)) void attend(const AttentionShape& p, const A* k
         float factor[FK_VL];
         store(factor, shrink);
         for (int64_t q = 0; q < FK_VL; ++q)
-          for (int64_t c = 0; c < s.ldv; c += FK_VL) {
+          for (int64_t c = 0; c < dv; c += FK_VL) {
             float* at = s.head + (j * FK_VL + q) * s.ldv + c;
             store(at, load(at) * splat(factor[q]));
           }
@@ -251,12 +252,12 @@ static __attribute__((noinline)) void attend(const AttentionShape& p, const A* k
         const int64_t row = tile_start(query_tiles, t);
         tile<true>(tile_height(query_tiles, t), weights_of(s, row), kPanel * kStep<A>,
                    s.values + c * depth + first * kPanel, k, s.head + row * s.ldv + c, s.ldv, first > 0,
-                   fetch_nothing(s.values));
+                   fetch_nothing(s.values), dv - c);
       }
   }
   for (int64_t q = 0; q < queries; ++q) {
     const vf inverse = splat(1.0f / total[q]);
-    for (int64_t c = 0; c < s.ldv; c += FK_VL) store(s.head + q * s.ldv + c, load(s.head + q * s.ldv + c) * inverse);
+    for (int64_t c = 0; c < dv; c += FK_VL) store(s.head + q * s.ldv + c, load(s.head + q * s.ldv + c) * inverse);
   }
 }
 

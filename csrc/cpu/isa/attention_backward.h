@@ -1,5 +1,5 @@
-// Gradients of the attention of one head: the probabilities are made again for a panel of queries at a time, keys down
-// and queries across as in the forward, and each panel adds to the gradients of all keys and values.
+// Gradients of the attention of one head: the probabilities are made again for a block of queries at a time, keys down
+// and queries across as in the forward, and each block adds to the gradients of all keys and values.
 #pragma once
 
 #include "attention.h"
@@ -7,32 +7,38 @@
 
 namespace {
 
+// Queries of a block: the more they are, the less often the gradients of keys and values are read and written. The
+// scores of a block and their gradients should stay in L2.
+constexpr int64_t kMostQueries = 128 / kPanel * kPanel, kMostScores = 16384;
+
 template <class A>
 struct AttentionBackwardScratch {
-  A* query_rows;             // [kPanel][ldk]
-  A* grad_rows;              // [kPanel][ldr] of the result
-  A* queries;                // [d][kPanel]
-  A* grads;                  // [dv][kPanel]
-  A* query_panels;           // panels [d][kPanel rows]
-  A* grad_panels;            // panels [dv][kPanel rows]
-  A* keys;                   // [keys][ldk]
-  A* values;                 // [keys][ldr]
+  A* query_rows;             // [block][ldk], like `keys`
+  A* grad_rows;              // [block][ldr] of the result, like `values`
+  A* queries;                // panels [d][kPanel]
+  A* grads;                  // panels [dv][kPanel]
+  A* query_panels;           // panels [d][block]
+  A* grad_panels;            // panels [dv][block]
+  A* keys;                   // [keys][ldk], only where the tensor's own rows cannot be read directly
+  A* values;                 // [keys][ldr], the same
   A* key_panels;             // panels [d][keys]
   A* value_panels;           // panels [dv][keys]
-  float* scores;             // [keys][kPanel]
-  float* slopes;             // [keys][kPanel] gradients of the probabilities, then of the scores
+  float* scores;             // [keys][block]
+  float* slopes;             // [keys][block] gradients of the probabilities, then of the scores
   A* probability_rows;       // bf16: both as rows,
   A* slope_rows;             //
   A* columns;                // and one of them paired along the keys
   float *d_keys, *d_values;  // [keys][ldd], [keys][ldv]
-  float* result;             // [kPanel][ldv or ldd]
-  int64_t ldk, ldr, ldd, ldv, depth, bytes;
+  float* result;             // [block][ldv or ldd]
+  int64_t ldk, ldr, ldd, ldv, depth, block, bytes;
 
   FK_INLINE AttentionBackwardScratch layout(const struct fk_attention_backward& p, void* base) {
     constexpr bool kLow = sizeof(A) == 2;
     const int64_t size = (int64_t)sizeof(A), d = p.channels / p.heads, dv = p.value_channels / p.heads;
     AttentionBackwardScratch s;
     s.depth = round_up(p.keys, 2);
+    s.block = min64(min64(kMostQueries, round_up(p.queries, kPanel)),
+                    max64(kPanel, kMostScores / max64(1, p.keys) / kPanel * kPanel));
     s.ldk = round_up(d, 2) + kRowPad;
     s.ldr = round_up(dv, 2) + kRowPad;
     s.ldd = round_up(d, kPanel);
@@ -43,45 +49,56 @@ struct AttentionBackwardScratch {
       at += round_up(values * bytes, 64);
       return from;
     };
-    s.query_rows = (A*)take(kPanel * s.ldk, size);
-    s.grad_rows = (A*)take(kPanel * s.ldr, size);
-    s.queries = (A*)take(round_up(d, 2) * kPanel, size);
-    s.grads = (A*)take(round_up(dv, 2) * kPanel, size);
-    s.query_panels = (A*)take(kPanel * s.ldd, size);
-    s.grad_panels = (A*)take(kPanel * s.ldv, size);
+    s.query_rows = (A*)take(s.block * s.ldk, size);
+    s.grad_rows = (A*)take(s.block * s.ldr, size);
+    s.queries = (A*)take(round_up(d, 2) * s.block, size);
+    s.grads = (A*)take(round_up(dv, 2) * s.block, size);
+    s.query_panels = (A*)take(s.block * s.ldd, size);
+    s.grad_panels = (A*)take(s.block * s.ldv, size);
     s.keys = (A*)take(s.depth * s.ldk, size);
     s.values = (A*)take(s.depth * s.ldr, size);
     s.key_panels = (A*)take(s.depth * s.ldd, size);
     s.value_panels = (A*)take(s.depth * s.ldv, size);
-    s.scores = (float*)take(s.depth * kPanel, 4);
-    s.slopes = (float*)take(s.depth * kPanel, 4);
-    s.probability_rows = (A*)take(kLow ? s.depth * kPanel : 0, size);
-    s.slope_rows = (A*)take(kLow ? s.depth * kPanel : 0, size);
-    s.columns = (A*)take(kLow ? s.depth * kPanel : 0, size);
+    s.scores = (float*)take(s.depth * s.block, 4);
+    s.slopes = (float*)take(s.depth * s.block, 4);
+    s.probability_rows = (A*)take(kLow ? s.depth * s.block : 0, size);
+    s.slope_rows = (A*)take(kLow ? s.depth * s.block : 0, size);
+    s.columns = (A*)take(kLow ? s.depth * s.block : 0, size);
     s.d_keys = (float*)take(s.depth * s.ldd, 4);
     s.d_values = (float*)take(s.depth * s.ldv, 4);
-    s.result = (float*)take(kPanel * max64(s.ldd, s.ldv), 4);
+    s.result = (float*)take(s.block * max64(s.ldd, s.ldv), 4);
     s.bytes = at - (char*)base;
     return s;
   }
 };
 
-// fp32 works on the scores themselves.
-FK_INLINE const float* as_rows(const float* values, int64_t, float*) { return values; }
-FK_INLINE const bf16* as_rows(const float* values, int64_t n, bf16* rows) {
-  copy_row(values, n, n, rows);
+// The first `width` values of each row; fp32 works on the scores themselves.
+FK_INLINE const float* as_rows(const float* values, int64_t, int64_t, int64_t, float*) { return values; }
+FK_INLINE const bf16* as_rows(const float* values, int64_t stride, int64_t count, int64_t width, bf16* rows) {
+  for (int64_t i = 0; i < count; ++i) copy_row(values + i * stride, width, width, rows + i * stride);
   return rows;
 }
 
-// rows^T times what lies across: out[height of `keys`][kPanel].
+// Rows of queries, or of their gradients, across: panels [d][kPanel].
 template <class A>
-FK_INLINE void across(const A* rows, int64_t stride, int64_t keys, const A* panel, int64_t depth, float* out) {
+FK_INLINE void lay_across(const A* rows, int64_t stride, int64_t count, int64_t d, A* panels) {
+  const int64_t pair = kStep<A>;
+  for (int64_t r = 0; r < count; r += kPanel)
+    transpose((const uint32_t*)(rows + r * stride), stride / pair, min64(kPanel, count - r), ceil_div(d, pair),
+              (uint32_t*)(panels + r * round_up(d, pair)), kPanel, kPanel);
+}
+
+// rows^T times what lies across: out[height of `keys`][block].
+template <class A>
+FK_INLINE void across(const A* rows, int64_t stride, int64_t keys, const A* panels, int64_t count, int64_t depth,
+                      float* out, int64_t ldo) {
   const RowTiles tiles = row_tiles(keys);
-  for (int64_t t = 0; t < tiles.count; ++t) {
-    const int64_t row = tile_start(tiles, t);
-    tile(tile_height(tiles, t), rows + row * stride, stride, panel, depth, out + row * kPanel, kPanel, false,
-         fetch_nothing(panel));
-  }
+  for (int64_t c = 0; c < count; c += kPanel)
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int64_t row = tile_start(tiles, t);
+      tile(tile_height(tiles, t), rows + row * stride, stride, panels + c * depth, depth, out + row * ldo + c, ldo,
+           false, fetch_nothing(panels), count - c);
+    }
 }
 
 // out[queries][width] from columns over the keys and panels of them.
@@ -93,20 +110,20 @@ FK_INLINE void from_keys(const A* columns, int64_t stride, int64_t queries, cons
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t row = tile_start(tiles, t);
       tile<true>(tile_height(tiles, t), columns + row * kStep<A>, stride, panels + c * depth, round_up(keys, kStep<A>),
-                 out + row * ldo + c, ldo, false, fetch_nothing(panels));
+                 out + row * ldo + c, ldo, false, fetch_nothing(panels), width - c);
     }
 }
 
 // out[keys][width] += rows[keys][queries] times panels of the queries.
 template <class A>
-FK_INLINE void add_to_keys(const A* rows, int64_t keys, int64_t queries, const A* panels, int64_t width, float* out,
-                           int64_t ldo, bool accumulate) {
+FK_INLINE void add_to_keys(const A* rows, int64_t stride, int64_t keys, int64_t queries, const A* panels, int64_t width,
+                           float* out, int64_t ldo, bool accumulate) {
   const RowTiles tiles = row_tiles(keys);
   for (int64_t c = 0; c < width; c += kPanel)
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t row = tile_start(tiles, t);
-      tile(tile_height(tiles, t), rows + row * kPanel, kPanel, panels + c * kPanel, round_up(queries, kStep<A>),
-           out + row * ldo + c, ldo, accumulate, fetch_nothing(panels));
+      tile(tile_height(tiles, t), rows + row * stride, stride, panels + c * stride, round_up(queries, kStep<A>),
+           out + row * ldo + c, ldo, accumulate, fetch_nothing(panels), width - c);
     }
 }
 
@@ -128,30 +145,31 @@ FK_INLINE vf column_sum(int64_t keys, Value value) {
   return total;
 }
 
-// Scores of a panel to probabilities.
-FK_INLINE void softmax_panel(float* scores, int64_t keys, float scale) {
-  for (int64_t j = 0; j < kPanel; j += FK_VL) {
+// Scores of `queries` columns to probabilities.
+FK_INLINE void softmax_columns(float* scores, int64_t stride, int64_t keys, int64_t queries, float scale) {
+  for (int64_t j = 0; j < queries; j += FK_VL) {
     float* column = scores + j;
-    vf m = column_maximum(column, keys, splat(scale));
+    vf m = column_maximum(column, keys, splat(scale), stride);
     m = m == splat(-__builtin_inff()) ? splat(0.0f) : m;
-    exponentiate(column, keys, splat(scale), m, column);
-    const vf inverse = splat(1.0f) / column_sum(keys, [&](int64_t i) { return load(column + i * kPanel); });
-    for (int64_t i = 0; i < keys; ++i) store(column + i * kPanel, load(column + i * kPanel) * inverse);
+    exponentiate(column, keys, splat(scale), m, column, stride);
+    const vf inverse = splat(1.0f) / column_sum(keys, [&](int64_t i) { return load(column + i * stride); });
+    for (int64_t i = 0; i < keys; ++i) store(column + i * stride, load(column + i * stride) * inverse);
   }
 }
 
-// Gradients of the probabilities to those of the scores, which `bias` gets as they are, unless null, and the rest times
-// the scale.
-FK_INLINE void softmax_backward_panel(const float* probabilities, float* slopes, int64_t keys, float scale, float* bias,
-                                      bool accumulate) {
-  for (int64_t j = 0; j < kPanel; j += FK_VL) {
+// Gradients of the probabilities to those of the scores, which `bias` [keys][kPanel] gets as they are, panel by panel,
+// unless null, and the rest times the scale.
+FK_INLINE void softmax_backward_columns(const float* probabilities, float* slopes, int64_t stride, int64_t keys,
+                                        int64_t queries, float scale, float* bias, bool accumulate) {
+  for (int64_t j = 0; j < queries; j += FK_VL) {
     const vf along = column_sum(
-        keys, [&](int64_t i) { return load(probabilities + i * kPanel + j) * load(slopes + i * kPanel + j); });
+        keys, [&](int64_t i) { return load(probabilities + i * stride + j) * load(slopes + i * stride + j); });
+    float* of_bias = bias ? bias + j / kPanel * kPanel * keys + j % kPanel : nullptr;
     for (int64_t i = 0; i < keys; ++i) {
-      float* at = slopes + i * kPanel + j;
-      const vf slope = load(probabilities + i * kPanel + j) * (load(at) - along);
-      if (bias) {
-        float* to = bias + i * kPanel + j;
+      float* at = slopes + i * stride + j;
+      const vf slope = load(probabilities + i * stride + j) * (load(at) - along);
+      if (of_bias) {
+        float* to = of_bias + i * kPanel;
         store(to, accumulate ? load(to) + slope : slope);
       }
       store(at, slope * splat(scale));
@@ -159,99 +177,118 @@ FK_INLINE void softmax_backward_panel(const float* probabilities, float* slopes,
   }
 }
 
-// The token that row i of a set stands for; `count` rows make a set that lies as it is.
-FK_INLINE int64_t token_of(const struct fk_attention_backward& p, int64_t set, int64_t i, int64_t count) {
-  if (!p.window_tokens) return set * count + i;
-  return set / p.sets_per_image * p.tokens + p.window_tokens[set % p.sets_per_image * count + i];
-}
+// Where a set's rows lie: `count` of them make a set, in order, or as its windows have it.
+struct SetRows {
+  const int64_t* tokens;
+  int64_t first;
 
-// `rows` rows of a head from row `first` of a set on; zeros behind d.
+  FK_INLINE SetRows of(const struct fk_attention_backward& p, int64_t set, int64_t count) {
+    if (!p.window_tokens) return {nullptr, set * count};
+    return {p.window_tokens + set % p.sets_per_image * count, set / p.sets_per_image * p.tokens};
+  }
+  // The token that row i stands for.
+  FK_INLINE int64_t token(const SetRows& s, int64_t i) { return s.first + (s.tokens ? s.tokens[i] : i); }
+};
+
+// `count` rows of a head from row `first` of a set on, as they lie in the tensor where a product can read them so, else
+// copied to `buffer`. `stride`: that of the buffer, which becomes that of the rows.
 template <class A>
-FK_INLINE void stage_set(const struct fk_attention_backward& p, const struct fk_array& x, int64_t stride,
-                         int64_t column, int64_t set, int64_t first, int64_t rows, int64_t count, int64_t d, A* out,
-                         int64_t ldo) {
-  for (int64_t i = 0; i < rows; ++i)
-    stage(x, token_of(p, set, first + i, count) * stride + column, 0, 1, d, round_up(d, 2), out + i * ldo, ldo);
+FK_INLINE const A* set_rows(const SetRows& set, const struct fk_array& x, int64_t x_stride, int64_t column,
+                            int64_t first, int64_t count, int64_t d, A* buffer, int64_t* stride) {
+  if (!set.tokens) {
+    const A* direct = direct_rows(x, (set.first + first) * x_stride + column, x_stride, d, buffer);
+    if (direct) {
+      *stride = x_stride;
+      return direct;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i)
+    stage(x, SetRows::token(set, first + i) * x_stride + column, 0, 1, d, round_up(d, 2), buffer + i * *stride,
+          *stride);
+  return buffer;
 }
 
 // Rows of fp32 to where they belong in a result.
-FK_INLINE void write_set(const struct fk_attention_backward& p, const float* from, int64_t ldf, int64_t n, void* out,
-                         fk_dtype dtype, int64_t stride, int64_t column, int64_t set, int64_t first, int64_t rows,
-                         int64_t count) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t at = token_of(p, set, first + i, count) * stride + column;
-    if (dtype == FK_F32)
-      copy_row(from + i * ldf, n, n, (float*)out + at);
-    else
-      copy_row(from + i * ldf, n, n, (bf16*)out + at);
-  }
+template <class Out>
+FK_INLINE void write_set(const SetRows& set, const float* from, int64_t ldf, int64_t n, Out* out, int64_t stride,
+                         int64_t column, int64_t first, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i)
+    copy_row(from + i * ldf, n, n, out + SetRows::token(set, first + i) * stride + column);
+}
+FK_INLINE void write_set(const SetRows& set, const float* from, int64_t ldf, int64_t n, void* out, fk_dtype dtype,
+                         int64_t stride, int64_t column, int64_t first, int64_t rows) {
+  if (dtype == FK_F32)
+    write_set(set, from, ldf, n, (float*)out, stride, column, first, rows);
+  else
+    write_set(set, from, ldf, n, (bf16*)out, stride, column, first, rows);
 }
 
 // One head of one set.
 template <class A>
 FK_INLINE void attention_backward_set(const struct fk_attention_backward& p, int64_t set, int64_t h, float* bias_sums,
                                       bool accumulate, const AttentionBackwardScratch<A>& s) {
-  const int64_t d = p.channels / p.heads, dv = p.value_channels / p.heads, pair = kStep<A>;
-  stage_set(p, p.k, p.k_stride, h * d, set, 0, p.keys, p.keys, d, s.keys, s.ldk);
-  stage_set(p, p.v, p.v_stride, h * dv, set, 0, p.keys, p.keys, dv, s.values, s.ldr);
-  if (p.dq) panels_of_rows(s.keys, s.ldk, p.keys, d, s.depth, s.key_panels);
-  if (p.result) panels_of_rows(s.values, s.ldr, p.keys, dv, s.depth, s.value_panels);
+  const int64_t d = p.channels / p.heads, dv = p.value_channels / p.heads, block = s.block;
+  const SetRows of_keys = SetRows::of(p, set, p.keys), of_queries = SetRows::of(p, set, p.queries);
+  int64_t ldk = s.ldk, ldr = s.ldr;
+  const A* keys = set_rows(of_keys, p.k, p.k_stride, h * d, 0, p.keys, d, s.keys, &ldk);
+  const A* values = set_rows(of_keys, p.v, p.v_stride, h * dv, 0, p.keys, dv, s.values, &ldr);
+  if (p.dq) panels_of_rows(keys, ldk, p.keys, d, s.depth, s.key_panels);
+  if (p.result) panels_of_rows(values, ldr, p.keys, dv, s.depth, s.value_panels);
   if (p.queries == 0) {
     clear(s.d_keys, p.keys * s.ldd);
     clear(s.d_values, p.keys * s.ldv);
   }
-  for (int64_t r = 0; r < p.queries; r += kPanel) {
-    const int64_t queries = min64(kPanel, p.queries - r);
-    stage_set(p, p.q, p.q_stride, h * d, set, r, queries, p.queries, d, s.query_rows, s.ldk);
-    stage_set(p, p.grad, p.value_channels, h * dv, set, r, queries, p.queries, dv, s.grad_rows, s.ldr);
-    transpose((const uint32_t*)s.query_rows, s.ldk / pair, queries, ceil_div(d, pair), (uint32_t*)s.queries, kPanel,
-              kPanel);
-    across(s.keys, s.ldk, p.keys, s.queries, round_up(d, pair), s.scores);
+  for (int64_t r = 0; r < p.queries; r += block) {
+    const int64_t queries = min64(block, p.queries - r), computed = round_up(queries, FK_VL);
+    int64_t ldq = s.ldk, ldg = s.ldr;
+    const A* query_rows = set_rows(of_queries, p.q, p.q_stride, h * d, r, queries, d, s.query_rows, &ldq);
+    const A* grad_rows = set_rows(of_queries, p.grad, p.value_channels, h * dv, r, queries, dv, s.grad_rows, &ldg);
+    lay_across(query_rows, ldq, queries, d, s.queries);
+    across(keys, ldk, p.keys, s.queries, queries, round_up(d, kStep<A>), s.scores, block);
     float scale = p.scale * 1.44269504f;
     if (p.bias || p.mask) {
       const auto add = p.bias ? p.mask ? add_bias<true, true> : add_bias<true, false> : add_bias<false, true>;
-      add(s.scores, p.keys, splat(scale), p.bias ? p.bias + h * p.keys * p.bias_stride + r : nullptr, p.bias_stride,
-          p.mask ? p.mask + set % p.sets_per_image * p.keys : nullptr);
+      for (int64_t c = 0; c < queries; c += kPanel)
+        add(s.scores + c, p.keys, splat(scale), p.bias ? p.bias + h * p.keys * p.bias_stride + r + c : nullptr,
+            p.bias_stride, p.mask ? p.mask + set % p.sets_per_image * p.keys : nullptr, block);
       scale = 1.0f;
     }
-    softmax_panel(s.scores, p.keys, scale);
-    const A* probabilities = as_rows(s.scores, p.keys * kPanel, s.probability_rows);
+    softmax_columns(s.scores, block, p.keys, queries, scale);
+    const A* probabilities = as_rows(s.scores, block, p.keys, computed, s.probability_rows);
     if (p.result) {
-      int64_t stride = kPanel;
-      const A* columns = columns_of_rows(probabilities, p.keys, kPanel, &stride, s.columns);
+      int64_t stride = block;
+      const A* columns = columns_of_rows(probabilities, p.keys, computed, &stride, s.columns);
       from_keys(columns, stride, queries, s.value_panels, p.keys, s.depth, dv, s.result, s.ldv);
       if (p.added)
         for (int64_t i = 0; i < queries; ++i)
           add_rows_into(s.result + i * s.ldv,
-                        (const A*)p.added + token_of(p, set, r + i, p.queries) * p.value_channels + h * dv, dv,
+                        (const A*)p.added + SetRows::token(of_queries, r + i) * p.value_channels + h * dv, dv,
                         s.result + i * s.ldv);
-      write_set(p, s.result, s.ldv, dv, p.result, dtype_of(s.keys), p.value_channels, h * dv, set, r, queries,
-                p.queries);
+      write_set(of_queries, s.result, s.ldv, dv, (A*)p.result, p.value_channels, h * dv, r, queries);
     }
     if (p.dv) {
-      panels_of_rows(s.grad_rows, s.ldr, queries, dv, kPanel, s.grad_panels);
-      add_to_keys(probabilities, p.keys, queries, s.grad_panels, dv, s.d_values, s.ldv, r > 0);
+      panels_of_rows(grad_rows, ldg, queries, dv, block, s.grad_panels);
+      add_to_keys(probabilities, block, p.keys, queries, s.grad_panels, dv, s.d_values, s.ldv, r > 0);
     }
     if (!p.dq && !p.dk && !bias_sums) continue;
-    transpose((const uint32_t*)s.grad_rows, s.ldr / pair, queries, ceil_div(dv, pair), (uint32_t*)s.grads, kPanel,
-              kPanel);
-    across(s.values, s.ldr, p.keys, s.grads, round_up(dv, pair), s.slopes);
-    softmax_backward_panel(s.scores, s.slopes, p.keys, p.scale, bias_sums ? bias_sums + r * p.keys : nullptr,
-                           accumulate);
-    const A* slopes = as_rows(s.slopes, p.keys * kPanel, s.slope_rows);
+    lay_across(grad_rows, ldg, queries, dv, s.grads);
+    across(values, ldr, p.keys, s.grads, queries, round_up(dv, kStep<A>), s.slopes, block);
+    softmax_backward_columns(s.scores, s.slopes, block, p.keys, queries, p.scale,
+                             bias_sums ? bias_sums + r * p.keys : nullptr, accumulate);
+    const A* slopes = as_rows(s.slopes, block, p.keys, computed, s.slope_rows);
     if (p.dq) {
-      int64_t stride = kPanel;
-      const A* columns = columns_of_rows(slopes, p.keys, kPanel, &stride, s.columns);
+      int64_t stride = block;
+      const A* columns = columns_of_rows(slopes, p.keys, computed, &stride, s.columns);
       from_keys(columns, stride, queries, s.key_panels, p.keys, s.depth, d, s.result, s.ldd);
-      write_set(p, s.result, s.ldd, d, p.dq, p.dq_dtype, p.dq_stride, h * d, set, r, queries, p.queries);
+      write_set(of_queries, s.result, s.ldd, d, p.dq, p.dq_dtype, p.dq_stride, h * d, r, queries);
     }
     if (p.dk) {
-      panels_of_rows(s.query_rows, s.ldk, queries, d, kPanel, s.query_panels);
-      add_to_keys(slopes, p.keys, queries, s.query_panels, d, s.d_keys, s.ldd, r > 0);
+      panels_of_rows(query_rows, ldq, queries, d, block, s.query_panels);
+      add_to_keys(slopes, block, p.keys, queries, s.query_panels, d, s.d_keys, s.ldd, r > 0);
     }
   }
-  if (p.dk) write_set(p, s.d_keys, s.ldd, d, p.dk, p.k.dtype, p.dk_stride, h * d, set, 0, p.keys, p.keys);
-  if (p.dv) write_set(p, s.d_values, s.ldv, dv, p.dv, p.v.dtype, p.dv_stride, h * dv, set, 0, p.keys, p.keys);
+  if (p.dk) write_set(of_keys, s.d_keys, s.ldd, d, p.dk, p.k.dtype, p.dk_stride, h * d, 0, p.keys);
+  if (p.dv) write_set(of_keys, s.d_values, s.ldv, dv, p.dv, p.v.dtype, p.dv_stride, h * dv, 0, p.keys);
 }
 
 template <class A>

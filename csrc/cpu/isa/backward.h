@@ -21,6 +21,16 @@ FK_INLINE void panels_of_rows(const float* rows, int64_t stride, int64_t count, 
 // Two rows as pairs: to[i][0] from the first, to[i][1] from the second (null: zeros).
 FK_INLINE void interleave(const bf16* first, const bf16* second, int64_t n, bf16* to) {
   int64_t i = 0;
+#if FK_NATIVE_BF16
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (; i + 2 * FK_VL <= n; i += 2 * FK_VL) {
+    const __m512i a = _mm512_loadu_si512(first + i), b = second ? _mm512_loadu_si512(second + i) : (__m512i){};
+    _mm512_storeu_si512(to + 2 * i, _mm512_permutex2var_epi16(a, low, b));
+    _mm512_storeu_si512(to + 2 * i + 2 * FK_VL, _mm512_permutex2var_epi16(a, high, b));
+  }
+#endif
   for (; i + FK_VL <= n; i += FK_VL) {
     const vu low = __builtin_convertvector(*(const vh*)(first + i), vu);
     *(vu*)(to + 2 * i) = second ? low | __builtin_convertvector(*(const vh*)(second + i), vu) << 16 : low;
@@ -53,17 +63,17 @@ FK_INLINE const bf16* columns_of_rows(const bf16* rows, int64_t count, int64_t w
 }
 
 // The part of a weight gradient [all_rows, ...] that a block of `count` rows of two matrices contributes: of its rows
-// [0, rows), which `columns` holds, and of the panels that `panels` holds. `to` is the first of them.
+// [0, rows), which `columns` holds, and of its `width` columns, which `panels` holds. `to` is the first panel of them.
 template <class A>
 FK_INLINE void add_weight_gradient(const A* columns, int64_t stride, int64_t rows, const A* panels, int64_t depth,
-                                   int64_t panel_count, int64_t count, float* to, int64_t all_rows, bool accumulate) {
+                                   int64_t width, int64_t count, float* to, int64_t all_rows, bool accumulate) {
   const RowTiles tiles = row_tiles(rows);
   const int64_t k = round_up(count, kStep<A>);
-  for (int64_t n = 0; n < panel_count; ++n)
+  for (int64_t c = 0; c < width; c += kPanel)
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t row = tile_start(tiles, t);
-      tile<true>(tile_height(tiles, t), columns + row * kStep<A>, stride, panels + n * depth * kPanel, k,
-                 to + (n * all_rows + row) * kPanel, kPanel, accumulate, fetch_nothing(panels));
+      tile<true>(tile_height(tiles, t), columns + row * kStep<A>, stride, panels + c * depth, k,
+                 to + c * all_rows + row * kPanel, kPanel, accumulate, fetch_nothing(panels), width - c);
     }
 }
 
@@ -184,18 +194,39 @@ FK_INLINE void copy_summed_row(const struct fk_array& x, int64_t row, int64_t n,
     copy_summed_row((const bf16*)x.data + row * n, n, padded, out, sums);
 }
 
+// Adds the partial sums of a row of a panel.
+FK_INLINE void add_row(const struct fk_partial_sums& p, int64_t panel, int64_t row, float* total) {
+  for (int64_t j = 0; j < kPanel; j += FK_VL) {
+    const float* from = p.partials + (panel * p.rows + row) * kPanel + j;
+    vf sums = splat(0.0f);
+    for (int64_t i = 0; i < p.count; ++i) sums += load(from + i * p.stride);
+    store(total + j, sums);
+  }
+}
+
+// A panel's worth of a gradient with taps whose panels each belong to one tap: these channels of all taps, of a share
+// of the rows, because a channel's taps lie side by side.
+constexpr int64_t kAddedTaps = 64;
+template <class Out>
+FK_INLINE void add_taps(const struct fk_partial_sums& p, int64_t panel, Out* out) {
+  const int64_t groups = p.columns / p.taps / kPanel, group = panel % groups, share = panel / groups;
+  float totals[kAddedTaps * kPanel] __attribute__((aligned(64))), values[kAddedTaps * kPanel];
+  for (int64_t row = p.rows * share / p.taps; row < p.rows * (share + 1) / p.taps; ++row) {
+    for (int64_t tap = 0; tap < p.taps; ++tap) add_row(p, tap * groups + group, row, totals + tap * kPanel);
+    transpose((const uint32_t*)totals, kPanel, p.taps, kPanel, (uint32_t*)values, p.taps, p.taps);
+    const int64_t n = kPanel * p.taps;
+    copy_row(values, n, n, out + row * p.columns + group * n);
+  }
+}
+
 template <class Out>
 FK_INLINE void add_panel(const struct fk_partial_sums& p, int64_t panel, Out* out) {
   const int64_t column = panel * kPanel, width = min64(kPanel, p.columns - column);
   const int64_t channels = p.columns / p.taps;
+  if (p.taps > 1 && p.taps <= kAddedTaps && channels % kPanel == 0) return add_taps(p, panel, out);
   for (int64_t row = 0; row < p.rows; ++row) {
     float total[kPanel] __attribute__((aligned(64)));
-    for (int64_t j = 0; j < kPanel; j += FK_VL) {
-      const float* from = p.partials + (panel * p.rows + row) * kPanel + j;
-      vf sums = splat(0.0f);
-      for (int64_t i = 0; i < p.count; ++i) sums += load(from + i * p.stride);
-      store(total + j, sums);
-    }
+    add_row(p, panel, row, total);
     if (p.transposed) {
       for (int64_t j = 0; j < width; ++j) from_float(out + (column + j) * p.rows + row, total[j]);
       continue;

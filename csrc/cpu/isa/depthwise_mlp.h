@@ -3,6 +3,7 @@
 // projection, so that no more than a chunk of it exists, in the cache.
 #pragma once
 
+#include "activations.h"
 #include "moments.h"
 
 namespace {
@@ -302,6 +303,19 @@ void depthwise_mlp(const struct fk_depthwise_mlp* p, int64_t task, void* scratch
   depthwise_task<float>(*p, task, scratch);
 }
 
+// Calls `body` with the row at `at` of a residual, null where there is none, and of the result, in their dtypes.
+template <class Body>
+FK_INLINE void with_row(const struct fk_array& residual, void* out, fk_dtype out_dtype, int64_t at, Body body) {
+  const float* residual32 = residual.data && residual.dtype == FK_F32 ? (const float*)residual.data + at : nullptr;
+  const bf16* residual16 = residual.data && residual.dtype == FK_BF16 ? (const bf16*)residual.data + at : nullptr;
+  if (out_dtype == FK_F32 && residual16)
+    body(residual16, (float*)out + at);
+  else if (out_dtype == FK_F32)
+    body(residual32, (float*)out + at);
+  else
+    body(residual16, (bf16*)out + at);
+}
+
 template <class Out, class Residual>
 FK_INLINE void group_norm_row(const float* raw, int64_t n, const struct fk_norm& norm, int64_t image,
                               const Residual* residual, Out* out) {
@@ -325,17 +339,9 @@ void group_norm_rows(const struct fk_group_norm_rows* p, int64_t task) {
   const int64_t rows = min64(p->rows_per_task, p->rows - first), n = p->columns;
   const int64_t start = (image * (p->skipped + p->rows) + p->skipped + first) * n;
   const float* raw = p->raw + (image * p->rows + first) * n;
-  const float* residual32 = p->residual.dtype == FK_F32 ? (const float*)p->residual.data : nullptr;
-  const bf16* residual16 = p->residual.dtype == FK_BF16 ? (const bf16*)p->residual.data : nullptr;
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t at = start + i * n;
-    if (p->out_dtype == FK_F32 && residual16)
-      group_norm_row(raw + i * n, n, p->norm, image, residual16 + at, (float*)p->out + at);
-    else if (p->out_dtype == FK_F32)
-      group_norm_row(raw + i * n, n, p->norm, image, residual32 ? residual32 + at : nullptr, (float*)p->out + at);
-    else
-      group_norm_row(raw + i * n, n, p->norm, image, residual16 ? residual16 + at : nullptr, (bf16*)p->out + at);
-  }
+  for (int64_t i = 0; i < rows; ++i)
+    with_row(p->residual, p->out, p->out_dtype, start + i * n,
+             [&](auto residual, auto out) { group_norm_row(raw + i * n, n, p->norm, image, residual, out); });
   if (!p->moments) return;
   double* sums = p->moments + 3 * task;
   sums[0] = sums[1] = sums[2] = 0.0;

@@ -132,9 +132,6 @@ struct NormSums {
   ExactSum grads, grads_x, hats, squares;
 
   // Those of a few neighbours.
-  FK_INLINE void clear(vf (&few)[4]) {
-    for (int i = 0; i < 4; ++i) few[i] = splat(0.0f);
-  }
   FK_INLINE void gather(vf (&few)[4], vf grad, vf hat) {
     few[0] += grad;
     few[1] += grad * hat;
@@ -179,8 +176,7 @@ FK_INLINE void middle_pixels(const MlpChunk<A>& c, int64_t from, int64_t y, int6
   const float* grads = c.m.middle_grad + plane * c.m.middle + (pixel - middle_origin(c, from)) * step;
   float* middle = c.b.middle + (pixel - from * p.width) * c.b.stride + at;
   const bool steps = p.stores, after = p.norms_after_activation;
-  vf few[4];
-  NormSums::clear(few);
+  vf few[4] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < Pixels; ++i) {
     vf z = sums[i], hat = splat(0.0f);
@@ -324,8 +320,7 @@ FK_INLINE void back_pixels(const MlpChunk<A>& c, int64_t from, int64_t y, int64_
   const float* centre = corner + p.kernel / 2 * (line + step);
   const bool steps = p.stores, after = p.norms_after_activation;
   const FirstHats<A> hats = FirstHats<A>::of(c, v->norm, at, y);
-  vf few[4];
-  NormSums::clear(few);
+  vf few[4] = {};
 #pragma GCC unroll 8
   for (int i = 0; i < Pixels; ++i) {
     const int64_t pixel = y * p.width + x + i, dense = plane * c.m.dense + pixel * step;

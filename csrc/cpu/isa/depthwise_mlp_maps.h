@@ -107,7 +107,7 @@ struct MlpChunk {
   bool first_stack, first_chunk;
 };
 
-// Where what the first linear gave at a row is kept, of a stack that begins with `image`, for a vector of channels.
+// Values that the forward kept, in fp32 or bf16.
 struct Kept {
   float* wide;  // one of them is null
   bf16* narrow;
@@ -120,6 +120,7 @@ struct Kept {
       store(wide + i, x);
   }
 };
+// Where what the first linear gave at a row is kept, of a stack that begins with `image`, for a vector of channels.
 FK_INLINE Kept kept_row(const struct fk_depthwise_mlp_backward& p, int64_t image, int64_t channel, int64_t y) {
   const int64_t plane = (image + y / p.height) * p.kept_planes + channel / FK_VL;
   const int64_t at = (plane * p.height + y % p.height) * p.width * FK_VL;

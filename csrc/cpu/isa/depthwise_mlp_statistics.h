@@ -350,20 +350,12 @@ void batch_norm_rows(const struct fk_batch_norm_rows* p, int64_t task, void* scr
   const int64_t rows = min64(p->rows_per_task, p->rows - first), n = p->columns;
   const int64_t start = (image * (p->skipped + p->rows) + p->skipped + first) * n;
   const float* raw = p->raw + (image * p->rows + first) * n;
-  const float* residual32 = p->residual.dtype == FK_F32 ? (const float*)p->residual.data : nullptr;
-  const bf16* residual16 = p->residual.dtype == FK_BF16 ? (const bf16*)p->residual.data : nullptr;
   if (first == 0) write_prefix(p->residual, p->out, p->out_dtype, start - p->skipped * n, p->skipped * n);
   float* sums = p->means ? (float*)scratch : nullptr;
   if (sums) clear(sums, round_up(n, FK_VL));
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t at = start + i * n;
-    if (p->out_dtype == FK_F32 && residual16)
-      batch_norm_row(raw + i * n, n, p->norm, residual16 + at, (float*)p->out + at, sums);
-    else if (p->out_dtype == FK_F32)
-      batch_norm_row(raw + i * n, n, p->norm, residual32 ? residual32 + at : nullptr, (float*)p->out + at, sums);
-    else
-      batch_norm_row(raw + i * n, n, p->norm, residual16 ? residual16 + at : nullptr, (bf16*)p->out + at, sums);
-  }
+  for (int64_t i = 0; i < rows; ++i)
+    with_row(p->residual, p->out, p->out_dtype, start + i * n,
+             [&](auto residual, auto out) { batch_norm_row(raw + i * n, n, p->norm, residual, out, sums); });
   for (int64_t i = 0; sums && i < n; ++i) p->means[task * n + i] = sums[i];
 }
 

@@ -30,20 +30,20 @@ struct Ahead {
 };
 
 // The sums of a tile. Loops over them are unrolled at once: else the compiler keeps them on the stack.
-template <int MR>
-FK_INLINE void clear_sums(vf (&c)[MR][FK_NV]) {
+template <int MR, int NV>
+FK_INLINE void clear_sums(vf (&c)[MR][NV]) {
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < FK_NV; ++j) c[i][j] = splat(0.0f);
+    for (int j = 0; j < NV; ++j) c[i][j] = splat(0.0f);
 }
-template <int MR>
-FK_INLINE void store_sums(const vf (&c)[MR][FK_NV], float* out, int64_t ldo, bool accumulate) {
+template <int MR, int NV>
+FK_INLINE void store_sums(const vf (&c)[MR][NV], float* out, int64_t ldo, bool accumulate) {
   if (accumulate) {
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < FK_NV; ++j) {
+      for (int j = 0; j < NV; ++j) {
         float* to = out + i * ldo + j * FK_VL;
         store(to, load(to) + c[i][j]);
       }
@@ -51,29 +51,29 @@ FK_INLINE void store_sums(const vf (&c)[MR][FK_NV], float* out, int64_t ldo, boo
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < FK_NV; ++j) store(out + i * ldo + j * FK_VL, c[i][j]);
+      for (int j = 0; j < NV; ++j) store(out + i * ldo + j * FK_VL, c[i][j]);
   }
 }
 
-// out[MR][kPanel] (+)= A[MR][k] * panel[k][kPanel]. `a` is row-major with `lda` between rows; with `Transposed` it is
-// column-major with `lda` between values of K.
-template <int MR, bool Transposed>
+// out[MR][kPanel] (+)= A[MR][k] * panel[k][kPanel], of which the first NV vectors are computed. `a` is row-major with
+// `lda` between rows; with `Transposed` it is column-major with `lda` between values of K.
+template <int MR, bool Transposed, int NV>
 static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, const float* panel, int64_t k,
                                                    float* out, int64_t ldo, bool accumulate, Ahead ahead) {
-  vf c[MR][FK_NV];
+  vf c[MR][NV];
   clear_sums(c);
   const float* row[5];
   for (int i = 0; i < (MR + 2) / 3; ++i) row[i] = a + 3 * i * lda;
   for (int64_t p = 0; p < k; ++p) {
     __builtin_prefetch(ahead.at + p * ahead.step, 0, 2);
-    vf b[FK_NV];
+    vf b[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < FK_NV; ++j) b[j] = load(panel + p * kPanel + j * FK_VL);
+    for (int j = 0; j < NV; ++j) b[j] = load(panel + p * kPanel + j * FK_VL);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       vf x = splat(Transposed ? a[p * lda + i] : row[i / 3][(i % 3) * lda + p]);
 #pragma GCC unroll 4
-      for (int j = 0; j < FK_NV; ++j) c[i][j] += x * b[j];
+      for (int j = 0; j < NV; ++j) c[i][j] += x * b[j];
     }
   }
   store_sums(c, out, ldo, accumulate);
@@ -81,53 +81,59 @@ static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, 
 
 #if FK_NATIVE_BF16
 // The same on bf16 pairs: panel[k / 2][kPanel][2]; k is even. A transposed operand is packed as [k / 2][lda / 2][2].
-template <int MR, bool Transposed>
+template <int MR, bool Transposed, int NV>
 static __attribute__((noinline)) void tile_product(const bf16* a, int64_t lda, const bf16* panel, int64_t k, float* out,
                                                    int64_t ldo, bool accumulate, Ahead ahead) {
-  vf c[MR][FK_NV];
+  vf c[MR][NV];
   clear_sums(c);
   const bf16* row[5];
   for (int i = 0; i < (MR + 2) / 3; ++i) row[i] = a + 3 * i * lda;
   for (int64_t p = 0; p < k; p += 2) {
     __builtin_prefetch(ahead.at + p * ahead.step, 0, 2);
-    __m512i b[FK_NV];
-    for (int j = 0; j < FK_NV; ++j) b[j] = _mm512_loadu_si512(panel + p * kPanel + j * FK_VL * 2);
+    __m512i b[NV];
+    for (int j = 0; j < NV; ++j) b[j] = _mm512_loadu_si512(panel + p * kPanel + j * FK_VL * 2);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       int32_t pair;
       __builtin_memcpy(&pair, Transposed ? a + (p / 2) * lda + 2 * i : row[i / 3] + (i % 3) * lda + p, 4);
       __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-      for (int j = 0; j < FK_NV; ++j) c[i][j] = (vf)_mm512_dpbf16_ps((__m512)c[i][j], x, (__m512bh)b[j]);
+      for (int j = 0; j < NV; ++j) c[i][j] = (vf)_mm512_dpbf16_ps((__m512)c[i][j], x, (__m512bh)b[j]);
     }
   }
   store_sums(c, out, ldo, accumulate);
 }
 #endif
 
-template <class A, bool Transposed, int MR>
+template <class A, bool Transposed, int MR, int NV>
 struct TileProducts {
   FK_INLINE void run(int64_t rows, const A* a, int64_t lda, const A* panel, int64_t k, float* out, int64_t ldo,
                      bool accumulate, Ahead ahead) {
-    if (rows == MR) return tile_product<MR, Transposed>(a, lda, panel, k, out, ldo, accumulate, ahead);
-    TileProducts<A, Transposed, MR - 1>::run(rows, a, lda, panel, k, out, ldo, accumulate, ahead);
+    if (rows == MR) return tile_product<MR, Transposed, NV>(a, lda, panel, k, out, ldo, accumulate, ahead);
+    TileProducts<A, Transposed, MR - 1, NV>::run(rows, a, lda, panel, k, out, ldo, accumulate, ahead);
   }
 };
-template <class A, bool Transposed>
-struct TileProducts<A, Transposed, 0> {
+template <class A, bool Transposed, int NV>
+struct TileProducts<A, Transposed, 0, NV> {
   FK_INLINE void run(int64_t, const A*, int64_t, const A*, int64_t, float*, int64_t, bool, Ahead) {}
 };
 
+// Of the panel's columns the first `width` are wanted; others may be left as they were.
 template <bool Transposed = false, class A>
 FK_INLINE void tile(int64_t rows, const A* a, int64_t lda, const A* panel, int64_t k, float* out, int64_t ldo,
-                    bool accumulate, Ahead ahead) {
+                    bool accumulate, Ahead ahead, int64_t width = kPanel) {
   // Twice as many values are allowed: splitting a sum of 384 would cost more than its rounding does.
   const int64_t step = k <= 2 * kLongestSum ? k : kLongestSum;
   for (int64_t p = 0; p < k; p += step) {
     const Ahead rest = {ahead.at + p * ahead.step, ahead.step};
-    TileProducts<A, Transposed, kTileRows>::run(rows, a + (Transposed ? p / kStep<A> * lda : p), lda,
-                                                panel + p * kPanel, min64(step, k - p), out, ldo, accumulate || p > 0,
-                                                rest);
+    const A* from = a + (Transposed ? p / kStep<A> * lda : p);
+    const int64_t depth = min64(step, k - p);
+    if (width > kPanel - FK_VL)
+      TileProducts<A, Transposed, kTileRows, FK_NV>::run(rows, from, lda, panel + p * kPanel, depth, out, ldo,
+                                                         accumulate || p > 0, rest);
+    else
+      TileProducts<A, Transposed, kTileRows, FK_NV - 1>::run(rows, from, lda, panel + p * kPanel, depth, out, ldo,
+                                                             accumulate || p > 0, rest);
   }
 }
 
@@ -157,12 +163,15 @@ FK_INLINE Ahead fetch_nothing(const A* panel) {
   return ahead;
 }
 
-// Panels [first, last) of rows x panels; `epilogue(row, rows, column, tile)` sees each finished tile [rows][kPanel].
-// `after` is what will be read next.
+// Panels [first, last) of rows x panels; `epilogue(row, rows, column, tile)` sees each finished tile [rows][kPanel],
+// whose columns from `width` on, counted from the first panel of all, may be anything finite. `after` is what will be
+// read next.
 template <class A, class Epilogue>
 FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, int64_t k, int64_t first, int64_t last,
-                       const A* after, Epilogue epilogue) {
+                       const A* after, Epilogue epilogue, int64_t width = INT64_MAX) {
   float out[kTileRows * kPanel] __attribute__((aligned(64)));
+  if (width < last * kPanel)
+    for (int i = 0; i < kTileRows * kPanel; i += FK_VL) store(out + i, splat(0.0f));
   const RowTiles tiles = row_tiles(rows);
   const int64_t depth = round_up(k, kStep<A>);
   for (int64_t n = first; n < last; ++n) {
@@ -170,7 +179,8 @@ FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, i
     const A* next = n + 1 < last ? panel + depth * kPanel : after;
     for (int64_t t = 0; t < tiles.count; ++t) {
       const int64_t row = tile_start(tiles, t), height = tile_height(tiles, t);
-      tile(height, a + row * lda, lda, panel, depth, out, kPanel, false, fetch_ahead(next, depth, tiles, t));
+      tile(height, a + row * lda, lda, panel, depth, out, kPanel, false, fetch_ahead(next, depth, tiles, t),
+           width - n * kPanel);
       epilogue(row, height, n * kPanel, out);
     }
   }

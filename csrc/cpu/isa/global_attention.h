@@ -63,13 +63,15 @@ FK_INLINE void attention_task(const struct fk_global_attention& p, int64_t task,
   }
   if (p.query.panels) {
     const A* panels = (const A*)p.query.panels;
-    product(s.normed, s.ldn, rows, panels, p.query.k, 0, ceil_div(p.query.n, kPanel), panels,
-            [&](int64_t row, int64_t height, int64_t column, const float* sums) {
-              for (int64_t i = 0; i < height; ++i)
-                for (int64_t j = 0; j < kPanel; j += FK_VL)
-                  store(s.queries + (row + i) * s.ldq + column + j,
-                        load(sums + i * kPanel + j) + load(p.query.bias + column + j));
-            });
+    product(
+        s.normed, s.ldn, rows, panels, p.query.k, 0, ceil_div(p.query.n, kPanel), panels,
+        [&](int64_t row, int64_t height, int64_t column, const float* sums) {
+          for (int64_t i = 0; i < height; ++i)
+            for (int64_t j = 0; j < kPanel; j += FK_VL)
+              store(s.queries + (row + i) * s.ldq + column + j,
+                    load(sums + i * kPanel + j) + load(p.query.bias + column + j));
+        },
+        p.query.n);
     q.data = s.queries;
     q_stride = s.ldq;
   }
@@ -97,10 +99,12 @@ FK_INLINE void attention_task(const struct fk_global_attention& p, int64_t task,
     if (p.value_channels % 2)
       for (int64_t i = 0; i < rows; ++i) from_float(s.rows + i * s.lda + p.value_channels, 0.0f);
     const A* panels = (const A*)p.projection.panels;
-    product(s.rows, s.lda, rows, panels, p.projection.k, 0, ceil_div(p.projection.n, kPanel), panels,
-            [&](int64_t row, int64_t height, int64_t column, const float* sums) {
-              write_tile(sums, kPanel, height, start + row, column, p.projection, p.out, p.out_dtype, p.residual);
-            });
+    product(
+        s.rows, s.lda, rows, panels, p.projection.k, 0, ceil_div(p.projection.n, kPanel), panels,
+        [&](int64_t row, int64_t height, int64_t column, const float* sums) {
+          write_tile(sums, kPanel, height, start + row, column, p.projection, p.out, p.out_dtype, p.residual);
+        },
+        p.projection.n);
   } else {
     for (int64_t i = 0; i < rows; ++i)
       write_row(s.rows + i * s.lda, p.value_channels, start + i, p.residual, p.out, p.out_dtype);

@@ -1,9 +1,30 @@
 // Normalised tokens with their mean, and the tokens that are made of each head's part of it.
 #pragma once
 
+#include "activations.h"
 #include "rows.h"
 
 namespace {
+
+// One row by its statistics on its way out, and into the sums.
+template <class Out>
+FK_INLINE void normalize_token(const float* x, int64_t n, const struct fk_norm& norm, float* sums, Out* out) {
+  const bool normed = norm.kind == FK_LAYER_NORM;
+  const RowStatistics s = normed ? row_statistics(x, n, norm.eps) : RowStatistics{0.0f, 1.0f};
+  const vf m = splat(s.mean), r = splat(s.rstd);
+  int64_t c = 0;
+  for (; c + FK_VL <= n; c += FK_VL) {
+    vf y = load(x + c);
+    if (normed) y = (y - m) * r * load(norm.weight + c) + load(norm.bias + c);
+    store(sums + c, load(sums + c) + y);
+    if (out) store(out + c, y);
+  }
+  for (; c < n; ++c) {
+    const float y = normed ? (x[c] - s.mean) * s.rstd * norm.weight[c] + norm.bias[c] : x[c];
+    sums[c] += y;
+    if (out) from_float(out + c, y);
+  }
+}
 
 // The rows of one task, and their sums for the mean.
 template <class Out>
@@ -14,9 +35,13 @@ FK_INLINE void normalize_tokens(const struct fk_head_tokens& p, int64_t task, fl
   float* sums = p.sums + task * padded;
   for (int64_t c = 0; c < padded; c += FK_VL) store(sums + c, splat(0.0f));
   for (int64_t i = first; i < last; ++i) {
-    normalize_row(p.x, image * p.tokens + i, n, padded, p.norm, row);
-    for (int64_t c = 0; c < padded; c += FK_VL) store(sums + c, load(sums + c) + load(row + c));
-    if (p.out) copy_row(row, n, n, (Out*)p.out + (image * (p.tokens + p.heads) + i) * n);
+    const int64_t at = (image * p.tokens + i) * n;
+    const float* x = (const float*)p.x.data + at;
+    if (p.x.dtype == FK_BF16) {
+      copy_row((const bf16*)p.x.data + at, n, n, row);
+      x = row;
+    }
+    normalize_token(x, n, p.norm, sums, p.out ? (Out*)p.out + (image * (p.tokens + p.heads) + i) * n : nullptr);
   }
 }
 

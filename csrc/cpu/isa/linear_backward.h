@@ -54,17 +54,19 @@ FK_INLINE void linear_backward_block(const struct fk_linear_backward& p, int64_t
     panels_of_rows(s.rows, s.lda, rows, p.k, s.depth, s.panels);
     int64_t stride = s.ldg;
     const A* columns = columns_of_rows(s.grad, rows, p.n, &stride, s.grad_columns);
-    add_weight_gradient(columns, stride, p.n, s.panels, s.depth, panels, rows,
-                        p.weight + partial * panels * p.n * kPanel, p.n, accumulate);
+    add_weight_gradient(columns, stride, p.n, s.panels, s.depth, p.k, rows, p.weight + partial * panels * p.n * kPanel,
+                        p.n, accumulate);
   }
   if (!p.dx && !p.affine && !p.inputs) return;
   if (p.to_input.panels)
-    product(s.grad, s.ldg, rows, (const A*)p.to_input.panels, p.n, 0, panels, (const A*)p.to_input.panels,
-            [&](int64_t row, int64_t height, int64_t column, const float* tile) {
-              for (int64_t i = 0; i < height; ++i)
-                for (int64_t j = 0; j < kPanel; j += FK_VL)
-                  store(s.inputs + (row + i) * s.ldi + column + j, load(tile + i * kPanel + j));
-            });
+    product(
+        s.grad, s.ldg, rows, (const A*)p.to_input.panels, p.n, 0, panels, (const A*)p.to_input.panels,
+        [&](int64_t row, int64_t height, int64_t column, const float* tile) {
+          for (int64_t i = 0; i < height; ++i)
+            for (int64_t j = 0; j < kPanel; j += FK_VL)
+              store(s.inputs + (row + i) * s.ldi + column + j, load(tile + i * kPanel + j));
+        },
+        p.k);
   else
     for (int64_t i = 0; i < rows; ++i) copy_row(s.grad + i * s.ldg, p.k, p.k, s.inputs + i * s.ldi);
   if (p.inputs) {
@@ -127,10 +129,12 @@ FK_INLINE void linear_forward_task(const struct fk_linear_forward& p, int64_t ta
     return;
   }
   const struct fk_array none = {nullptr, FK_F32, 0};
-  product(normed, lda, rows, (const A*)p.linear.panels, p.k, 0, ceil_div(p.n, kPanel), (const A*)p.linear.panels,
-          [&](int64_t row, int64_t height, int64_t column, const float* tile) {
-            write_tile(tile, kPanel, height, row, column, p.linear, out, none);
-          });
+  product(
+      normed, lda, rows, (const A*)p.linear.panels, p.k, 0, ceil_div(p.n, kPanel), (const A*)p.linear.panels,
+      [&](int64_t row, int64_t height, int64_t column, const float* tile) {
+        write_tile(tile, kPanel, height, row, column, p.linear, out, none);
+      },
+      p.n);
 }
 
 int64_t scratch_linear_forward(const struct fk_linear_forward* p) {

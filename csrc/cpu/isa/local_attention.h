@@ -89,13 +89,14 @@ FK_INLINE void fill_qkv(const struct fk_local_attention& p, int64_t image, int64
       any_norm_row(p.x, (start + s.pixels[i]) * p.in_channels, p.in_channels, padded, p.norm, image,
                    s.normed + i * s.ldn);
   const A* panels = (const A*)p.qkv.panels;
-  product(s.normed, s.ldn, rows, panels, p.qkv.k, 0, ceil_div(p.qkv.n, kPanel), panels,
-          [&](int64_t row, int64_t height, int64_t column, const float* tile) {
-            for (int64_t i = 0; i < height; ++i)
-              for (int64_t j = 0; j < kPanel; j += FK_VL)
-                store(s.qkv + (row + i) * s.ldq + column + j,
-                      load(tile + i * kPanel + j) + load(p.qkv.bias + column + j));
-          });
+  product(
+      s.normed, s.ldn, rows, panels, p.qkv.k, 0, ceil_div(p.qkv.n, kPanel), panels,
+      [&](int64_t row, int64_t height, int64_t column, const float* tile) {
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t j = 0; j < kPanel; j += FK_VL)
+            store(s.qkv + (row + i) * s.ldq + column + j, load(tile + i * kPanel + j) + load(p.qkv.bias + column + j));
+      },
+      p.qkv.n);
 }
 
 // All heads of one window, whose rows start at `first`.
@@ -143,13 +144,15 @@ FK_INLINE void local_attention_task(const struct fk_local_attention& p, int64_t 
     if (p.value_channels % 2)
       for (int64_t i = 0; i < rows; ++i) from_float(s.rows + i * s.lda + p.value_channels, 0.0f);
     const A* panels = (const A*)p.projection.panels;
-    product(s.rows, s.lda, rows, panels, p.projection.k, 0, ceil_div(p.projection.n, kPanel), panels,
-            [&](int64_t row, int64_t height, int64_t column, const float* tile) {
-              for (int64_t i = 0; i < height; ++i)
-                if (s.pixels[row + i] >= 0)
-                  write_tile(tile + i * kPanel, kPanel, 1, start + s.pixels[row + i], column, p.projection, p.out,
-                             p.out_dtype, p.residual);
-            });
+    product(
+        s.rows, s.lda, rows, panels, p.projection.k, 0, ceil_div(p.projection.n, kPanel), panels,
+        [&](int64_t row, int64_t height, int64_t column, const float* tile) {
+          for (int64_t i = 0; i < height; ++i)
+            if (s.pixels[row + i] >= 0)
+              write_tile(tile + i * kPanel, kPanel, 1, start + s.pixels[row + i], column, p.projection, p.out,
+                         p.out_dtype, p.residual);
+        },
+        p.projection.n);
   } else {
     for (int64_t i = 0; i < rows; ++i)
       if (s.pixels[i] >= 0) write_row(s.rows + i * s.lda, width, start + s.pixels[i], p.residual, p.out, p.out_dtype);

@@ -35,7 +35,37 @@ FK_INLINE void pack_taps(const struct fk_pack_linear& p, const float* weight, in
   }
 }
 
+// Every `step`th of the values from here on.
+template <class T>
+FK_INLINE vf load_every(const T* from, int64_t step) {
+  if (step == 1) return load(from);
+  float lanes[FK_VL] __attribute__((aligned(64)));
+  for (int64_t i = 0; i < FK_VL; ++i) lanes[i] = to_float(from[i * step]);
+  return load(lanes);
+}
+#ifdef __AVX512F__
+FK_INLINE vf load_every(const float* from, int64_t step) {
+  if (step == 1) return load(from);
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return (vf)_mm512_i32gather_ps(_mm512_mullo_epi32(lanes, _mm512_set1_epi32((int32_t)step)), from, 4);
+}
+#endif
+
 #if FK_NATIVE_BF16
+constexpr int64_t kPackedTaps = 64;
+// A panel of a weight with taps in pairs of channels, of which there is an even number.
+FK_INLINE void pack_tap_pairs(const struct fk_pack_linear& p, const float* weight, int64_t rows, bf16* to) {
+  const int64_t channels = p.k / p.taps;
+  float columns[2 * kPackedTaps * kPanel] __attribute__((aligned(64)));
+  for (int64_t c = 0; c < channels; c += 2) {
+    transpose((const uint32_t*)weight + c * p.taps, p.k, rows, 2 * p.taps, (uint32_t*)columns, kPanel, kPanel);
+    for (int64_t tap = 0; tap < p.taps; ++tap)
+      for (int64_t j = 0; j < kPanel; j += FK_VL)
+        *(vu*)(to + (tap * channels + c) * kPanel + 2 * j) =
+            pair_bf16(load(columns + tap * kPanel + j), load(columns + (p.taps + tap) * kPanel + j));
+  }
+}
+
 // A panel in pairs of columns, a few columns at a time.
 FK_INLINE void pack_pairs(const struct fk_pack_linear& p, const float* weight, int64_t rows, bf16* to) {
   constexpr int64_t kColumns = 16;
@@ -59,14 +89,17 @@ FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
   if (p.low_precision) {
     int64_t depth = round_up(p.k, 2);
     bf16* to = (bf16*)p.panels + panel * kPanel * depth;
-    if (p.transposed && p.step == 1 && rows == kPanel) {
+    if (p.transposed && rows == kPanel) {
       for (int64_t k = 0; k < depth; k += 2)
         for (int64_t j = 0; j < kPanel; j += FK_VL) {
-          const T* from = (const T*)p.weight.data + k * p.n + first + j;
-          *(vu*)(to + k * kPanel + 2 * j) = pair_bf16(load(from), k + 1 < p.k ? load(from + p.n) : splat(0.0f));
+          const T* from = (const T*)p.weight.data + (k * p.n + first + j) * p.step;
+          const vf next = k + 1 < p.k ? load_every(from + p.n * p.step, p.step) : splat(0.0f);
+          *(vu*)(to + k * kPanel + 2 * j) = pair_bf16(load_every(from, p.step), next);
         }
       return;
     }
+    if (sizeof(T) == 4 && p.taps > 1 && p.taps <= kPackedTaps && !p.transposed && p.k / p.taps % 2 == 0)
+      return pack_tap_pairs(p, (const float*)p.weight.data + first * p.k, rows, to);
     if (sizeof(T) == 4 && p.taps == 1 && !p.transposed)
       return pack_pairs(p, (const float*)p.weight.data + first * p.k, rows, to);
     for (int64_t k = 0; k < depth; ++k)
@@ -77,10 +110,10 @@ FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
   }
 #endif
   float* to = (float*)p.panels + panel * kPanel * p.k;
-  if (p.transposed && p.step == 1 && rows == kPanel) {
+  if (p.transposed && rows == kPanel) {
     for (int64_t k = 0; k < p.k; ++k)
       for (int64_t j = 0; j < kPanel; j += FK_VL)
-        store(to + k * kPanel + j, load((const T*)p.weight.data + k * p.n + first + j));
+        store(to + k * kPanel + j, load_every((const T*)p.weight.data + (k * p.n + first + j) * p.step, p.step));
     return;
   }
   if (sizeof(T) == 4 && p.taps == 1 && !p.transposed)

@@ -99,7 +99,7 @@ FK_INLINE void embedding_backward_block(const struct fk_patch_embedding_backward
   panels_of_rows(s.rows, s.lda, rows, k, s.depth, s.panels);
   int64_t stride = s.lds;
   const A* columns = columns_of_rows(s.slopes, rows, n, &stride, s.slope_columns);
-  add_weight_gradient(columns, stride, n, s.panels, s.depth, panels, rows, p.weight + partial * panels * n * kPanel, n,
+  add_weight_gradient(columns, stride, n, s.panels, s.depth, k, rows, p.weight + partial * panels * n * kPanel, n,
                       accumulate);
 }
 

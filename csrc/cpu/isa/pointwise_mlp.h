@@ -1,6 +1,7 @@
 // LayerNorm, linear, activation, linear, residual for a block of rows: the hidden values live in the cache only.
 #pragma once
 
+#include "activations.h"
 #include "rows.h"
 
 namespace {

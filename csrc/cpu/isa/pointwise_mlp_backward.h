@@ -2,6 +2,7 @@
 // made chunk by chunk, used for both weights and the rows' own gradient while they are in the cache, and forgotten.
 #pragma once
 
+#include "activations.h"
 #include "backward.h"
 
 namespace {
@@ -144,12 +145,12 @@ static __attribute__((noinline)) void mlp_backward_block(const struct fk_pointwi
     }
     if (p.weight2)
       add_weight_gradient(grad_columns, grad_stride, p.out,
-                          activated_panels(s.hidden, rows, s.depth, panels, s.activated), s.depth, panels, rows,
+                          activated_panels(s.hidden, rows, s.depth, panels, s.activated), s.depth, width, rows,
                           p.weight2 + (partial * hidden_panels + h) * p.out * kPanel, p.out, accumulate);
     if (p.weight1) {
       int64_t stride = s.ldh;
       const A* columns = columns_of_rows(s.slopes, rows, panels * kPanel, &stride, s.slope_columns);
-      add_weight_gradient(columns, stride, width, s.normed_panels, s.depth, input_panels, rows,
+      add_weight_gradient(columns, stride, width, s.normed_panels, s.depth, p.channels, rows,
                           p.weight1 + (partial * input_width * p.hidden + column * kPanel), p.hidden, accumulate);
     }
     if (p.wants_input)

@@ -24,6 +24,16 @@ FK_INLINE void copy_row(const T* x, int64_t n, int64_t padded, Out* out) {
   for (; i < padded; ++i) from_float(out + i, 0.0f);
 }
 
+// The same without the way through fp32.
+typedef uint16_t vhh __attribute__((vector_size(FK_VL * 4), aligned(2), may_alias));
+FK_INLINE void copy_row(const bf16* x, int64_t n, int64_t padded, bf16* out) {
+  int64_t i = 0;
+  for (; i + 2 * FK_VL <= n; i += 2 * FK_VL) *(vhh*)(out + i) = *(const vhh*)(x + i);
+  for (; i + FK_VL <= n; i += FK_VL) *(vh*)(out + i) = *(const vh*)(x + i);
+  for (; i < n; ++i) out[i] = x[i];
+  for (; i < padded; ++i) out[i] = 0;
+}
+
 // out = x + y.
 template <class T, class Out>
 FK_INLINE void add_rows_into(const float* x, const T* y, int64_t n, Out* out) {

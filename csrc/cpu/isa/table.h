@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_backward.h"
+#include "class_token.h"
 #include "conv_projection_backward.h"
 #include "depthwise_conv.h"
 #include "depthwise_mlp_backward.h"
@@ -10,6 +11,7 @@
 #include "head_tokens_backward.h"
 #include "linear_backward.h"
 #include "local_attention.h"
+#include "merge_head_tokens.h"
 #include "norm_backward.h"
 #include "pack.h"
 #include "patch_embedding.h"
@@ -41,6 +43,9 @@
       normalize_tokens,                               \
       scratch_head_tokens,                            \
       head_tokens,                                    \
+      merge_head_tokens,                              \
+      scratch_gate_class_token,                       \
+      gate_class_token,                               \
       head_tokens_slopes,                             \
       scratch_head_tokens_backward,                   \
       head_tokens_backward,                           \

@@ -63,6 +63,7 @@ OPERATOR = Operator(
     backends=[native.Cpu(), triton.Triton()],
 )
 library.register(OPERATOR, triton.launch, triton.launch_backward)
+library.define_statistics("depthwise_conv_statistics", STATIC_SCHEMA, _fake_statistics)
 library.define_triton_statistics(OPERATOR, triton.launch_statistics, _fake_statistics)
 
 
@@ -138,7 +139,8 @@ def depthwise_conv(
         if count < 2:
             raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
         with torch.no_grad():
-            found = library.statistics_by_kernels(OPERATOR, tensors, static, backend)
+            by_kernels = padding <= native.MOST_PADDING
+            found = library.statistics_by_kernels(OPERATOR, tensors, static, backend) if by_kernels else None
             mean, var = batch_statistics(tensors, static) if found is None else found.moments
             tensors[7:9] = mean, var
             update_running_statistics(bn, mean, var, count)

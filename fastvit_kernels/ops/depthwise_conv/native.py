@@ -11,8 +11,8 @@ from fastvit_kernels.ops.depthwise_conv.reference import Static
 from fastvit_kernels.ops.native import cpu_reasons
 from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
 
-# What the C++ kernels of the gradients take; they hold a row of the padded map.
-_MOST_PADDING = 64
+# What the C++ kernels of gradients and statistics take; they hold a row of the padded map.
+MOST_PADDING = 64
 
 
 class Cpu(GradientKernels):
@@ -30,6 +30,6 @@ class Cpu(GradientKernels):
     def supports_backward(
         self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Static
     ) -> list[str]:
-        if static.padding > _MOST_PADDING:
-            return [f"padding {static.padding}: the kernels of the gradients take at most {_MOST_PADDING}"]
+        if static.padding > MOST_PADDING:
+            return [f"padding {static.padding}: the kernels of the gradients take at most {MOST_PADDING}"]
         return []

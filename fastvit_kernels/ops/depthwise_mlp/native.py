@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fastvit_kernels.ops.depthwise_mlp.reference import BATCH_NORMS, Static
 from fastvit_kernels.ops.native import cpu_reasons, cuda_reasons, shared_memory_reasons
-from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
+from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors, TwoStepBackend
 
 _LARGEST_KERNEL = 7
 
 
-class Cpu(GradientKernels):
+class Cpu(GradientKernels, TwoStepBackend):
     """C++ for the CPU: bands of the map walk the hidden channels in chunks, which stay in the cache."""
 
     name = "cpu"

@@ -81,6 +81,10 @@ def patch_embedding(
     in_norm_weight: Tensor | None = None,
     in_norm_bias: Tensor | None = None,
     in_norm_eps: float | None = None,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out_shift: Tensor | None = None,
     packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -92,6 +96,9 @@ def patch_embedding(
         maps = F.conv2d(x, weight, bias, stride, padding)
         maps = bn(activation(maps)) if bn_after_activation else activation(bn(maps))
         out = F.layer_norm(maps.permute(0, 2, 3, 1), (C_out,), norm_weight, norm_bias, norm_eps).permute(0, 3, 1, 2)
+
+    In the place of either LayerNorm may be a scale and a shift alone: `x * in_scale.view(-1, 1, 1) +
+    in_shift.view(-1, 1, 1)`, and the same of the result.
 
     Args:
         x: `[B, C, H, W]`, on a CPU free of a copy in `torch.channels_last`; fp64, fp32, bf16 or fp16.
@@ -106,19 +113,23 @@ def patch_embedding(
         norm_eps: epsilon of the LayerNorm (computed in fp32) behind the convolution; None for no normalisation.
         in_norm_weight, in_norm_bias: `[C]` or None.
         in_norm_eps: epsilon of the LayerNorm in front, which leaves the zero padding alone; None for no normalisation.
+        in_scale, in_shift: `[C]` or None: of the pixels of x, computed in at least fp32; they leave the zero padding
+            alone. Not beside `in_norm_eps`.
+        out_scale, out_shift: `[C_out]` or None: of the result. Not beside `norm_eps`.
         packed: keeps the weights in the layout of the CPU kernels from call to call and repacks them when they change.
         backend: runs this call on one backend; see `use_backend`.
 
     Returns:
-        `[B, C_out, H', W']` in channels-last memory, in x's dtype. Under autocast: autocast's dtype without a norm,
-        fp32 behind one, as autocast treats the two steps.
+        `[B, C_out, H', W']` in channels-last memory, in x's dtype. Under autocast: fp32 behind a norm or a scale and
+        shift, else autocast's dtype, as autocast treats these steps.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected.
         BackendError: the chosen backend cannot run the call.
 
     Source: Wu et al., "CvT: Introducing Convolutions to Vision Transformers", section 3.1; with both norms the keys and
-    values of Wang et al., "Pyramid Vision Transformer", section 3.3.
+    values of Wang et al., "Pyramid Vision Transformer", section 3.3; with scales and shifts the stem of Lu et al.,
+    "Bridging the Gap Between Vision Transformers and Convolutional Neural Networks on Small Datasets", section 3.2.
     """
     channels = check_activation_tensor("x", x, 4).shape[1]
     out, _, _, kernel = check_tensor("weight", weight, "[C_out, C, K, K]").shape
@@ -136,6 +147,13 @@ def patch_embedding(
         raise ValueError("in_norm_eps: expected the epsilon beside in_norm_weight or in_norm_bias, got None")
     check_parameter("in_norm_weight", in_norm_weight, (channels,), x, optional=True)
     check_parameter("in_norm_bias", in_norm_bias, (channels,), x, optional=True)
+    check_vectors(("in_scale", "in_shift"), (in_scale, in_shift), channels, x)
+    check_vectors(("out_scale", "out_shift"), (out_scale, out_shift), out, x)
+    scales = out_scale is not None or out_shift is not None
+    if in_norm_eps is not None and (in_scale is not None or in_shift is not None):
+        raise ValueError("in_scale, in_shift: expected None beside in_norm_eps, got a tensor")
+    if norm_eps is not None and scales:
+        raise ValueError("out_scale, out_shift: expected None beside norm_eps, got a tensor")
     check_integer("stride", stride, 1)
     check_integer("padding", padding, 0)
     if min(x.shape[2:]) + 2 * padding < kernel:
@@ -148,7 +166,7 @@ def patch_embedding(
     bn_eps, training = (0.0, False) if bn is None else (bn.eps, bn.training)
     dtype = compute_dtype(x)
     out_dtype = dtype
-    if norm_eps is not None and dtype is not x.dtype:
+    if (norm_eps is not None or scales) and dtype is not x.dtype:
         out_dtype = torch.promote_types(dtype, torch.float32)
     static = Static(
         norm_eps,
@@ -163,7 +181,9 @@ def patch_embedding(
         out_dtype,
     )
     rows = x.permute(0, 2, 3, 1)
-    tensors = [rows, weight, bias, norm_weight, norm_bias, in_norm_weight, in_norm_bias]
+    tensors = [rows, weight, bias]
+    tensors += [out_scale, out_shift] if norm_eps is None else [norm_weight, norm_bias]
+    tensors += [in_scale, in_shift] if in_norm_eps is None else [in_norm_weight, in_norm_bias]
     tensors += batch_norm_tensors(bn, out, x)
     if bn is not None and training:
         height, width = (output_size(size, kernel, static) for size in x.shape[2:])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvit_kernels.ops.native import cpu_reasons
 from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
-from fastvit_kernels.ops.patch_embedding.reference import Static
+from fastvit_kernels.ops.patch_embedding.reference import Static, has_bare_scales
 
 # Measured at the stages of PVTv2-B1 (batch 8, fp32 and bf16): up to half a million values the kernels of the gradients
 # are faster than recomputing, with 1.5 million slower.
@@ -36,6 +36,8 @@ class Cpu(GradientKernels):
         reasons = []
         if static.activation != "none" or tensors[9] is not None:
             reasons.append("a batch norm or an activation behind the convolution")
+        if has_bare_scales(tensors, static):
+            reasons.append("a scale and shift without a norm")
         if weight.numel() > _LARGEST_WEIGHT:
             reasons.append(f"a weight of {weight.numel()} values: beyond {_LARGEST_WEIGHT} recomputing is faster")
         return reasons

@@ -12,6 +12,7 @@ from fastvit_kernels.ops.batch_norm import batch_moments, batch_normalize
 from fastvit_kernels.ops.convolution import convolution
 from fastvit_kernels.ops.normalization import normalize
 from fastvit_kernels.ops.operator import Outputs, Tensors
+from fastvit_kernels.ops.precision import wide
 
 
 class Static(NamedTuple):
@@ -44,7 +45,8 @@ def reference(tensors: Tensors, static: Static) -> Outputs:
     """Maps as `[B, H, W, C]`.
 
     Of `[x, weight, bias, norm_weight, norm_bias, in_norm_weight, in_norm_bias, bn_weight, bn_bias, bn_mean, bn_var]`.
-    With `training` batch statistics are recomputed here; `bn_mean` only says that there is a batch norm.
+    A norm without its epsilon is only its weight and bias. With `training` batch statistics are recomputed here;
+    `bn_mean` only says that there is a batch norm.
     """
     norm_weight, norm_bias = tensors[3:5]
     bn_weight, bn_bias, mean, var = tensors[7:]
@@ -56,7 +58,25 @@ def reference(tensors: Tensors, static: Static) -> Outputs:
     if not static.bn_after_activation:
         maps = activate(maps, static.activation)
     rows = maps.permute(0, 2, 3, 1).contiguous()
-    return (normalize(rows, norm_weight, norm_bias, static.norm_eps, static.out_dtype),)
+    return (_norm(rows, norm_weight, norm_bias, static.norm_eps, static.out_dtype),)
+
+
+def only_scales(weight: Tensor | None, bias: Tensor | None, eps: float | None) -> bool:
+    """Whether a norm is only its weight and bias."""
+    return eps is None and (weight is not None or bias is not None)
+
+
+def has_bare_scales(tensors: Tensors, static: Static) -> bool:
+    """Whether either norm of a call is that."""
+    norms = ((3, static.norm_eps), (5, static.in_norm_eps))
+    return any(only_scales(tensors[first], tensors[first + 1], eps) for first, eps in norms)
+
+
+def scale_and_shift(x: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Of each channel, the last axis, in at least fp32, then a cast to `dtype`."""
+    x = x.to(wide(x.dtype))
+    x = x if scale is None else x * scale.to(x.dtype)
+    return (x if shift is None else x + shift.to(x.dtype)).to(dtype)
 
 
 def batch_statistics(tensors: Tensors, static: Static) -> tuple[Tensor, Tensor]:
@@ -67,6 +87,12 @@ def batch_statistics(tensors: Tensors, static: Static) -> tuple[Tensor, Tensor]:
 def _in_front_of_batch_norm(tensors: Tensors, static: Static) -> Tensor:
     x, weight, bias, _, _, in_norm_weight, in_norm_bias = tensors[:7]
     assert x is not None and weight is not None
-    x = normalize(x, in_norm_weight, in_norm_bias, static.in_norm_eps, static.dtype)
+    x = _norm(x, in_norm_weight, in_norm_bias, static.in_norm_eps, static.dtype)
     maps = convolution(x.permute(0, 3, 1, 2), weight, bias, static.stride, static.padding)
     return activate(maps, static.activation) if static.bn_after_activation else maps
+
+
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None, dtype: torch.dtype) -> Tensor:
+    if only_scales(weight, bias, eps):
+        return scale_and_shift(x, weight, bias, dtype)
+    return normalize(x, weight, bias, eps, dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.ops.operator import GradientKernels, Outputs, Tensors
-from fastvit_kernels.ops.patch_embedding.reference import Static
+from fastvit_kernels.ops.patch_embedding.reference import Static, has_bare_scales
 from fastvit_kernels.ops.triton_support import norm_gradient_reasons, reasons
 
 
@@ -29,6 +29,8 @@ class Triton(GradientKernels):
     ) -> list[str]:
         x, weight = tensors[:2]
         assert x is not None and weight is not None
+        if has_bare_scales(tensors, static):
+            return ["a scale and shift without a norm"]
         found = norm_gradient_reasons(weight.shape[0]) if static.norm_eps is not None else []
         return found + (norm_gradient_reasons(x.shape[-1]) if static.in_norm_eps is not None else [])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvit_kernels.ops import library, triton_support
 from fastvit_kernels.ops.operator import Outputs, Tensors
-from fastvit_kernels.ops.patch_embedding.reference import Static, output_size
+from fastvit_kernels.ops.patch_embedding.reference import Static, only_scales, output_size, scale_and_shift
 from fastvit_kernels.ops.primitives import dot, rows_and_columns, vector
 from fastvit_kernels.ops.triton_channel_moments import row_moments
 from fastvit_kernels.ops.triton_configs import ALIGNMENT, Config
@@ -142,7 +142,9 @@ class Source(NamedTuple):
 
 
 def readable(x: Tensor, in_norm_weight: Tensor | None, in_norm_bias: Tensor | None, static: Static) -> Source:
-    """The map is normalised into memory: its pixels are gathered more than once."""
+    """The map is normalised, or scaled, into memory: its pixels are gathered more than once."""
+    if only_scales(in_norm_weight, in_norm_bias, static.in_norm_eps):
+        x = scale_and_shift(x, in_norm_weight, in_norm_bias, static.dtype)
     channels_first = static.in_norm_eps is None and not x.is_contiguous() and x.permute(0, 3, 1, 2).is_contiguous()
     if not channels_first:
         x = x.contiguous()
@@ -174,6 +176,10 @@ def run(tensors: Tensors, static: Static) -> Outputs:
         return (out,)
     source, step = readable(x, in_norm_weight, in_norm_bias, static), step_of(bn, static)
     norm = norm_weight, norm_bias, static.norm_eps
+    if only_scales(*norm):
+        rows = torch.empty_like(out, dtype=static.dtype)
+        embed(source, weight, bias, step, static, rows)
+        return (scale_and_shift(rows, norm_weight, norm_bias, static.out_dtype),)
     if static.norm_eps is None:
         embed(source, weight, bias, step, static, out)
     elif out_channels <= _config(source, weight, static).block_n:
