@@ -482,7 +482,6 @@ struct fk_table {
   const char* name;
   int32_t lanes;          // floats of a vector
   int32_t panel;          // columns of a panel
-  int32_t tile_rows;      // rows of the largest microkernel
   int32_t low_precision;  // bf16 products run in hardware
   int64_t (*scratch_conv_projection)(const struct fk_conv_projection*);
   void (*conv_projection)(const struct fk_conv_projection*, int64_t task, void* scratch);
@@ -554,10 +553,13 @@ struct fk_table {
 #ifdef __cplusplus
 extern "C" {
 #endif
+// Memory of the calling thread, aligned to 64 bytes, until the next call; throws std::bad_alloc.
+void* fk_block_memory(int64_t bytes) __attribute__((visibility("hidden")));
 extern const struct fk_table fk_table_generic __attribute__((visibility("hidden")));
 extern const struct fk_table fk_table_avx2 __attribute__((visibility("hidden")));
 extern const struct fk_table fk_table_avx512 __attribute__((visibility("hidden")));
 extern const struct fk_table fk_table_avx512bf16 __attribute__((visibility("hidden")));
+extern const struct fk_table fk_table_amx __attribute__((visibility("hidden")));
 #ifdef __cplusplus
 }
 #endif

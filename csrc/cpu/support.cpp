@@ -1,11 +1,33 @@
 #include "support.h"
 
+#ifndef FK_ONLY_GENERIC
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
 namespace fk {
 namespace {
+
+#ifndef FK_ONLY_GENERIC
+// AMX's tile registers: whether the processor and the operating system have them, and this process may use them, which
+// Linux wants to be asked.
+bool tile_registers() {
+  constexpr unsigned kProductsOfBf16 = 1u << 22, kTiles = 1u << 24, kSavesRegisters = 1u << 27;
+  constexpr unsigned kStates = 3u << 17;  // shapes and contents
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kSavesRegisters)) return false;
+  unsigned low = 0, high = 0;
+  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & kStates) != kStates || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr long kRequestPermission = 0x1023, kContents = 18;
+  return (d & kProductsOfBf16) && (d & kTiles) && syscall(SYS_arch_prctl, kRequestPermission, kContents) == 0;
+}
+#endif
 
 std::vector<const fk_table*> available() {
   std::vector<const fk_table*> tables = {&fk_table_generic};
@@ -16,7 +38,10 @@ std::vector<const fk_table*> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
       tables.push_back(&fk_table_avx512);
-      if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&fk_table_avx512bf16);
+      if (__builtin_cpu_supports("avx512bf16")) {
+        tables.push_back(&fk_table_avx512bf16);
+        if (tile_registers()) tables.push_back(&fk_table_amx);
+      }
     }
   }
 #endif
@@ -59,6 +84,11 @@ void* Arena::at_least(int64_t bytes) {
 }
 
 void* scratch(int64_t bytes) {
+  static thread_local Arena arena;
+  return arena.at_least(bytes);
+}
+
+extern "C" void* fk_block_memory(int64_t bytes) {
   static thread_local Arena arena;
   return arena.at_least(bytes);
 }

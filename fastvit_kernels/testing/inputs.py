@@ -78,8 +78,7 @@ class Case:
         name: its test id.
         make: builds the call.
         tags: `smallest` for the few cases that slow checks (compilation, interpreted Triton) take, `inductor` for the
-            one that is compiled to C++, `drawn` where the largest error hangs on few numbers, too random for few
-            draws of the inputs, `empty` where there is nothing to compute, `map` for NCHW input, `published`
+            one that is compiled to C++, `empty` where there is nothing to compute, `map` for NCHW input, `published`
             for a shape at a model's real size.
         vanishing: leaves whose exact gradient is zero, where only rounding noise can be compared.
     """
@@ -160,9 +159,9 @@ CONV_PROJECTION = [
     conv_projection_case("no_prefix", batch=1),
     conv_projection_case("two_prefix_tokens", prefix=2, grid=(6, 4)),
     conv_projection_case("empty_batch", "empty", batch=0, grid=(4, 4), channels=8, prefix=1),
-    conv_projection_case("odd_channels", "drawn", grid=(3, 5), channels=13, prefix=1),
-    conv_projection_case("one_channel", "drawn", grid=(3, 4), channels=1, norm=False),
-    conv_projection_case("one_pixel", "drawn", batch=1, grid=(1, 1), channels=8, prefix=1),
+    conv_projection_case("odd_channels", grid=(3, 5), channels=13, prefix=1),
+    conv_projection_case("one_channel", grid=(3, 4), channels=1, norm=False),
+    conv_projection_case("one_pixel", batch=1, grid=(1, 1), channels=8, prefix=1),
     conv_projection_case("one_row", grid=(1, 9), channels=8),
     conv_projection_case("one_column", grid=(9, 1), channels=8, prefix=1),
     conv_projection_case("strided_query", grid=(7, 6), prefix=1, stride=(2, 2, 2)),
@@ -181,11 +180,11 @@ CONV_PROJECTION = [
     conv_projection_case("bare", norm=False, bn=False, bias=False),
     conv_projection_case("bn_training", "smallest", prefix=1, channels=12, bn_training=True),
     conv_projection_case("bn_training_untracked", bn_training=True, bn_track=False, stride=(2, 1, 2)),
-    conv_projection_case("bn_training_many_rows", "drawn", batch=1, grid=(28, 17), channels=32, bn_training=True),
+    conv_projection_case("bn_training_many_rows", batch=1, grid=(28, 17), channels=32, bn_training=True),
     conv_projection_case("many_rows", batch=3, grid=(14, 13), channels=32, prefix=1),
     conv_projection_case("many_channels", batch=1, grid=(6, 6), channels=136, out=(136, 72, 200)),
     conv_projection_case("cvt_13_stage_1", "published", batch=1, grid=(56, 56), channels=64),
-    conv_projection_case("cvt_13_stage_3", "published", "drawn", batch=1, grid=(14, 14), channels=384, prefix=1),
+    conv_projection_case("cvt_13_stage_3", "published", batch=1, grid=(14, 14), channels=384, prefix=1),
 ]
 
 
@@ -269,11 +268,11 @@ GLOBAL_ATTENTION = [
     global_attention_case("no_residual", residual=False),
     global_attention_case("fp32_residual", residual_dtype=torch.float32),
     global_attention_case("fp32_residual_only", proj=False, residual_dtype=torch.float32),
-    global_attention_case("large_scores", "drawn", queries=20, keys=33, score_scale=60.0),
+    global_attention_case("large_scores", queries=20, keys=33, score_scale=60.0),
     global_attention_case("packed_keys", packed_keys=True),
     global_attention_case("layer_norm", norm="layer", query_in=19),
     global_attention_case("group_norm", norm="group", query_in=16, add_query_input=True, return_statistics=True),
-    global_attention_case("given_statistics", "smallest", "drawn", norm="group", statistics=True, query_in=16),
+    global_attention_case("given_statistics", "smallest", norm="group", statistics=True, query_in=16),
     global_attention_case("odd_query_input", norm="group", query_in=15, heads=1, width=15, add_query_input=True),
     global_attention_case("rows_without_norm", query_in=16, add_query_input=True),
     global_attention_case("statistics_without_projection", proj=False, return_statistics=True),
@@ -398,7 +397,7 @@ LOCAL_ATTENTION = [
     local_attention_case("masked", grid=(6, 5), window=4, pad="mask"),
     local_attention_case("masked_packed", grid=(6, 5), window=4, form="packed", pad="mask", attn_bias=True, **_BARE),
     local_attention_case("masked_separate", grid=(9, 8), window=4, form="separate", pad="mask"),
-    local_attention_case("zero_padded", "drawn", grid=(6, 5), window=4, norm="layer", pad="zero", attn_bias=True),
+    local_attention_case("zero_padded", grid=(6, 5), window=4, norm="layer", pad="zero", attn_bias=True),
     local_attention_case("zero_padded_without_bias", grid=(6, 5), window=4, qkv_bias=False, pad="zero"),
     local_attention_case("zero_padded_packed", grid=(8, 5), window=4, form="packed", pad="zero"),
     *(local_attention_case(f"window_{g}", batch=1, grid=(g, 2 * g), window=g, width=16) for g in (4, 7, 8)),
@@ -407,7 +406,6 @@ LOCAL_ATTENTION = [
     *(
         local_attention_case(
             f"window_{g}",
-            "drawn",
             batch=1,
             grid=(g, g + 2),
             window=g,
@@ -417,12 +415,9 @@ LOCAL_ATTENTION = [
         )
         for g in (5, 6, 9, 10, 12, 13, 14, 15)
     ),
+    *(local_attention_case(f"width_{d}", grid=(4, 4), window=4, width=d) for d in (32, 46, 48, 52, 64, 76, 96)),
     *(
-        local_attention_case(f"width_{d}", "drawn", grid=(4, 4), window=4, width=d)
-        for d in (32, 46, 48, 52, 64, 76, 96)
-    ),
-    *(
-        local_attention_case(f"width_{d}_{pad}", "drawn", batch=1, grid=(3, 5), window=4, width=d, pad=pad)
+        local_attention_case(f"width_{d}_{pad}", batch=1, grid=(3, 5), window=4, width=d, pad=pad)
         for d in (46, 52, 76)
         for pad in ("mask", "zero")
     ),
@@ -520,7 +515,7 @@ POINTWISE_MLP = [
     pointwise_mlp_case("map", leading=(2, 3, 5)),
     pointwise_mlp_case("odd_hidden", channels=46, hidden=165),
     pointwise_mlp_case("odd_channels", channels=13, hidden=7, activation="quick_gelu"),
-    pointwise_mlp_case("one_channel", "drawn", channels=1, hidden=1, norm=False),
+    pointwise_mlp_case("one_channel", channels=1, hidden=1, norm=False),
     pointwise_mlp_case("wide", leading=(3,), channels=80, hidden=328, out=200),
     pointwise_mlp_case("many_rows", leading=(2, 151), channels=32, hidden=64, activation="quick_gelu"),
     pointwise_mlp_case("other_out_width", out=23),
@@ -530,8 +525,8 @@ POINTWISE_MLP = [
     pointwise_mlp_case("no_residual", residual=False),
     pointwise_mlp_case("bare", norm=False, bias=False, residual=False, activation="quick_gelu"),
     pointwise_mlp_case("fp32_residual", residual_dtype=torch.float32),
-    pointwise_mlp_case("gelu_tails", "drawn", channels=8, hidden=64, spread=30.0),
-    pointwise_mlp_case("quick_gelu_tails", "drawn", channels=8, hidden=64, spread=30.0, activation="quick_gelu"),
+    pointwise_mlp_case("gelu_tails", channels=8, hidden=64, spread=30.0),
+    pointwise_mlp_case("quick_gelu_tails", channels=8, hidden=64, spread=30.0, activation="quick_gelu"),
     pointwise_mlp_case("cvt_13_stage_3", "published", leading=(1, 197), channels=384, hidden=1536),
 ]
 
@@ -642,7 +637,7 @@ DEPTHWISE_MLP = [
     depthwise_mlp_case("mbconv", norm=None, hidden_activation="gelu", bn="123"),
     depthwise_mlp_case("empty_batch", "empty", batch=0),
     depthwise_mlp_case("one_image", batch=1),
-    depthwise_mlp_case("one_pixel", "drawn", batch=1, grid=(1, 1)),
+    depthwise_mlp_case("one_pixel", batch=1, grid=(1, 1)),
     depthwise_mlp_case("one_row", grid=(1, 9)),
     depthwise_mlp_case("one_column", grid=(9, 1)),
     depthwise_mlp_case("odd_hidden", hidden=165, channels=23, **_IRFFN),
@@ -671,7 +666,7 @@ DEPTHWISE_MLP = [
 # A bias right in front of batch statistics has no effect.
 DEPTHWISE_MLP_TRAINING = [
     depthwise_mlp_case(
-        *("irffn_training", "smallest", "inductor", "drawn"),
+        *("irffn_training", "smallest", "inductor"),
         vanishing=["fc2_bias", "bn2.bias"],
         bn_training=True,
         **_IRFFN,
@@ -779,7 +774,6 @@ DEPTHWISE_CONV = [
 DEPTHWISE_CONV_TRAINING = [
     depthwise_conv_case(
         "reduction_training",
-        "drawn",
         "smallest",
         "inductor",
         vanishing=["bias"],
@@ -864,7 +858,7 @@ PATCH_EMBEDDING = [
     patch_embedding_case("one_row", size=(1, 9)),
     patch_embedding_case("one_column", size=(9, 1)),
     patch_embedding_case("odd_channels", channels=5, out=13),
-    patch_embedding_case("one_channel", "drawn", channels=1, out=1, norm=False),
+    patch_embedding_case("one_channel", channels=1, out=1, norm=False),
     patch_embedding_case("many_channels", batch=1, size=(7, 6), channels=72, out=136),
     patch_embedding_case("many_pixels", size=(33, 30), channels=3, out=24),
     patch_embedding_case("patches", kernel=2, stride=2, padding=0, size=(8, 10)),
@@ -947,7 +941,7 @@ HEAD_TOKENS = [
     head_tokens_case("many_tokens", batch=1, tokens=83),
     head_tokens_case("one_head", heads=1),
     head_tokens_case("odd_width", channels=39, heads=3),
-    head_tokens_case("narrow_heads", "drawn", channels=22, heads=11, head_norm_affine=False),
+    head_tokens_case("narrow_heads", channels=22, heads=11, head_norm_affine=False),
     head_tokens_case("no_bias", bias=False),
     head_tokens_case("norms_without_affine", norm_affine=False, head_norm_affine=False),
     head_tokens_case("dhvt_tiny_cifar", "published", batch=1, tokens=65, channels=192, heads=4),
@@ -980,7 +974,7 @@ MERGE_HEAD_TOKENS = [
     merge_head_tokens_case("no_residual", residual=False),
     merge_head_tokens_case("empty_batch", "empty", batch=0),
     merge_head_tokens_case("one_token", batch=1, tokens=1),
-    merge_head_tokens_case("many_tokens", "drawn", batch=1, tokens=83, channels=21),
+    merge_head_tokens_case("many_tokens", batch=1, tokens=83, channels=21),
     merge_head_tokens_case("one_head", heads=1),
     merge_head_tokens_case("fp32_residual", residual_dtype=torch.float32),
     merge_head_tokens_case("dhvt_tiny_cifar", "published", batch=1, tokens=65, channels=192, heads=4),
@@ -1026,18 +1020,18 @@ def pooled_projection_case(name: str, *tags: str, **options: Any) -> Case:
 
 
 POOLED_PROJECTION = [
-    pooled_projection_case("plain", "smallest", "inductor", "drawn"),
+    pooled_projection_case("plain", "smallest", "inductor"),
     pooled_projection_case("own_statistics", "smallest", statistics=False),
     pooled_projection_case("empty_batch", "empty", batch=0),
     pooled_projection_case("one_square", batch=1, grid=(3, 3), kernel=3),
     pooled_projection_case("one_pixel", batch=1, grid=(1, 1), kernel=1, norm=False),
     pooled_projection_case("unread_border", grid=(7, 9), kernel=4),
-    pooled_projection_case("ceil_mode", "smallest", "drawn", grid=(7, 9), kernel=4, ceil_mode=True),
+    pooled_projection_case("ceil_mode", "smallest", grid=(7, 9), kernel=4, ceil_mode=True),
     pooled_projection_case("larger_than_the_map", grid=(3, 5), kernel=8, ceil_mode=True),
     pooled_projection_case("no_pooling", kernel=1),
     pooled_projection_case("odd_channels", channels=13, out=7),
     pooled_projection_case("one_channel", channels=1, out=1, norm=False),
-    pooled_projection_case("many_channels", "drawn", batch=1, grid=(4, 6), channels=165, out=331),
+    pooled_projection_case("many_channels", batch=1, grid=(4, 6), channels=165, out=331),
     pooled_projection_case("many_squares", grid=(34, 30), kernel=2, channels=8, out=16),
     pooled_projection_case("no_bias", bias=False),
     pooled_projection_case("no_in_norm", in_norm=False),
@@ -1045,7 +1039,7 @@ POOLED_PROJECTION = [
     pooled_projection_case("norms_without_affine", norm_affine=False, statistics=False),
     pooled_projection_case("bare", in_norm=False, norm=False, bias=False),
     pooled_projection_case(
-        "hat_net_small_stage_2", "published", "drawn", batch=1, grid=(28, 28), channels=128, out=256, kernel=4
+        "hat_net_small_stage_2", "published", batch=1, grid=(28, 28), channels=128, out=256, kernel=4
     ),
 ]
 

@@ -83,7 +83,7 @@ class TestConvProjectionAttention(ModuleContract):
     draws = 8
     cases = [
         _case("cls", _attention, "smallest", "inductor", vanishing=[KEY_BIAS]),
-        _case("training", lambda m: _attention(m, training=True), "smallest", "drawn", vanishing=[KEY_BIAS]),
+        _case("training", lambda m: _attention(m, training=True), "smallest", vanishing=[KEY_BIAS]),
         _case("no_cls", lambda m: _attention(m, cls=False), vanishing=KEY_SHIFT),
         _case("training_no_cls", lambda m: _attention(m, cls=False, training=True), vanishing=KEY_SHIFT),
         _case("no_bias", lambda m: _attention(m, qkv_bias=False)),

@@ -14,7 +14,7 @@ import fastvit_kernels  # noqa: F401  loads the kernels
 
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("test_*.py"))
-ORDER = ("generic", "avx2", "avx512", "avx512bf16")
+ORDER = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 # Below what this process runs, which is the machine's best unless the environment says otherwise.
 LOWER = ORDER[: ORDER.index(torch.ops.fastvit.cpu_isa())]
 ISAS = LOWER or ("generic",)

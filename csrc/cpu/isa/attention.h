@@ -207,15 +207,10 @@ static __attribute__((noinline)) void attend(const AttentionShape& p, const A* k
                                              const AttentionScratch<A>& s) {
   vf scale = splat(p.scale * 1.44269504f);
   float maximum[kPanel] __attribute__((aligned(64))), total[kPanel] __attribute__((aligned(64)));
-  const RowTiles query_tiles = row_tiles(queries);
   for (int64_t first = 0; first < p.keys; first += kKeyChunk) {
     const int64_t n = min64(kKeyChunk, p.keys - first);
-    const RowTiles key_tiles = row_tiles(n);
-    for (int64_t t = 0; t < key_tiles.count; ++t) {
-      const int64_t row = tile_start(key_tiles, t);
-      tile(tile_height(key_tiles, t), keys + (first + row) * key_stride, key_stride, s.queries, s.depth,
-           s.scores + row * kPanel, kPanel, false, fetch_nothing(s.queries), queries);
-    }
+    const Panels<A> across = {s.queries, 0, 1, s.depth, nullptr};
+    products(keys + first * key_stride, key_stride, n, across, s.scores, kPanel, 0, false, queries);
     if (bias || p.mask) {
       const auto add = bias ? p.mask ? add_bias<true, true> : add_bias<true, false> : add_bias<false, true>;
       add(s.scores, n, splat(p.scale * 1.44269504f), bias ? bias + first * p.bias_stride : nullptr, p.bias_stride,
@@ -247,13 +242,8 @@ static __attribute__((noinline)) void attend(const AttentionShape& p, const A* k
       store(total + j * FK_VL, first > 0 ? load(total + j * FK_VL) + sums : sums);
     }
     const int64_t depth = round_up(p.keys, kStep<A>), k = round_up(n, kStep<A>);
-    for (int64_t c = 0; c < dv; c += kPanel)
-      for (int64_t t = 0; t < query_tiles.count; ++t) {
-        const int64_t row = tile_start(query_tiles, t);
-        tile<true>(tile_height(query_tiles, t), weights_of(s, row), kPanel * kStep<A>,
-                   s.values + c * depth + first * kPanel, k, s.head + row * s.ldv + c, s.ldv, first > 0,
-                   fetch_nothing(s.values), dv - c);
-      }
+    const Panels<A> values = {s.values + first * kPanel, depth * kPanel, ceil_div(dv, kPanel), k, nullptr};
+    products<true>(weights_of(s, 0), kPanel * kStep<A>, queries, values, s.head, s.ldv, kPanel, first > 0, dv);
   }
   for (int64_t q = 0; q < queries; ++q) {
     const vf inverse = splat(1.0f / total[q]);

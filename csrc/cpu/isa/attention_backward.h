@@ -92,39 +92,24 @@ FK_INLINE void lay_across(const A* rows, int64_t stride, int64_t count, int64_t 
 template <class A>
 FK_INLINE void across(const A* rows, int64_t stride, int64_t keys, const A* panels, int64_t count, int64_t depth,
                       float* out, int64_t ldo) {
-  const RowTiles tiles = row_tiles(keys);
-  for (int64_t c = 0; c < count; c += kPanel)
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t row = tile_start(tiles, t);
-      tile(tile_height(tiles, t), rows + row * stride, stride, panels + c * depth, depth, out + row * ldo + c, ldo,
-           false, fetch_nothing(panels), count - c);
-    }
+  const Panels<A> w = {panels, depth * kPanel, ceil_div(count, kPanel), depth, nullptr};
+  products(rows, stride, keys, w, out, ldo, kPanel, false, count);
 }
 
 // out[queries][width] from columns over the keys and panels of them.
 template <class A>
 FK_INLINE void from_keys(const A* columns, int64_t stride, int64_t queries, const A* panels, int64_t keys,
                          int64_t depth, int64_t width, float* out, int64_t ldo) {
-  const RowTiles tiles = row_tiles(queries);
-  for (int64_t c = 0; c < width; c += kPanel)
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t row = tile_start(tiles, t);
-      tile<true>(tile_height(tiles, t), columns + row * kStep<A>, stride, panels + c * depth, round_up(keys, kStep<A>),
-                 out + row * ldo + c, ldo, false, fetch_nothing(panels), width - c);
-    }
+  const Panels<A> w = {panels, depth * kPanel, ceil_div(width, kPanel), round_up(keys, kStep<A>), nullptr};
+  products<true>(columns, stride, queries, w, out, ldo, kPanel, false, width);
 }
 
 // out[keys][width] += rows[keys][queries] times panels of the queries.
 template <class A>
 FK_INLINE void add_to_keys(const A* rows, int64_t stride, int64_t keys, int64_t queries, const A* panels, int64_t width,
                            float* out, int64_t ldo, bool accumulate) {
-  const RowTiles tiles = row_tiles(keys);
-  for (int64_t c = 0; c < width; c += kPanel)
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t row = tile_start(tiles, t);
-      tile(tile_height(tiles, t), rows + row * stride, stride, panels + c * stride, round_up(queries, kStep<A>),
-           out + row * ldo + c, ldo, accumulate, fetch_nothing(panels), width - c);
-    }
+  const Panels<A> w = {panels, stride * kPanel, ceil_div(width, kPanel), round_up(queries, kStep<A>), nullptr};
+  products(rows, stride, keys, w, out, ldo, kPanel, accumulate, width);
 }
 
 // Sums down a column of lanes of `value(i)`, a few rows at a time so that no running sum is long.

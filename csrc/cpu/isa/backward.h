@@ -67,14 +67,8 @@ FK_INLINE const bf16* columns_of_rows(const bf16* rows, int64_t count, int64_t w
 template <class A>
 FK_INLINE void add_weight_gradient(const A* columns, int64_t stride, int64_t rows, const A* panels, int64_t depth,
                                    int64_t width, int64_t count, float* to, int64_t all_rows, bool accumulate) {
-  const RowTiles tiles = row_tiles(rows);
-  const int64_t k = round_up(count, kStep<A>);
-  for (int64_t c = 0; c < width; c += kPanel)
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t row = tile_start(tiles, t);
-      tile<true>(tile_height(tiles, t), columns + row * kStep<A>, stride, panels + c * depth, k,
-                 to + c * all_rows + row * kPanel, kPanel, accumulate, fetch_nothing(panels), width - c);
-    }
+  const Panels<A> w = {panels, depth * kPanel, ceil_div(width, kPanel), round_up(count, kStep<A>), nullptr};
+  products<true>(columns, stride, rows, w, to, kPanel, all_rows * kPanel, accumulate, width);
 }
 
 FK_INLINE void clear(float* to, int64_t n) {

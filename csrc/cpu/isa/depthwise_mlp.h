@@ -264,7 +264,6 @@ FK_INLINE void depthwise_task(const struct fk_depthwise_mlp& p, int64_t task, vo
   float* sums =
       p.slices > 1 ? p.partial + ((b.slice * p.batch + b.image) * p.height * p.width + first_pixel) * s.lds : s.sums;
   const A* expand = (const A*)p.expand.panels;
-  const RowTiles tiles = row_tiles(pixels);
   for (int64_t h = begin; h < end; h += chunk) {
     const int64_t h_end = min64(h + chunk, end), column = h * kPanel;
     const A* project = (const A*)p.project.panels + column * kPanel;
@@ -278,16 +277,9 @@ FK_INLINE void depthwise_task(const struct fk_depthwise_mlp& p, int64_t task, vo
                     [&](auto activation) { filter_band<activation.value>(p, b, s, column, (h_end - h) * kPanel); });
     // Hidden channels past the end meet no weights: the depth stops at the last real one.
     const int64_t k = min64(h_end * kPanel, hidden_depth) - column;
-    for (int64_t n = 0; n < out_panels; ++n) {
-      const A* panel = project + n * hidden_depth * kPanel;
-      const A* next =
-          n + 1 < out_panels ? panel + hidden_depth * kPanel : expand + h_end % hidden_panels * depth * kPanel;
-      for (int64_t t = 0; t < tiles.count; ++t) {
-        const int64_t row = tile_start(tiles, t);
-        tile(tile_height(tiles, t), s.activated + row * s.ldh, s.ldh, panel, k, sums + row * s.lds + n * kPanel, s.lds,
-             h > begin, fetch_ahead(next, k, tiles, t));
-      }
-    }
+    const Panels<A> w = {project, hidden_depth * kPanel, out_panels, k,
+                         expand + h_end % hidden_panels * depth * kPanel};
+    products(s.activated, s.ldh, pixels, w, sums, s.lds, kPanel, h > begin);
   }
   if (p.slices == 1) finish_pixels(p, b.image, first_pixel, pixels, sums, task);
 }

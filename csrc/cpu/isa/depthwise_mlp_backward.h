@@ -412,15 +412,9 @@ FK_INLINE void sum_over_pixels(const MlpChunk<A>& c, const float* rows, const A*
 #endif
   if constexpr (sizeof(A) == 4) operand = rows;
   float* to_sums = sums + (c.group * p.rows + c.column - p.first) * padded;
-  const RowTiles tiles = row_tiles(min64(c.channels, p.first + p.rows - c.column));
-  for (int64_t n = 0; n < padded / kPanel; ++n) {
-    const A* panel = panels + (n * depth + begin) * kPanel;
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t channel = tile_start(tiles, t);
-      tile<true>(tile_height(tiles, t), operand + channel * kStep<A>, stride, panel, even,
-                 to_sums + channel * padded + n * kPanel, padded, !c.first_stack || from > 0, fetch_nothing(panel));
-    }
-  }
+  const Panels<A> w = {panels + begin * kPanel, depth * kPanel, padded / kPanel, even, nullptr};
+  products<true>(operand, stride, min64(c.channels, p.first + p.rows - c.column), w, to_sums, padded, kPanel,
+                 !c.first_stack || from > 0);
 }
 
 // Gradients of the first linear: of its weight, and of its input.
@@ -442,15 +436,8 @@ static __attribute__((noinline)) void expand_grad_rows(const MlpChunk<A>& c, int
 #endif
   if constexpr (sizeof(A) == 4) rows = c.b.grad;
   float* out = p.normed_grad + ((c.slice * p.batch + c.image) * p.height * p.width + from * p.width) * padded;
-  const RowTiles tiles = row_tiles(pixels);
-  for (int64_t n = 0; n < padded / kPanel; ++n) {
-    const A* panel = (const A*)p.expand_back.panels + (n * depth + c.column) * kPanel;
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t row = tile_start(tiles, t);
-      tile(tile_height(tiles, t), rows + row * c.b.stride, c.b.stride, panel, k, out + row * padded + n * kPanel,
-           padded, !c.first_chunk, fetch_nothing(panel));
-    }
-  }
+  const Panels<A> w = {(const A*)p.expand_back.panels + c.column * kPanel, depth * kPanel, padded / kPanel, k, nullptr};
+  products(rows, c.b.stride, pixels, w, out, padded, kPanel, !c.first_chunk);
 }
 
 template <class A, int Kernel>

@@ -205,16 +205,9 @@ FK_INLINE void project_chunk(const BatchChunk<A>& c, A* rows, int64_t stride) {
     const int64_t last = min64(first + p.rows_per_band, p.height);
     with_activation(p.norms_after_activation ? FK_NO_ACTIVATION : p.activation,
                     [&](auto activation) { middle_of_rows<A, activation.value>(c, first, last, rows, stride); });
-    const RowTiles tiles = row_tiles((last - first) * p.width);
-    float* to = c.m.branch + first * p.width * c.m.ldb;
-    for (int64_t n = 0; n < ceil_div(p.out, kPanel); ++n) {
-      const A* panel = project + n * depth * kPanel;
-      for (int64_t t = 0; t < tiles.count; ++t) {
-        const int64_t row = tile_start(tiles, t);
-        tile(tile_height(tiles, t), rows + row * stride, stride, panel, k, to + row * c.m.ldb + n * kPanel, c.m.ldb,
-             p.first > 0, fetch_nothing(panel));
-      }
-    }
+    const Panels<A> w = {project, depth * kPanel, ceil_div(p.out, kPanel), k, nullptr};
+    products(rows, stride, (last - first) * p.width, w, c.m.branch + first * p.width * c.m.ldb, c.m.ldb, kPanel,
+             p.first > 0);
   }
 }
 

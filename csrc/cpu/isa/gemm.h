@@ -1,26 +1,19 @@
 // The tile product: rows of A (in scratch or straight from a tensor) times one packed panel, accumulated in fp32.
 #pragma once
 
-#include "vec.h"
+#include "panels.h"
+#if FK_AMX
+#include "amx.h"
+#endif
 
 namespace {
 
-constexpr int kPanel = FK_VL * FK_NV;
-constexpr int kTileRows = FK_MR;
-// Rows of scratch matrices are padded by one cache line, so that power-of-two widths do not fall into one cache set.
-constexpr int64_t kRowPad = 16;
-
-FK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-FK_INLINE int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-FK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-FK_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Values of K that one step of the inner loop consumes: bf16 products come in pairs.
-template <class A>
-constexpr int64_t kStep = sizeof(A) == 2 ? 2 : 1;
-
-// A running fp32 sum longer than this is cut into partial sums: its rounding error grows with its length.
-constexpr int64_t kLongestSum = 256;
+// A running fp32 sum longer than the one is cut into partial sums of the other: its rounding error grows with its length.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr int64_t kLongestSum = 512, kPartialSum = 128;
+#else  // two roundings for one
+constexpr int64_t kLongestSum = 64, kPartialSum = 64;
+#endif
 
 // Weights are read once per block of rows and mostly come from beyond L2: while a tile is computed, its share of the
 // panel that comes next is fetched, `step` bytes per value of K.
@@ -79,7 +72,7 @@ static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, 
   store_sums(c, out, ldo, accumulate);
 }
 
-#if FK_NATIVE_BF16
+#if FK_NATIVE_BF16 && !FK_AMX
 // The same on bf16 pairs: panel[k / 2][kPanel][2]; k is even. A transposed operand is packed as [k / 2][lda / 2][2].
 template <int MR, bool Transposed, int NV>
 static __attribute__((noinline)) void tile_product(const bf16* a, int64_t lda, const bf16* panel, int64_t k, float* out,
@@ -122,18 +115,17 @@ struct TileProducts<A, Transposed, 0, NV> {
 template <bool Transposed = false, class A>
 FK_INLINE void tile(int64_t rows, const A* a, int64_t lda, const A* panel, int64_t k, float* out, int64_t ldo,
                     bool accumulate, Ahead ahead, int64_t width = kPanel) {
-  // Twice as many values are allowed: splitting a sum of 384 would cost more than its rounding does.
-  const int64_t step = k <= 2 * kLongestSum ? k : kLongestSum;
+  const int64_t step = k <= kLongestSum ? k : kPartialSum;
   for (int64_t p = 0; p < k; p += step) {
     const Ahead rest = {ahead.at + p * ahead.step, ahead.step};
     const A* from = a + (Transposed ? p / kStep<A> * lda : p);
     const int64_t depth = min64(step, k - p);
     if (width > kPanel - FK_VL)
-      TileProducts<A, Transposed, kTileRows, FK_NV>::run(rows, from, lda, panel + p * kPanel, depth, out, ldo,
-                                                         accumulate || p > 0, rest);
+      TileProducts<A, Transposed, kVectorRows, FK_NV>::run(rows, from, lda, panel + p * kPanel, depth, out, ldo,
+                                                           accumulate || p > 0, rest);
     else
-      TileProducts<A, Transposed, kTileRows, FK_NV - 1>::run(rows, from, lda, panel + p * kPanel, depth, out, ldo,
-                                                             accumulate || p > 0, rest);
+      TileProducts<A, Transposed, kVectorRows, FK_NV - 1>::run(rows, from, lda, panel + p * kPanel, depth, out, ldo,
+                                                               accumulate || p > 0, rest);
   }
 }
 
@@ -142,7 +134,7 @@ struct RowTiles {
   int64_t count, base, longer;
 };
 FK_INLINE RowTiles row_tiles(int64_t rows) {
-  int64_t count = ceil_div(rows, kTileRows);
+  const int64_t count = ceil_div(rows, kVectorRows);
   RowTiles t = {count, count ? rows / count : 0, count ? rows % count : 0};
   return t;
 }
@@ -156,11 +148,46 @@ FK_INLINE Ahead fetch_ahead(const A* next, int64_t k, const RowTiles& tiles, int
   Ahead ahead = {(const char*)next + t * k * step, step};
   return ahead;
 }
-// For operands that are in the cache anyway.
-template <class A>
-FK_INLINE Ahead fetch_nothing(const A* panel) {
-  Ahead ahead = {(const char*)panel, 0};
-  return ahead;
+
+// The tiles of A times panels on vectors.
+template <bool Transposed, class A, class Body>
+FK_INLINE void vector_each_tile(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, Body body) {
+  const RowTiles tiles = row_tiles(rows);
+  for (int64_t n = 0; n < w.count; ++n) {
+    const A* panel = w.first + n * w.step;
+    const A* next = n + 1 < w.count ? panel + w.step : w.after;
+    for (int64_t t = 0; t < tiles.count; ++t) {
+      const int64_t row = tile_start(tiles, t), height = tile_height(tiles, t);
+      const Ahead nothing = {(const char*)panel, 0};
+      const Ahead ahead = w.after ? fetch_ahead(next, w.k, tiles, t) : nothing;
+      body(n, row, height, [&](float* out, int64_t ldo, bool accumulate, int64_t width) {
+        tile<Transposed>(height, a + row * (Transposed ? kStep<A> : lda), lda, panel, w.k, out, ldo, accumulate, ahead,
+                         width);
+      });
+    }
+  }
+}
+
+// The tiles of A times panels, each seen by `body(panel, row, rows, run)`, where run(out, ldo, accumulate, width)
+// computes it: of its columns the first `width` are wanted.
+template <bool Transposed, class A, class Body>
+FK_INLINE void each_tile(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, Body body) {
+#if FK_AMX
+  if constexpr (sizeof(A) == 2)
+    amx_each_tile<Transposed>(a, lda, rows, w, body);
+  else
+#endif
+    vector_each_tile<Transposed>(a, lda, rows, w, body);
+}
+
+// Panel n's tiles go to the rows of `out` from column n * out_step on, or are added there. Of all columns the first
+// `width` are wanted.
+template <bool Transposed = false, class A>
+FK_INLINE void products(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, float* out, int64_t ldo,
+                        int64_t out_step, bool accumulate, int64_t width = INT64_MAX) {
+  each_tile<Transposed>(a, lda, rows, w, [&](int64_t n, int64_t row, int64_t, auto run) {
+    run(out + row * ldo + n * out_step, ldo, accumulate, width - n * kPanel);
+  });
 }
 
 // Panels [first, last) of rows x panels; `epilogue(row, rows, column, tile)` sees each finished tile [rows][kPanel],
@@ -172,18 +199,13 @@ FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, i
   float out[kTileRows * kPanel] __attribute__((aligned(64)));
   if (width < last * kPanel)
     for (int i = 0; i < kTileRows * kPanel; i += FK_VL) store(out + i, splat(0.0f));
-  const RowTiles tiles = row_tiles(rows);
-  const int64_t depth = round_up(k, kStep<A>);
-  for (int64_t n = first; n < last; ++n) {
-    const A* panel = panels + n * depth * kPanel;
-    const A* next = n + 1 < last ? panel + depth * kPanel : after;
-    for (int64_t t = 0; t < tiles.count; ++t) {
-      const int64_t row = tile_start(tiles, t), height = tile_height(tiles, t);
-      tile(height, a + row * lda, lda, panel, depth, out, kPanel, false, fetch_ahead(next, depth, tiles, t),
-           width - n * kPanel);
-      epilogue(row, height, n * kPanel, out);
-    }
-  }
+  const int64_t depth = round_up(k, kStep<A>), step = depth * kPanel;
+  const Panels<A> w = {panels + first * step, step, last - first, depth, after};
+  each_tile<false>(a, lda, rows, w, [&](int64_t n, int64_t row, int64_t height, auto run) {
+    const int64_t column = (first + n) * kPanel;
+    run(out, kPanel, false, width - column);
+    epilogue(row, height, column, out);
+  });
 }
 
 // Write a finished tile to a row-major tensor: bias, optional residual, conversion; columns past n are dropped.

@@ -139,20 +139,16 @@ FK_INLINE void embedding_input_task(const struct fk_patch_embedding_backward& p,
       const int64_t first_y = next_of_class(top, cy - f.padding % step, step);
       const int64_t first_x = next_of_class(0, cx - f.padding % step, step);
       const int64_t columns = first_x < f.width ? ceil_div(f.width - first_x, step) : 0;
-      const RowTiles tiles = row_tiles(columns);
       for (int64_t c = 0; c < panels; ++c)
         for (int64_t ky = cy; ky < f.kernel; ky += step)
           for (int64_t kx = cx; kx < f.kernel; kx += step) {
             const A* panel = (const A*)p.taps[ky * f.kernel + kx] + c * depth * kPanel;
+            const Panels<A> w = {panel, 0, 1, depth, nullptr};
             for (int64_t y = first_y; y < bottom; y += step)
-              for (int64_t t = 0; t < tiles.count; ++t) {
-                const int64_t x = first_x + tile_start(tiles, t) * step;
-                const int64_t from =
-                    slope_offset(p, image, (y + f.padding - ky) / step, (first_x + f.padding - kx) / step);
-                tile(tile_height(tiles, t), (const A*)p.slopes + from + tile_start(tiles, t) * p.slope_stride,
-                     p.slope_stride, panel, depth, band + ((y - top) * f.width + x) * ldc + c * kPanel, step * ldc,
-                     true, fetch_nothing(panel));
-              }
+              products((const A*)p.slopes +
+                           slope_offset(p, image, (y + f.padding - ky) / step, (first_x + f.padding - kx) / step),
+                       p.slope_stride, columns, w, band + ((y - top) * f.width + first_x) * ldc + c * kPanel,
+                       step * ldc, 0, true);
           }
     }
   const int64_t pixels = (bottom - top) * f.width, start = (image * f.height + top) * f.width;

@@ -16,7 +16,19 @@ static __attribute__((noinline)) void spin(vf* sums, int64_t iterations) {
   for (int i = 0; i < 12; ++i) sums[i] = c[i];
 }
 
-#if FK_NATIVE_BF16
+#if FK_AMX
+static __attribute__((noinline)) void spin_amx(int64_t iterations) {
+  alignas(64) static const bf16 zeros[kAmxRows * kAmxDepth] = {};
+  amx_load<2>(zeros, 64);
+  amx_load<3>(zeros, 64);
+  amx_clear<0>();
+  amx_clear<1>();
+  for (int64_t n = 0; n < iterations; ++n) {
+    amx_multiply<0, 2, 3>();
+    amx_multiply<1, 2, 3>();
+  }
+}
+#elif FK_NATIVE_BF16
 static __attribute__((noinline)) void spin_bf16(vf* sums, int64_t iterations) {
   __m512 c[12];
   for (int i = 0; i < 12; ++i) c[i] = (__m512)sums[i];
@@ -31,7 +43,13 @@ static __attribute__((noinline)) void spin_bf16(vf* sums, int64_t iterations) {
 
 double peak(int32_t low_precision, int64_t iterations) {
   vf sums[12] = {};
-#if FK_NATIVE_BF16
+#if FK_AMX
+  if (low_precision) {
+    const AmxRegisters registers;
+    spin_amx(iterations);
+    return 2.0 * kAmxRows * kAmxDepth * 16 * 2.0 * (double)iterations;
+  }
+#elif FK_NATIVE_BF16
   if (low_precision) {
     spin_bf16(sums, iterations);
     return 12.0 * FK_VL * 4.0 * (double)iterations;

@@ -48,7 +48,6 @@ static __attribute__((noinline)) void mlp_block(const struct fk_pointwise_mlp& p
                                                 const MlpScratch<A>& s) {
   for (int64_t i = 0; i < rows; ++i)
     normalize_row(p.x, first + i, p.channels, round_up(p.channels, 2), p.norm, s.normed + i * s.lda);
-  const RowTiles tiles = row_tiles(rows);
   const int64_t depth = round_up(p.expand.k, kStep<A>), hidden_depth = round_up(p.project.k, kStep<A>);
   const int64_t hidden_panels = ceil_div(p.expand.n, kPanel), out_panels = ceil_div(p.project.n, kPanel);
   const int64_t chunk = kHiddenChunk / kPanel;
@@ -65,17 +64,13 @@ static __attribute__((noinline)) void mlp_block(const struct fk_pointwise_mlp& p
     // Hidden channels past the end are act(0) = 0 against no weights: the depth stops at the last real one.
     const int64_t k = min64(h_end * kPanel, hidden_depth) - k_first;
     const bool last = h_end == hidden_panels;
-    for (int64_t n = 0; n < out_panels; ++n) {
-      const A* panel = project + n * hidden_depth * kPanel;
-      const A* next =
-          n + 1 < out_panels ? panel + hidden_depth * kPanel : expand + h_end % hidden_panels * depth * kPanel;
-      for (int64_t t = 0; t < tiles.count; ++t) {
-        const int64_t row = tile_start(tiles, t), height = tile_height(tiles, t);
-        float* sums = s.sums + row * s.lds + n * kPanel;
-        tile(height, s.hidden + row * s.ldh, s.ldh, panel, k, sums, s.lds, h > 0, fetch_ahead(next, k, tiles, t));
-        if (last) write_tile(sums, s.lds, height, first + row, n * kPanel, p.project, p.out, p.out_dtype, p.residual);
-      }
-    }
+    const Panels<A> w = {project, hidden_depth * kPanel, out_panels, k,
+                         expand + h_end % hidden_panels * depth * kPanel};
+    each_tile<false>(s.hidden, s.ldh, rows, w, [&](int64_t n, int64_t row, int64_t height, auto run) {
+      float* sums = s.sums + row * s.lds + n * kPanel;
+      run(sums, s.lds, h > 0, kPanel);
+      if (last) write_tile(sums, s.lds, height, first + row, n * kPanel, p.project, p.out, p.out_dtype, p.residual);
+    });
   }
 }
 

@@ -112,7 +112,6 @@ static __attribute__((noinline)) void mlp_backward_block(const struct fk_pointwi
   const A* grad_columns = p.weight2 ? columns_of_rows(s.grad, rows, p.out, &grad_stride, s.grad_columns) : nullptr;
   float* block_sums = s.sums + 2 * p.out;
 
-  const RowTiles tiles = row_tiles(rows);
   const A *expand = (const A*)p.expand.panels, *to_hidden = (const A*)p.to_hidden.panels;
   const A* to_input = (const A*)p.to_input.panels;
   const int64_t input_depth = round_up(p.hidden, kStep<A>);
@@ -153,17 +152,9 @@ static __attribute__((noinline)) void mlp_backward_block(const struct fk_pointwi
       add_weight_gradient(columns, stride, width, s.normed_panels, s.depth, p.channels, rows,
                           p.weight1 + (partial * input_width * p.hidden + column * kPanel), p.hidden, accumulate);
     }
-    if (p.wants_input)
-      for (int64_t n = 0; n < input_panels; ++n) {
-        const A* panel = to_input + (n * input_depth + column) * kPanel;
-        const A* next = n + 1 < input_panels ? panel + input_depth * kPanel : expand;
-        const int64_t k = round_up(width, kStep<A>);
-        for (int64_t t = 0; t < tiles.count; ++t) {
-          const int64_t row = tile_start(tiles, t);
-          tile(tile_height(tiles, t), s.slopes + row * s.ldh, s.ldh, panel, k, s.inputs + row * s.ldi + n * kPanel,
-               s.ldi, h > begin, fetch_ahead(next, k, tiles, t));
-        }
-      }
+    const Panels<A> w = {to_input + column * kPanel, input_depth * kPanel, input_panels, round_up(width, kStep<A>),
+                         expand};
+    if (p.wants_input) products(s.slopes, s.ldh, rows, w, s.inputs, s.ldi, kPanel, h > begin);
   }
 }
 

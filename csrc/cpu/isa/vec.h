@@ -12,6 +12,10 @@
 
 #include "../kernels.h"
 
+#ifndef FK_AMX
+#define FK_AMX 0
+#endif
+
 #define FK_INLINE static inline __attribute__((always_inline))
 
 namespace {
@@ -22,6 +26,11 @@ typedef uint32_t vu __attribute__((vector_size(FK_VL * 4), aligned(4), may_alias
 typedef uint16_t vh __attribute__((vector_size(FK_VL * 2), aligned(2), may_alias));
 
 typedef uint16_t bf16;
+
+FK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+FK_INLINE int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+FK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+FK_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 FK_INLINE vf splat(float x) { return x - (vf){}; }
 FK_INLINE vf load(const float* p) { return *(const vf*)p; }
@@ -115,7 +124,7 @@ FK_INLINE float sum(vf x) {
 // Elementary functions come in two qualities: for results kept in fp32, and (`Low`) for results rounded to bf16 at
 // once, whose errors of 1e-4 vanish behind that rounding (4e-3).
 
-// 2^f on [-1/2, 1/2]: minimax fit in relative error (9e-8, low: 1e-4), constant term fixed.
+// 2^f on [-1/2, 1/2]: minimax fit in relative error (2e-9, low: 1e-4), constant term fixed.
 template <bool Low>
 FK_INLINE vf exp2_fraction(vf f) {
   if (Low) {
@@ -124,11 +133,12 @@ FK_INLINE vf exp2_fraction(vf f) {
     p = p * f + splat(6.932829263e-1f);
     return p * f + splat(1.0f);
   }
-  vf p = splat(1.326472873e-3f);
-  p = p * f + splat(9.671513013e-3f);
-  p = p * f + splat(5.550733741e-2f);
-  p = p * f + splat(2.402224208e-1f);
-  p = p * f + splat(6.931469776e-1f);
+  vf p = splat(1.535336191e-4f);
+  p = p * f + splat(1.339887441e-3f);
+  p = p * f + splat(9.618437358e-3f);
+  p = p * f + splat(5.550332471e-2f);
+  p = p * f + splat(2.402264791e-1f);
+  p = p * f + splat(6.931472029e-1f);
   return p * f + splat(1.0f);
 }
 
