@@ -32,7 +32,7 @@ FK_INLINE vf normalized(const NormVectors& n, vf x) {
 }
 // The gradient of a norm's input.
 FK_INLINE vf norm_input_grad(const NormVectors& n, vf grad, vf hat) {
-  return n.weight * n.rstd * (grad - n.grad_mean - hat * n.grad_slope);
+  return n.weight * n.rstd * (grad - (n.grad_mean + hat * n.grad_slope));
 }
 
 }  // namespace

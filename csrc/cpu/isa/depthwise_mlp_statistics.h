@@ -305,7 +305,7 @@ void batch_norm_backward(const struct fk_batch_norm_backward* p, int64_t step, i
         times += g * hat;
         continue;
       }
-      const vf out = scale * (g - norm.grad_mean - hat * norm.grad_slope);
+      const vf out = scale * (g - (norm.grad_mean + hat * norm.grad_slope));
       if (lanes < FK_VL)
         store_tail(grad + i * columns + n, out, lanes);
       else
