@@ -3,6 +3,11 @@
 #pragma once
 
 #include "panels.h"
+#ifdef FK_AMX_REGISTERS  // a test's, which need no such processor
+#include FK_AMX_REGISTERS
+#else
+#include "amx_registers.h"
+#endif
 
 namespace {
 
@@ -12,43 +17,6 @@ namespace {
 constexpr int64_t kAmxRows = 16, kAmxDepth = 32;
 constexpr int64_t kAmxBlock = kAmxRows * kAmxDepth * 2;  // bytes
 static_assert(FK_VL == 16 && FK_NV == 2, "");
-
-struct AmxShapes {
-  uint8_t palette, start_row, reserved[14];
-  uint16_t row_bytes[16];
-  uint8_t rows[16];
-} __attribute__((aligned(64)));
-
-// While a task runs, the tile registers are its own; behind it they are as it found them in any thread: unused, since
-// live ones would make every switch between threads save 8 KiB.
-class AmxRegisters {
- public:
-  AmxRegisters() {
-    static const AmxShapes shapes = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    asm volatile("ldtilecfg %0" ::"m"(shapes));
-  }
-  ~AmxRegisters() { asm volatile("tilerelease" ::: "memory"); }
-  AmxRegisters(const AmxRegisters&) = delete;
-  AmxRegisters& operator=(const AmxRegisters&) = delete;
-};
-
-// The compiler's own intrinsics do not say that they read memory.
-template <int Register>
-FK_INLINE void amx_load(const void* from, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(Register) : "memory");
-}
-template <int Register>
-FK_INLINE void amx_store(void* to, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(Register) : "memory");
-}
-template <int Register>
-FK_INLINE void amx_clear() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(Register));
-}
-template <int Sums, int A, int B>
-FK_INLINE void amx_multiply() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(A), "i"(B));
-}
 
 // to[c][r] = from[r][c] for 16 x 16 words, of which the first `rows` rows and `columns` columns are read; the other
 // rows are taken for zeros.

@@ -1,0 +1,49 @@
+// csrc/cpu/isa/amx_registers.h in plain C++: what the instructions read and write, the sanitizers see.
+#pragma once
+
+#include <string.h>
+
+#include "isa/vec.h"
+
+namespace {
+
+static char amx_registers[8][16][64];
+static int amx_users = 0;
+
+class AmxRegisters {
+ public:
+  AmxRegisters() { ++amx_users; }
+  ~AmxRegisters() { --amx_users; }
+};
+
+template <int Register>
+void amx_load(const void* from, int64_t stride) {
+  for (int row = 0; row < 16; ++row) memcpy(amx_registers[Register][row], (const char*)from + row * stride, 64);
+}
+template <int Register>
+void amx_store(void* to, int64_t stride) {
+  for (int row = 0; row < 16; ++row) memcpy((char*)to + row * stride, amx_registers[Register][row], 64);
+}
+template <int Register>
+void amx_clear() {
+  memset(amx_registers[Register], 0, sizeof amx_registers[Register]);
+}
+template <int Sums, int A, int B>
+void amx_multiply() {
+  if (!amx_users) __builtin_trap();
+  for (int row = 0; row < 16; ++row)
+    for (int column = 0; column < 16; ++column) {
+      float sum;
+      memcpy(&sum, amx_registers[Sums][row] + 4 * column, 4);
+      for (int pair = 0; pair < 16; ++pair)
+        for (int i = 0; i < 2; ++i) {
+          bf16 a, b;
+          memcpy(&a, amx_registers[A][row] + 4 * pair + 2 * i, 2);
+          memcpy(&b, amx_registers[B][pair] + 4 * column + 2 * i, 2);
+          sum += to_float(a) * to_float(b);
+        }
+      memcpy(amx_registers[Sums][row] + 4 * column, &sum, 4);
+    }
+}
+
+}  // namespace
