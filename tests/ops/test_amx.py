@@ -1,4 +1,4 @@
-"""The products of `csrc/cpu/isa/amx.h` with tile registers in plain C++, so that every processor with AVX-512 runs them.
+"""The products of `csrc/cpu/isa/amx.h` with tile registers in plain C++: every processor with AVX-512 runs them.
 
 Where AMX itself is, all other tests of bf16 run it.
 """

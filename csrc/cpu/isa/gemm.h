@@ -8,7 +8,8 @@
 
 namespace {
 
-// A running fp32 sum longer than the one is cut into partial sums of the other: its rounding error grows with its length.
+// A running fp32 sum longer than the one is cut into partial sums of the other: its rounding error grows with its
+// length.
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 constexpr int64_t kLongestSum = 512, kPartialSum = 128;
 #else  // two roundings for one
