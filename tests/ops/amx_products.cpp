@@ -65,15 +65,11 @@ bool check() {
     for (int64_t column = 0; column < ldo; ++column) {
       const int64_t at = row * ldo + column;
       if (at >= (int64_t)out.size()) break;
-      // Of a vector that is wanted in part the rest may be written too; of the first panels all is.
-      if (column >= width && column < (width + kPanel - 1) / kPanel * kPanel) continue;
-      float wanted = before[at];
-      if (column < width) {
-        wanted = accumulate ? wanted : 0.0f;
-        for (int64_t i = 0; i < k; ++i) wanted += to_float(a_at(row, i)) * to_float(panel_at(i, column));
-      } else if (column < count * kPanel) {
-        continue;  // panels of which nothing is wanted
-      }
+      // Of panels that are not wanted, or not whole, the rest may be anything.
+      if (column >= width && column < count * kPanel) continue;
+      float wanted = accumulate || column >= width ? before[at] : 0.0f;
+      for (int64_t i = 0; i < k && column < width; ++i)
+        wanted += to_float(a_at(row, i)) * to_float(panel_at(i, column));
       if (out[at] == wanted) continue;
       printf("rows %d, k %d, %d panels, transposed %d, accumulate %d, width %d: got %g at (%d, %d), expected %g\n",
              (int)rows, (int)k, (int)count, Transposed, accumulate, (int)width, out[at], (int)row, (int)column, wanted);
