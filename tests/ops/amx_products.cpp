@@ -56,11 +56,10 @@ bool check() {
   std::vector<float> out((rows - 1) * ldo + count * kPanel);
   for (float& value : out) value = (float)draw(-99, 99);
   const std::vector<float> before = out;
-  {
-    const AmxRegisters registers;
-    const Panels<bf16> w = {panels.data(), step, count, k, fetches ? panels.data() : nullptr};
-    products<Transposed>(a.data(), lda, rows, w, out.data(), ldo, kPanel, accumulate, width);
-  }
+  const Panels<bf16> w = {panels.data(), step, count, k, fetches ? panels.data() : nullptr};
+  amx_acquire();
+  products<Transposed>(a.data(), lda, rows, w, out.data(), ldo, kPanel, accumulate, width);
+  amx_release();
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t column = 0; column < ldo; ++column) {
       const int64_t at = row * ldo + column;

@@ -10,11 +10,8 @@ namespace {
 static char amx_registers[8][16][64];
 static int amx_users = 0;
 
-class AmxRegisters {
- public:
-  AmxRegisters() { ++amx_users; }
-  ~AmxRegisters() { --amx_users; }
-};
+void amx_acquire() { ++amx_users; }
+void amx_release() { --amx_users; }
 
 template <int Register>
 void amx_load(const void* from, int64_t stride) {

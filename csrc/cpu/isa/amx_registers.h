@@ -12,17 +12,13 @@ struct AmxShapes {
 } __attribute__((aligned(64)));
 
 // While a task runs, the tile registers are its own; behind it they are as it found them in any thread: unused, since
-// live ones would make every switch between threads save 8 KiB.
-class AmxRegisters {
- public:
-  AmxRegisters() {
-    static const AmxShapes shapes = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    asm volatile("ldtilecfg %0" ::"m"(shapes));
-  }
-  ~AmxRegisters() { asm volatile("tilerelease" ::: "memory"); }
-  AmxRegisters(const AmxRegisters&) = delete;
-  AmxRegisters& operator=(const AmxRegisters&) = delete;
-};
+// live ones would make every switch between threads save 8 KiB. No destructor does this: its clean-up for exceptions,
+// which no task throws, would be this file's one symbol that other files share.
+FK_INLINE void amx_acquire() {
+  static const AmxShapes shapes = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+  asm volatile("ldtilecfg %0" ::"m"(shapes));
+}
+FK_INLINE void amx_release() { asm volatile("tilerelease" ::: "memory"); }
 
 // The compiler's own intrinsics do not say that they read memory.
 template <int Register>

@@ -45,8 +45,9 @@ double peak(int32_t low_precision, int64_t iterations) {
   vf sums[12] = {};
 #if FK_AMX
   if (low_precision) {
-    const AmxRegisters registers;
+    amx_acquire();
     spin_amx(iterations);
+    amx_release();
     return 2.0 * kAmxRows * kAmxDepth * 16 * 2.0 * (double)iterations;
   }
 #elif FK_NATIVE_BF16

@@ -30,8 +30,9 @@ struct AmxTask;
 template <class... Args, void (*task)(Args...)>
 struct AmxTask<void (*)(Args...), task> {
   static void run(Args... args) {
-    const AmxRegisters registers;
+    amx_acquire();
     task(args...);
+    amx_release();
   }
 };
 
