@@ -1,5 +1,5 @@
-// Products of small whole numbers through isa/amx.h against plain loops. Every operand ends where its memory does, and
-// what lies between its rows is NaN.
+// Products through isa/amx.h against plain loops: of small whole numbers in bf16, which are exact; in fp32 of numbers
+// with all their bits. Every operand ends where its memory does, and what lies between its rows is NaN.
 #define FK_VL 16
 #define FK_NV 2
 #define FK_MR 14
@@ -7,6 +7,7 @@
 #define FK_AMX 1
 #include "isa/gemm.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -15,48 +16,54 @@
 extern "C" void* fk_block_memory(int64_t bytes) {
   static void* memory = nullptr;
   free(memory);
-  memory = aligned_alloc(64, (size_t)bytes);
+  memory = aligned_alloc(64, (size_t)round_up(bytes, 64));
   memset(memory, 0xff, (size_t)bytes);
   return memory;
 }
 
 namespace {
 
-constexpr bf16 kNan = 0x7fc0;
-
 uint64_t state = 1;
 int64_t draw(int64_t low, int64_t high) {
   state = state * 6364136223846793005u + 1442695040888963407u;
   return low + (int64_t)((state >> 33) % (uint64_t)(high - low + 1));
 }
-bf16 whole_number() {
-  bf16 value;
-  from_float(&value, (float)draw(-8, 8));
-  return value;
-}
+void draw_value(bf16& value) { from_float(&value, (float)draw(-8, 8)); }
+void draw_value(float& value) { value = ldexpf((float)draw(-0xffffff, 0xffffff), (int)draw(-28, -24)); }
+void nan_value(bf16& value) { value = 0x7fc0; }
+void nan_value(float& value) { value = NAN; }
 
-template <bool Transposed>
+int in_parts = 0;
+
+template <class A, bool Transposed>
 bool check() {
-  const int64_t rows = draw(1, 70), k = 2 * draw(1, 75), count = draw(1, 5), width = draw(1, count * kPanel);
-  const int64_t lda = Transposed ? 2 * (rows + draw(0, 9)) : k + 2 * draw(0, 9);
+  constexpr int64_t pair = kStep<A>;
+  const int64_t rows = draw(1, 150), k = pair * draw(1, 150 / pair), count = draw(1, 5),
+                width = draw(1, count * kPanel);
+  const int64_t lda = Transposed ? pair * (rows + draw(0, 9)) : k + pair * draw(0, 9);
   const int64_t step = k * kPanel + 64 * draw(0, 3), ldo = count * kPanel + draw(0, 20);
-  const bool accumulate = draw(0, 1), fetches = draw(0, 1);
-  std::vector<bf16> a(Transposed ? (k / 2 - 1) * lda + 2 * rows : (rows - 1) * lda + k, kNan);
-  std::vector<bf16> panels((count - 1) * step + k * kPanel, kNan);
-  const auto a_at = [&](int64_t row, int64_t i) -> bf16& {
-    return Transposed ? a[i / 2 * lda + 2 * row + i % 2] : a[row * lda + i];
+  const bool accumulate = draw(0, 1), fetches = draw(0, 1), infinite = sizeof(A) == 4 && draw(0, 3) == 0;
+  A nan;
+  nan_value(nan);
+  std::vector<A> a(Transposed ? (k / pair - 1) * lda + pair * rows : (rows - 1) * lda + k, nan);
+  std::vector<A> panels((count - 1) * step + k * kPanel, nan);
+  const auto a_at = [&](int64_t row, int64_t i) -> A& {
+    return Transposed ? a[i / pair * lda + pair * row + i % pair] : a[row * lda + i];
   };
-  const auto panel_at = [&](int64_t i, int64_t column) -> bf16& {
-    return panels[column / kPanel * step + i / 2 * 2 * kPanel + 2 * (column % kPanel) + i % 2];
+  const auto panel_at = [&](int64_t i, int64_t column) -> A& {
+    return panels[column / kPanel * step + i / pair * pair * kPanel + pair * (column % kPanel) + i % pair];
   };
   for (int64_t i = 0; i < k; ++i) {
-    for (int64_t row = 0; row < rows; ++row) a_at(row, i) = whole_number();
-    for (int64_t column = 0; column < count * kPanel; ++column) panel_at(i, column) = whole_number();
+    for (int64_t row = 0; row < rows; ++row) draw_value(a_at(row, i));
+    for (int64_t column = 0; column < count * kPanel; ++column) draw_value(panel_at(i, column));
   }
+  if (infinite) from_float(&a_at(draw(0, rows - 1), draw(0, k - 1)), INFINITY);
+  if (infinite) from_float(&panel_at(draw(0, k - 1), draw(0, width - 1)), 3.4e38f);  // as bf16, infinite
   std::vector<float> out((rows - 1) * ldo + count * kPanel);
   for (float& value : out) value = (float)draw(-99, 99);
   const std::vector<float> before = out;
-  const Panels<bf16> w = {panels.data(), step, count, k, fetches ? panels.data() : nullptr};
+  const Panels<A> w = {panels.data(), step, count, k, fetches ? panels.data() : nullptr};
+  if constexpr (sizeof(A) == 4) in_parts += amx_pays(rows, w.count, w.k);
   amx_acquire();
   products<Transposed>(a.data(), lda, rows, w, out.data(), ldo, kPanel, accumulate, width);
   amx_release();
@@ -66,12 +73,17 @@ bool check() {
       if (at >= (int64_t)out.size()) break;
       // Of panels that are not wanted, or not whole, the rest may be anything.
       if (column >= width && column < count * kPanel) continue;
-      float wanted = accumulate || column >= width ? before[at] : 0.0f;
-      for (int64_t i = 0; i < k && column < width; ++i)
-        wanted += to_float(a_at(row, i)) * to_float(panel_at(i, column));
-      if (out[at] == wanted) continue;
-      printf("rows %d, k %d, %d panels, transposed %d, accumulate %d, width %d: got %g at (%d, %d), expected %g\n",
-             (int)rows, (int)k, (int)count, Transposed, accumulate, (int)width, out[at], (int)row, (int)column, wanted);
+      double wanted = accumulate || column >= width ? before[at] : 0.0, size = fabs(wanted);
+      for (int64_t i = 0; i < k && column < width; ++i) {
+        const double term = (double)to_float(a_at(row, i)) * (double)to_float(panel_at(i, column));
+        wanted += term;
+        size += fabs(term);
+      }
+      const double allowed = sizeof(A) == 4 && column < width ? 6e-7 * size : 0.0;
+      if (out[at] == (float)wanted || fabs(out[at] - wanted) <= allowed || (isnan(out[at]) && isnan(wanted))) continue;
+      printf("%s, rows %d, k %d, %d panels, transposed %d, accumulate %d, width %d: got %g at (%d, %d), expected %g\n",
+             sizeof(A) == 4 ? "fp32" : "bf16", (int)rows, (int)k, (int)count, Transposed, accumulate, (int)width,
+             out[at], (int)row, (int)column, wanted);
       return false;
     }
   return true;
@@ -81,7 +93,7 @@ bool check() {
 
 int main() {
   int done = 0;
-  for (; done < 600; done += 2)
-    if (!check<false>() || !check<true>()) return 1;
-  printf("%d products\n", done);
+  for (; done < 1200; done += 4)
+    if (!check<bf16, false>() || !check<bf16, true>() || !check<float, false>() || !check<float, true>()) return 1;
+  printf("%d products, of fp32 in parts: %s\n", done, 60 < in_parts && in_parts < 500 ? "some" : "too few or all");
 }

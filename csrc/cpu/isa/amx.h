@@ -1,5 +1,8 @@
 // Products in the tile registers of AMX, which take bf16 and add in fp32. gemm.h includes this where the instruction
 // set has them.
+//
+// fp32 goes through them in three parts: a number is exactly the sum of three bf16, and of the nine products of parts
+// the six above fp32's own rounding are added up. That is 2.5 times the rate of the vectors' multiply-adds.
 #pragma once
 
 #include "panels.h"
@@ -61,6 +64,64 @@ FK_INLINE void amx_block(const bf16* a, int64_t lda, int64_t rows, int64_t depth
   for (int64_t i = 0; i < rows; ++i) _mm512_store_si512(block + i * 64, _mm512_maskz_loadu_epi32(mask, a + i * lda));
 }
 
+// Three numbers in the upper halves of their lanes, whose sum is the one that was split, exactly: each part but the
+// last is rounded to nearest.
+constexpr int kAmxParts = 3;
+struct AmxParts {
+  __m512i part[kAmxParts];
+};
+FK_INLINE AmxParts amx_split(__m512 x) {
+  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32((int)0xffff0000);
+  AmxParts p;
+#pragma GCC unroll 2
+  for (int i = 0; i < kAmxParts - 1; ++i) {
+    p.part[i] = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(x), half), upper);
+    x = _mm512_sub_ps(x, _mm512_castsi512_ps(p.part[i]));
+  }
+  p.part[kAmxParts - 1] = _mm512_castps_si512(x);
+  return p;
+}
+// The parts of two vectors in pairs: a row of each of the blocks of parts.
+FK_INLINE void amx_store_parts(__m512 first, __m512 second, char* row) {
+  const AmxParts low = amx_split(first), high = amx_split(second);
+#pragma GCC unroll 3
+  for (int i = 0; i < kAmxParts; ++i)
+    _mm512_store_si512(row + i * kAmxBlock,
+                       _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low.part[i], 16), high.part[i]));
+}
+
+// A block of A in parts. The pairs are of values FK_VL apart: any order of K will do that both operands have.
+template <bool Transposed>
+FK_INLINE void amx_block(const float* a, int64_t lda, int64_t rows, int64_t depth, char* block) {
+  uint32_t turned[2 * kAmxRows * FK_VL] __attribute__((aligned(64)));
+  const int64_t rest = max64(depth - FK_VL, 0);
+  if (Transposed) {
+    transpose16((const uint32_t*)a, lda, min64(depth, FK_VL), rows, turned);
+    transpose16((const uint32_t*)a + FK_VL * lda, lda, rest, rows, turned + kAmxRows * FK_VL);
+  }
+  const __mmask16 first = (__mmask16)lanes_mask(min64(depth, FK_VL)), second = (__mmask16)lanes_mask(rest);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = Transposed ? (const float*)turned + i * FK_VL : a + i * lda;
+    if (Transposed)
+      amx_store_parts(_mm512_load_ps(row), _mm512_load_ps(row + kAmxRows * FK_VL), block + i * 64);
+    else
+      amx_store_parts(_mm512_maskz_loadu_ps(first, row), _mm512_maskz_loadu_ps(second, row + FK_VL), block + i * 64);
+  }
+}
+
+// One vector of a panel's columns as a block in parts.
+FK_INLINE void amx_panel_block(const float* panel, int64_t depth, char* block) {
+  const auto row = [&](int64_t k) { return k < depth ? _mm512_loadu_ps(panel + k * kPanel) : _mm512_setzero_ps(); };
+  for (int64_t k = 0; k < FK_VL; ++k) amx_store_parts(row(k), row(k + FK_VL), block + k * 64);
+}
+
+// A panel in parts: for each 32 values of K, one vector of columns behind the other.
+static __attribute__((noinline)) void amx_panel_blocks(const float* panel, int64_t k, char* blocks) {
+  for (int64_t i = 0; i < k; i += kAmxDepth)
+    for (int64_t j = 0; j < kPanel; j += FK_VL, blocks += kAmxParts * kAmxBlock)
+      amx_panel_block(panel + i * kPanel + j, k - i, blocks);
+}
+
 // A block of a panel, as A's.
 FK_INLINE void amx_panel_block(const bf16* panel, int64_t depth, char* block) {
   for (int64_t i = 0; i < kAmxDepth; ++i)
@@ -104,6 +165,59 @@ static __attribute__((noinline)) void amx_sums(const AmxOperand& a, const AmxOpe
   if (NV == 2) amx_store<1>(sums + FK_VL, ldo * 4);
 }
 
+// The same from `count` blocks in parts. The small products are summed apart from the large ones: among those each
+// would be rounded as if it were large.
+template <int NV>
+static __attribute__((noinline)) void amx_sums_of_parts(const char* rows, const char* columns, int64_t count,
+                                                        float* sums) {
+  float small[kAmxRows * kPanel] __attribute__((aligned(64)));
+  amx_clear<0>();
+  amx_clear<1>();
+  if (NV == 2) amx_clear<2>();
+  if (NV == 2) amx_clear<3>();
+  for (int64_t i = 0; i < count; ++i, rows += kAmxParts * kAmxBlock, columns += 2 * kAmxParts * kAmxBlock) {
+    amx_load<4>(rows, 64);
+    amx_load<7>(columns, 64);
+    amx_multiply<0, 4, 7>();
+    amx_load<5>(rows + kAmxBlock, 64);
+    amx_multiply<1, 5, 7>();
+    amx_load<6>(rows + 2 * kAmxBlock, 64);
+    amx_multiply<1, 6, 7>();
+    amx_load<7>(columns + kAmxBlock, 64);
+    amx_multiply<1, 4, 7>();
+    amx_multiply<1, 5, 7>();
+    amx_load<7>(columns + 2 * kAmxBlock, 64);
+    amx_multiply<1, 4, 7>();
+    if (NV == 1) continue;
+    amx_load<7>(columns + 3 * kAmxBlock, 64);
+    amx_multiply<2, 4, 7>();
+    amx_multiply<3, 5, 7>();
+    amx_multiply<3, 6, 7>();
+    amx_load<7>(columns + 4 * kAmxBlock, 64);
+    amx_multiply<3, 4, 7>();
+    amx_multiply<3, 5, 7>();
+    amx_load<7>(columns + 5 * kAmxBlock, 64);
+    amx_multiply<3, 4, 7>();
+  }
+  amx_store<0>(sums, kPanel * 4);
+  amx_store<1>(small, kPanel * 4);
+  if (NV == 2) amx_store<2>(sums + FK_VL, kPanel * 4);
+  if (NV == 2) amx_store<3>(small + FK_VL, kPanel * 4);
+  for (int64_t i = 0; i < kAmxRows * kPanel; i += NV == 2 ? FK_VL : kPanel)
+    store(sums + i, load(sums + i) + load(small + i));
+}
+
+// Whether there is no NaN among the sums that are wanted.
+FK_INLINE bool all_numbers(const float* sums, int64_t rows, int64_t width) {
+  __mmask16 others = 0;
+  for (int64_t j = 0; j < min64(width, kPanel); j += FK_VL)
+    for (int64_t i = 0; i < rows; ++i) {
+      const __m512 x = _mm512_load_ps(sums + i * kPanel + j);
+      others |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    }
+  return !others;
+}
+
 // Of a tile in a buffer of whole ones the rows and vectors that are wanted.
 FK_INLINE void place_tile(const float* sums, int64_t rows, int64_t width, float* out, int64_t ldo, bool accumulate) {
   for (int64_t i = 0; i < rows; ++i)
@@ -117,41 +231,68 @@ FK_INLINE void place_tile(const float* sums, int64_t rows, int64_t width, float*
 // Bytes of blocks of A that stay in L2.
 constexpr int64_t kAmxGroup = 768 << 10;
 
+// The block of A whose first row is `row` and whose first value is the k-th.
+template <bool Transposed, class A>
+FK_INLINE void amx_block_at(const A* a, int64_t lda, int64_t row, int64_t rows, int64_t k, int64_t depth, char* block) {
+  amx_block<Transposed>(a + (Transposed ? k / kStep<A> * lda + row * kStep<A> : row * lda + k), lda,
+                        min64(kAmxRows, rows - row), min64(kAmxDepth, depth - k), block);
+}
+
+// The blocks of rows [first, last), row after row.
+template <class A>
+constexpr int64_t kAmxRowBlock = (sizeof(A) == 4 ? kAmxParts : 1) * kAmxBlock;
+template <bool Transposed, class A>
+static __attribute__((noinline)) void amx_blocks(const A* a, int64_t lda, int64_t first, int64_t last, int64_t rows,
+                                                 int64_t k, char* blocks) {
+  for (int64_t row = first; row < last; row += kAmxRows)
+    for (int64_t i = 0; i < k; i += kAmxDepth, blocks += kAmxRowBlock<A>)
+      amx_block_at<Transposed>(a, lda, row, rows, i, k, blocks);
+}
+
+// Asks for the share of tile `t` of `tiles` in what will be read next.
+FK_INLINE void amx_fetch(const void* next, int64_t bytes, int64_t t, int64_t tiles) {
+  const int64_t share = round_up(ceil_div(bytes, tiles), 64);
+  for (int64_t i = t * share; i < min64((t + 1) * share, bytes); i += 64)
+    __builtin_prefetch((const char*)next + i, 0, 2);
+}
+
 // each_tile on tile registers. Rows of A that meet few panels are read where they lie, except for what is no whole
 // block.
 template <bool Transposed, class Body>
-FK_INLINE void amx_each_tile(const bf16* a, int64_t lda, int64_t rows, const Panels<bf16>& w, Body body) {
+FK_INLINE void amx_each_tile(const bf16* a, int64_t lda, int64_t rows, const Panels<bf16>& w, const char* made,
+                             Body body) {
   constexpr int64_t kFewPanels = 3, panel_block = 2 * kAmxBlock;
-  const bool direct = !Transposed && w.count <= kFewPanels;
+  const bool direct = !made && !Transposed && w.count <= kFewPanels;
   const int64_t blocks = ceil_div(w.k, kAmxDepth), whole = w.k / kAmxDepth, tiles = ceil_div(rows, kAmxRows);
-  const int64_t group = direct ? tiles : min64(tiles, max64(1, kAmxGroup / (blocks * kAmxBlock)));
-  char* const rest = (char*)fk_block_memory(panel_block + group * blocks * kAmxBlock);
+  const int64_t group = direct || made ? tiles : min64(tiles, max64(1, kAmxGroup / (blocks * kAmxBlock)));
+  char* const rest = (char*)fk_block_memory(panel_block + (made ? 0 : group * blocks * kAmxBlock));
   char* const a_blocks = rest + panel_block;
   const int64_t fetched = w.after ? w.k * kPanel * (int64_t)sizeof(bf16) : 0;
   for (int64_t begin = 0; begin < tiles; begin += group) {
-    const int64_t end = min64(begin + group, tiles), share = ceil_div(fetched, end - begin);
-    for (int64_t t = begin; t < end; ++t)
-      for (int64_t i = direct && rows - t * kAmxRows >= kAmxRows ? whole : 0; i < blocks; ++i)
-        amx_block<Transposed>(
-            a + (Transposed ? i * kAmxDepth / 2 * lda + t * kAmxRows * 2 : t * kAmxRows * lda + i * kAmxDepth), lda,
-            min64(kAmxRows, rows - t * kAmxRows), min64(kAmxDepth, w.k - i * kAmxDepth),
-            a_blocks + ((t - begin) * blocks + i) * kAmxBlock);
+    const int64_t end = min64(begin + group, tiles);
+    if (direct) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t i = rows - t * kAmxRows >= kAmxRows ? whole : 0; i < blocks; ++i)
+          amx_block_at<Transposed>(a, lda, t * kAmxRows, rows, i * kAmxDepth, w.k,
+                                   a_blocks + ((t - begin) * blocks + i) * kAmxBlock);
+    } else if (!made) {
+      amx_blocks<Transposed>(a, lda, begin * kAmxRows, end * kAmxRows, rows, w.k, a_blocks);
+    }
     for (int64_t n = 0; n < w.count; ++n) {
       const bf16* panel = w.first + n * w.step;
-      const char* next = (const char*)(n + 1 < w.count ? panel + w.step : w.after);
+      const bf16* next = n + 1 < w.count ? panel + w.step : w.after;
       if (whole < blocks) amx_panel_block(panel + whole * kAmxDepth * kPanel, w.k - whole * kAmxDepth, rest);
       const AmxOperand right = {(const char*)panel, kPanel * 4, panel_block, whole, rest};
       for (int64_t t = begin; t < end; ++t) {
         const int64_t row = t * kAmxRows, height = min64(kAmxRows, rows - row);
-        const char* own = a_blocks + (t - begin) * blocks * kAmxBlock;
+        const char* own = (made ? made : a_blocks) + (t - begin) * blocks * kAmxBlock;
         AmxOperand left = {own, 64, kAmxBlock, whole, whole < blocks ? own + whole * kAmxBlock : nullptr};
         if (direct && height == kAmxRows) {
           left.blocks = (const char*)(a + row * lda);
           left.stride = lda * 2;
           left.step = kAmxDepth * 2;
         }
-        for (int64_t i = (t - begin) * share; i < min64((t - begin + 1) * share, fetched); i += 64)
-          __builtin_prefetch(next + i, 0, 2);
+        amx_fetch(next, fetched, t - begin, end - begin);
         body(n, row, height, [&](float* out, int64_t ldo, bool accumulate, int64_t width) {
           float sums[kAmxRows * kPanel] __attribute__((aligned(64)));
           const bool at_once = height == kAmxRows && !accumulate;
@@ -165,6 +306,53 @@ FK_INLINE void amx_each_tile(const bf16* a, int64_t lda, int64_t rows, const Pan
       }
     }
   }
+}
+
+// The same in parts.
+template <bool Transposed, class Body>
+FK_INLINE void amx_each_tile(const float* a, int64_t lda, int64_t rows, const Panels<float>& w, const char* made,
+                             Body body) {
+  constexpr int64_t a_block = kAmxRowBlock<float>, panel_block = 2 * a_block;
+  const int64_t blocks = ceil_div(w.k, kAmxDepth), tiles = ceil_div(rows, kAmxRows);
+  const int64_t group = made ? tiles : min64(tiles, max64(1, kAmxGroup / (blocks * a_block)));
+  char* const columns = (char*)fk_block_memory(blocks * (panel_block + (made ? 0 : group * a_block)));
+  char* const a_blocks = columns + blocks * panel_block;
+  const int64_t fetched = w.after ? w.k * kPanel * (int64_t)sizeof(float) : 0;
+  for (int64_t begin = 0; begin < tiles; begin += group) {
+    const int64_t end = min64(begin + group, tiles);
+    if (!made) amx_blocks<Transposed>(a, lda, begin * kAmxRows, end * kAmxRows, rows, w.k, a_blocks);
+    for (int64_t n = 0; n < w.count; ++n) {
+      const float* panel = w.first + n * w.step;
+      const float* next = n + 1 < w.count ? panel + w.step : w.after;
+      amx_panel_blocks(panel, w.k, columns);
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t row = t * kAmxRows, height = min64(kAmxRows, rows - row);
+        amx_fetch(next, fetched, t - begin, end - begin);
+        body(n, row, height, [&](float* out, int64_t ldo, bool accumulate, int64_t width) {
+          float sums[kAmxRows * kPanel] __attribute__((aligned(64)));
+          const char* own = (made ? made : a_blocks) + (t - begin) * blocks * a_block;
+          if (width > kPanel - FK_VL)
+            amx_sums_of_parts<FK_NV>(own, columns, blocks, sums);
+          else
+            amx_sums_of_parts<FK_NV - 1>(own, columns, blocks, sums);
+          if (all_numbers(sums, height, width)) return place_tile(sums, height, width, out, ldo, accumulate);
+          // Infinities have no parts.
+          const Ahead nothing = {(const char*)panel, 0};
+          for (int64_t i = 0; i < height; i += kAmxRows / 2)
+            tile<Transposed>(min64(kAmxRows / 2, height - i), a + (row + i) * (Transposed ? 1 : lda), lda, panel, w.k,
+                             out + i * ldo, ldo, accumulate, nothing, width);
+        });
+      }
+    }
+  }
+}
+
+// Whether products of fp32 are faster in parts: cycles of products of blocks, of placing their sums and of making
+// blocks, against the vectors' multiply-adds. A close call is theirs, whose operands take less of the cache.
+FK_INLINE bool amx_pays(int64_t rows, int64_t panels, int64_t k) {
+  const int64_t tiles = ceil_div(rows, kAmxRows), blocks = ceil_div(k, kAmxDepth);
+  const int64_t products = tiles * panels * (250 * blocks + 120), making = (tiles * 300 + panels * 500) * blocks;
+  return 11 * (products + making) < 10 * rows * panels * k;
 }
 
 }  // namespace

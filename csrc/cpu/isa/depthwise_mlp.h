@@ -29,10 +29,11 @@ FK_INLINE MlpBand mlp_band(const struct fk_depthwise_mlp& p, int64_t task) {
 
 template <class A>
 struct DepthwiseScratch {
-  A* normed;      // [in_rows * width][lda]
-  float* hidden;  // [chunk / FK_VL] planes of [rows + 2 reach][width + 2 reach][FK_VL], zero outside the map
-  A* activated;   // [rows * width][ldh]
-  float* sums;    // [rows * width][lds]; slices have theirs in p.partial
+  A* normed;       // [in_rows * width][lda]
+  float* hidden;   // [chunk / FK_VL] planes of [rows + 2 reach][width + 2 reach][FK_VL], zero outside the map
+  A* activated;    // [rows * width][ldh]
+  float* sums;     // [rows * width][lds]; slices have theirs in p.partial
+  char* prepared;  // of normed
   int64_t lda, ldh, lds, line, plane, bytes;
 
   FK_INLINE DepthwiseScratch layout(const struct fk_depthwise_mlp& p, void* base) {
@@ -52,7 +53,9 @@ struct DepthwiseScratch {
     s.activated = (A*)at;
     at += round_up(pixels * s.ldh * (int64_t)sizeof(A), 64);
     s.sums = (float*)at;
-    at += p.slices > 1 ? 0 : pixels * s.lds * 4;
+    at += p.slices > 1 ? 0 : round_up(pixels * s.lds * 4, 64);
+    s.prepared = at;
+    at += prepared_bytes<A>(in_pixels, p.channels);
     s.bytes = at - (char*)base;
     return s;
   }
@@ -264,14 +267,17 @@ FK_INLINE void depthwise_task(const struct fk_depthwise_mlp& p, int64_t task, vo
   float* sums =
       p.slices > 1 ? p.partial + ((b.slice * p.batch + b.image) * p.height * p.width + first_pixel) * s.lds : s.sums;
   const A* expand = (const A*)p.expand.panels;
+  const char* prepared = prepare(s.normed, s.lda, in_pixels, depth, end - begin, s.prepared);
   for (int64_t h = begin; h < end; h += chunk) {
     const int64_t h_end = min64(h + chunk, end), column = h * kPanel;
     const A* project = (const A*)p.project.panels + column * kPanel;
     with_activation(p.hidden_activation, [&](auto activation) {
-      product(s.normed, s.lda, in_pixels, expand, depth, h, h_end, project,
-              [&](int64_t row, int64_t height, int64_t n, const float* tile) {
-                place_hidden<A, activation.value>(p, b, s, tile, row, height, n, n - column);
-              });
+      product(
+          s.normed, s.lda, in_pixels, expand, depth, h, h_end, project,
+          [&](int64_t row, int64_t height, int64_t n, const float* tile) {
+            place_hidden<A, activation.value>(p, b, s, tile, row, height, n, n - column);
+          },
+          INT64_MAX, prepared);
     });
     with_activation(p.activation,
                     [&](auto activation) { filter_band<activation.value>(p, b, s, column, (h_end - h) * kPanel); });

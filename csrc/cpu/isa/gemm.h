@@ -2,9 +2,6 @@
 #pragma once
 
 #include "panels.h"
-#if FK_AMX
-#include "amx.h"
-#endif
 
 namespace {
 
@@ -130,6 +127,14 @@ FK_INLINE void tile(int64_t rows, const A* a, int64_t lda, const A* panel, int64
   }
 }
 
+}  // namespace
+
+#if FK_AMX
+#include "amx.h"
+#endif
+
+namespace {
+
 // Rows are cut into tiles of nearly equal height: a tile of one or two rows would wait on the latency of its few sums.
 struct RowTiles {
   int64_t count, base, longer;
@@ -169,16 +174,40 @@ FK_INLINE void vector_each_tile(const A* a, int64_t lda, int64_t rows, const Pan
   }
 }
 
+// Rows of A that several products meet can be made ready for them once: `prepared_bytes` of memory at 64 bytes, for all
+// the panels that they will meet. Null where products take rows as they are.
+template <class A>
+FK_INLINE int64_t prepared_bytes(int64_t rows, int64_t k) {
+#if FK_AMX
+  return ceil_div(rows, kAmxRows) * ceil_div(k, kAmxDepth) * kAmxRowBlock<A>;
+#else
+  (void)rows, (void)k;
+  return 0;
+#endif
+}
+template <class A>
+FK_INLINE const char* prepare(const A* a, int64_t lda, int64_t rows, int64_t k, int64_t panels, char* memory) {
+#if FK_AMX
+  if (sizeof(A) == 4 && !amx_pays(rows, panels, k)) return nullptr;
+  amx_blocks<false>(a, lda, 0, rows, rows, k, memory);
+  return memory;
+#else
+  (void)a, (void)lda, (void)rows, (void)k, (void)panels, (void)memory;
+  return nullptr;
+#endif
+}
+
 // The tiles of A times panels, each seen by `body(panel, row, rows, run)`, where run(out, ldo, accumulate, width)
 // computes it: of its columns the first `width` are wanted.
 template <bool Transposed, class A, class Body>
-FK_INLINE void each_tile(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, Body body) {
+FK_INLINE void each_tile(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, Body body,
+                         const char* prepared = nullptr) {
 #if FK_AMX
-  if constexpr (sizeof(A) == 2)
-    amx_each_tile<Transposed>(a, lda, rows, w, body);
-  else
+  if (sizeof(A) == 2 || prepared || amx_pays(rows, w.count, w.k))
+    return amx_each_tile<Transposed>(a, lda, rows, w, prepared, body);
 #endif
-    vector_each_tile<Transposed>(a, lda, rows, w, body);
+  (void)prepared;
+  if constexpr (sizeof(A) == 4 || !FK_AMX) vector_each_tile<Transposed>(a, lda, rows, w, body);
 }
 
 // Panel n's tiles go to the rows of `out` from column n * out_step on, or are added there. Of all columns the first
@@ -196,17 +225,20 @@ FK_INLINE void products(const A* a, int64_t lda, int64_t rows, const Panels<A>& 
 // read next.
 template <class A, class Epilogue>
 FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, int64_t k, int64_t first, int64_t last,
-                       const A* after, Epilogue epilogue, int64_t width = INT64_MAX) {
+                       const A* after, Epilogue epilogue, int64_t width = INT64_MAX, const char* prepared = nullptr) {
   float out[kTileRows * kPanel] __attribute__((aligned(64)));
   if (width < last * kPanel)
     for (int i = 0; i < kTileRows * kPanel; i += FK_VL) store(out + i, splat(0.0f));
   const int64_t depth = round_up(k, kStep<A>), step = depth * kPanel;
   const Panels<A> w = {panels + first * step, step, last - first, depth, after};
-  each_tile<false>(a, lda, rows, w, [&](int64_t n, int64_t row, int64_t height, auto run) {
-    const int64_t column = (first + n) * kPanel;
-    run(out, kPanel, false, width - column);
-    epilogue(row, height, column, out);
-  });
+  each_tile<false>(
+      a, lda, rows, w,
+      [&](int64_t n, int64_t row, int64_t height, auto run) {
+        const int64_t column = (first + n) * kPanel;
+        run(out, kPanel, false, width - column);
+        epilogue(row, height, column, out);
+      },
+      prepared);
 }
 
 // Write a finished tile to a row-major tensor: bias, optional residual, conversion; columns past n are dropped.

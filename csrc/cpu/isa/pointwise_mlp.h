@@ -11,9 +11,10 @@ constexpr int64_t kHiddenChunk = 256;
 
 template <class A>
 struct MlpScratch {
-  A* normed;    // [rows][lda]
-  A* hidden;    // [rows][ldh]
-  float* sums;  // [rows][lds]
+  A* normed;       // [rows][lda]
+  A* hidden;       // [rows][ldh]
+  float* sums;     // [rows][lds]
+  char* prepared;  // of normed
   int64_t lda, ldh, lds, bytes;
 
   FK_INLINE MlpScratch layout(const struct fk_pointwise_mlp& p, void* base) {
@@ -27,7 +28,9 @@ struct MlpScratch {
     s.hidden = (A*)at;
     at += round_up(p.rows_per_task * s.ldh * (int64_t)sizeof(A), 64);
     s.sums = (float*)at;
-    at += p.rows_per_task * s.lds * 4;
+    at += round_up(p.rows_per_task * s.lds * 4, 64);
+    s.prepared = at;
+    at += prepared_bytes<A>(p.rows_per_task, p.channels);
     s.bytes = at - (char*)base;
     return s;
   }
@@ -52,15 +55,18 @@ static __attribute__((noinline)) void mlp_block(const struct fk_pointwise_mlp& p
   const int64_t hidden_panels = ceil_div(p.expand.n, kPanel), out_panels = ceil_div(p.project.n, kPanel);
   const int64_t chunk = kHiddenChunk / kPanel;
   const A* expand = (const A*)p.expand.panels;
+  const char* prepared = prepare(s.normed, s.lda, rows, depth, hidden_panels, s.prepared);
   for (int64_t h = 0; h < hidden_panels; h += chunk) {
     const int64_t h_end = min64(h + chunk, hidden_panels);
     const int64_t k_first = h * kPanel;
     const A* project = (const A*)p.project.panels + k_first * kPanel;
-    product(s.normed, s.lda, rows, expand, depth, h, h_end, project,
-            [&](int64_t row, int64_t height, int64_t column, const float* tile) {
-              activate_tile<A, Activation>(tile, height, p.expand.bias + column,
-                                           s.hidden + row * s.ldh + column - h * kPanel, s.ldh);
-            });
+    product(
+        s.normed, s.lda, rows, expand, depth, h, h_end, project,
+        [&](int64_t row, int64_t height, int64_t column, const float* tile) {
+          activate_tile<A, Activation>(tile, height, p.expand.bias + column,
+                                       s.hidden + row * s.ldh + column - h * kPanel, s.ldh);
+        },
+        INT64_MAX, prepared);
     // Hidden channels past the end are act(0) = 0 against no weights: the depth stops at the last real one.
     const int64_t k = min64(h_end * kPanel, hidden_depth) - k_first;
     const bool last = h_end == hidden_panels;
