@@ -66,7 +66,7 @@ FK_INLINE void amx_block(const bf16* a, int64_t lda, int64_t rows, int64_t depth
 
 // Three numbers in the upper halves of their lanes, whose sum is the one that was split, exactly: each part but the
 // last is rounded to nearest.
-constexpr int kAmxParts = 3;
+constexpr int kAmxParts = 3, kAmxPartProducts = 6;
 struct AmxParts {
   __m512i part[kAmxParts];
 };

@@ -5,6 +5,7 @@
 
 namespace {
 
+#if !FK_AMX
 static __attribute__((noinline)) void spin(vf* sums, int64_t iterations) {
   vf c[12];
   for (int i = 0; i < 12; ++i) c[i] = sums[i];
@@ -15,6 +16,7 @@ static __attribute__((noinline)) void spin(vf* sums, int64_t iterations) {
   }
   for (int i = 0; i < 12; ++i) sums[i] = c[i];
 }
+#endif
 
 #if FK_AMX
 static __attribute__((noinline)) void spin_amx(int64_t iterations) {
@@ -42,15 +44,14 @@ static __attribute__((noinline)) void spin_bf16(vf* sums, int64_t iterations) {
 #endif
 
 double peak(int32_t low_precision, int64_t iterations) {
-  vf sums[12] = {};
 #if FK_AMX
-  if (low_precision) {
-    amx_acquire();
-    spin_amx(iterations);
-    amx_release();
-    return 2.0 * kAmxRows * kAmxDepth * 16 * 2.0 * (double)iterations;
-  }
-#elif FK_NATIVE_BF16
+  amx_acquire();
+  spin_amx(iterations);
+  amx_release();
+  return 2.0 * kAmxRows * kAmxDepth * 16 * 2.0 * (double)iterations / (low_precision ? 1 : kAmxPartProducts);
+#else
+  vf sums[12] = {};
+#if FK_NATIVE_BF16
   if (low_precision) {
     spin_bf16(sums, iterations);
     return 12.0 * FK_VL * 4.0 * (double)iterations;
@@ -60,6 +61,7 @@ double peak(int32_t low_precision, int64_t iterations) {
   spin(sums, iterations);
   // The sums are used, so the loop cannot be left out.
   return 12.0 * FK_VL * 2.0 * (double)iterations + (double)(sum(sums[0]) > 1e30f);
+#endif
 }
 
 }  // namespace
