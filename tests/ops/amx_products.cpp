@@ -63,7 +63,7 @@ bool check() {
   for (float& value : out) value = (float)draw(-99, 99);
   const std::vector<float> before = out;
   const Panels<A> w = {panels.data(), step, count, k, fetches ? panels.data() : nullptr};
-  if constexpr (sizeof(A) == 4) in_parts += amx_pays(rows, w.count, w.k);
+  if constexpr (sizeof(A) == 4) in_parts += amx_pays(w.count, w.k);
   amx_acquire();
   products<Transposed>(a.data(), lda, rows, w, out.data(), ldo, kPanel, accumulate, width);
   amx_release();

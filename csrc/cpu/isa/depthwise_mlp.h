@@ -277,7 +277,7 @@ FK_INLINE void depthwise_task(const struct fk_depthwise_mlp& p, int64_t task, vo
           [&](int64_t row, int64_t height, int64_t n, const float* tile) {
             place_hidden<A, activation.value>(p, b, s, tile, row, height, n, n - column);
           },
-          INT64_MAX, prepared);
+          INT64_MAX, 0, prepared);
     });
     with_activation(p.activation,
                     [&](auto activation) { filter_band<activation.value>(p, b, s, column, (h_end - h) * kPanel); });

@@ -188,7 +188,7 @@ FK_INLINE int64_t prepared_bytes(int64_t rows, int64_t k) {
 template <class A>
 FK_INLINE const char* prepare(const A* a, int64_t lda, int64_t rows, int64_t k, int64_t panels, char* memory) {
 #if FK_AMX
-  if (sizeof(A) == 4 && !amx_pays(rows, panels, k)) return nullptr;
+  if (sizeof(A) == 4 && !amx_pays(panels, k)) return nullptr;
   amx_blocks<false>(a, lda, 0, rows, rows, k, memory);
   return memory;
 #else
@@ -198,15 +198,16 @@ FK_INLINE const char* prepare(const A* a, int64_t lda, int64_t rows, int64_t k, 
 }
 
 // The tiles of A times panels, each seen by `body(panel, row, rows, run)`, where run(out, ldo, accumulate, width)
-// computes it: of its columns the first `width` are wanted.
+// computes it: of its columns the first `width` are wanted. Neither rows nor panels may decide how fp32 is computed
+// where they depend on the number of threads: `counted` are the panels of all threads, or 0 where rows are always few.
 template <bool Transposed, class A, class Body>
-FK_INLINE void each_tile(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, Body body,
-                         const char* prepared = nullptr) {
+FK_INLINE void each_tile(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, int64_t counted,
+                         const char* prepared, Body body) {
 #if FK_AMX
-  if (sizeof(A) == 2 || prepared || amx_pays(rows, w.count, w.k))
+  if (sizeof(A) == 2 || prepared || amx_pays(counted, w.k))
     return amx_each_tile<Transposed>(a, lda, rows, w, prepared, body);
 #endif
-  (void)prepared;
+  (void)counted, (void)prepared;
   if constexpr (sizeof(A) == 4 || !FK_AMX) vector_each_tile<Transposed>(a, lda, rows, w, body);
 }
 
@@ -215,7 +216,7 @@ FK_INLINE void each_tile(const A* a, int64_t lda, int64_t rows, const Panels<A>&
 template <bool Transposed = false, class A>
 FK_INLINE void products(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, float* out, int64_t ldo,
                         int64_t out_step, bool accumulate, int64_t width = INT64_MAX) {
-  each_tile<Transposed>(a, lda, rows, w, [&](int64_t n, int64_t row, int64_t, auto run) {
+  each_tile<Transposed>(a, lda, rows, w, w.count, nullptr, [&](int64_t n, int64_t row, int64_t, auto run) {
     run(out + row * ldo + n * out_step, ldo, accumulate, width - n * kPanel);
   });
 }
@@ -225,20 +226,23 @@ FK_INLINE void products(const A* a, int64_t lda, int64_t rows, const Panels<A>& 
 // read next.
 template <class A, class Epilogue>
 FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, int64_t k, int64_t first, int64_t last,
-                       const A* after, Epilogue epilogue, int64_t width = INT64_MAX, const char* prepared = nullptr) {
+                       const A* after, Epilogue epilogue, int64_t width, int64_t counted,
+                       const char* prepared = nullptr) {
   float out[kTileRows * kPanel] __attribute__((aligned(64)));
   if (width < last * kPanel)
     for (int i = 0; i < kTileRows * kPanel; i += FK_VL) store(out + i, splat(0.0f));
   const int64_t depth = round_up(k, kStep<A>), step = depth * kPanel;
   const Panels<A> w = {panels + first * step, step, last - first, depth, after};
-  each_tile<false>(
-      a, lda, rows, w,
-      [&](int64_t n, int64_t row, int64_t height, auto run) {
-        const int64_t column = (first + n) * kPanel;
-        run(out, kPanel, false, width - column);
-        epilogue(row, height, column, out);
-      },
-      prepared);
+  each_tile<false>(a, lda, rows, w, counted, prepared, [&](int64_t n, int64_t row, int64_t height, auto run) {
+    const int64_t column = (first + n) * kPanel;
+    run(out, kPanel, false, width - column);
+    epilogue(row, height, column, out);
+  });
+}
+template <class A, class Epilogue>
+FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, int64_t k, int64_t first, int64_t last,
+                       const A* after, Epilogue epilogue, int64_t width = INT64_MAX) {
+  product(a, lda, rows, panels, k, first, last, after, epilogue, width, last - first);
 }
 
 // Write a finished tile to a row-major tensor: bias, optional residual, conversion; columns past n are dropped.

@@ -87,13 +87,15 @@ FK_INLINE void make_head_tokens(const struct fk_head_tokens& p, int64_t image, c
   }
   for (int64_t h = 0; h < p.heads; ++h) copy_row(s.mean + h * d, d, round_up(d, 2), s.means + h * s.lda);
   const A* panels = (const A*)p.linear.panels;
-  product(s.means, s.lda, p.heads, panels, d, 0, ceil_div(n, kPanel), panels,
-          [&](int64_t row, int64_t height, int64_t column, const float* tile) {
-            for (int64_t i = 0; i < height; ++i)
-              for (int64_t j = 0; j < kPanel; j += FK_VL)
-                store(s.heads + (row + i) * s.ldo + column + j,
-                      load(tile + i * kPanel + j) + load(p.linear.bias + column + j));
-          });
+  product(
+      s.means, s.lda, p.heads, panels, d, 0, ceil_div(n, kPanel), panels,
+      [&](int64_t row, int64_t height, int64_t column, const float* tile) {
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t j = 0; j < kPanel; j += FK_VL)
+            store(s.heads + (row + i) * s.ldo + column + j,
+                  load(tile + i * kPanel + j) + load(p.linear.bias + column + j));
+      },
+      INT64_MAX, 0);
   for (int64_t h = 0; h < p.heads; ++h) {
     float* row = s.heads + h * s.ldo;
     for (int64_t part = 0; part < n; part += d) normalize_row(row + part, d, d, p.head_norm, row + part);

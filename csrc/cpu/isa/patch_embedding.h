@@ -196,12 +196,15 @@ FK_INLINE void embed_rows(const struct fk_patch_embedding& p, const A* a, int64_
                           Out* out, int64_t ldo) {
   const A* panels = (const A*)p.linear.panels;
   const int64_t begin = group * p.panels_per_task;
-  const int64_t end = min64(begin + p.panels_per_task, ceil_div(p.linear.n, kPanel));
+  const int64_t all = ceil_div(p.linear.n, kPanel), end = min64(begin + p.panels_per_task, all);
+  const int64_t counted = p.batch * p.out_h * p.out_w <= kTileRows ? 0 : all;
   with_activation(p.activation, [&](auto activation) {
-    product(a, lda, rows, panels, p.linear.k, begin, end, panels,
-            [&](int64_t row, int64_t height, int64_t column, const float* tile) {
-              place_result<A, activation.value>(p, tile, height, column, out + row * ldo + column, ldo);
-            });
+    product(
+        a, lda, rows, panels, p.linear.k, begin, end, panels,
+        [&](int64_t row, int64_t height, int64_t column, const float* tile) {
+          place_result<A, activation.value>(p, tile, height, column, out + row * ldo + column, ldo);
+        },
+        INT64_MAX, counted);
   });
 }
 

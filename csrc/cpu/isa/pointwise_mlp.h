@@ -66,13 +66,13 @@ static __attribute__((noinline)) void mlp_block(const struct fk_pointwise_mlp& p
           activate_tile<A, Activation>(tile, height, p.expand.bias + column,
                                        s.hidden + row * s.ldh + column - h * kPanel, s.ldh);
         },
-        INT64_MAX, prepared);
+        INT64_MAX, 0, prepared);
     // Hidden channels past the end are act(0) = 0 against no weights: the depth stops at the last real one.
     const int64_t k = min64(h_end * kPanel, hidden_depth) - k_first;
     const bool last = h_end == hidden_panels;
     const Panels<A> w = {project, hidden_depth * kPanel, out_panels, k,
                          expand + h_end % hidden_panels * depth * kPanel};
-    each_tile<false>(s.hidden, s.ldh, rows, w, [&](int64_t n, int64_t row, int64_t height, auto run) {
+    each_tile<false>(s.hidden, s.ldh, rows, w, w.count, nullptr, [&](int64_t n, int64_t row, int64_t height, auto run) {
       float* sums = s.sums + row * s.lds + n * kPanel;
       run(sums, s.lds, h > 0, kPanel);
       if (last) write_tile(sums, s.lds, height, first + row, n * kPanel, p.project, p.out, p.out_dtype, p.residual);

@@ -108,7 +108,7 @@ FK_INLINE void project_task(const struct fk_pooled_projection& p, int64_t task, 
       [&](int64_t row, int64_t tile_rows, int64_t column, const float* sums) {
         write_tile(sums, kPanel, tile_rows, start + row, column, p.linear, p.out, p.out_dtype, no_residual);
       },
-      p.linear.n);
+      p.linear.n, panels);
 }
 
 int64_t scratch_pooled_projection(const struct fk_pooled_projection* p) {
