@@ -1,5 +1,5 @@
 // Products through isa/amx.h against plain loops: of small whole numbers in bf16, which are exact; in fp32 of numbers
-// with all their bits. Every operand ends where its memory does, and what lies between its rows is NaN.
+// with all their bits, of any size. Every operand ends where its memory does, and what lies between its rows is NaN.
 #define FK_VL 16
 #define FK_NV 2
 #define FK_MR 14
@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <memory>
 #include <vector>
 
 extern "C" void* fk_block_memory(int64_t bytes) {
@@ -33,16 +34,17 @@ void draw_value(float& value) { value = ldexpf((float)draw(-0xffffff, 0xffffff),
 void nan_value(bf16& value) { value = 0x7fc0; }
 void nan_value(float& value) { value = NAN; }
 
-int in_parts = 0;
+int in_parts = 0, made_ready = 0;
 
+// Of a large one not all blocks of A fit into the memory that is meant for them at once.
 template <class A, bool Transposed>
-bool check() {
+bool check(bool large) {
   constexpr int64_t pair = kStep<A>;
-  const int64_t rows = draw(1, 200), k = pair * draw(1, 150 / pair), count = draw(1, 8),
-                width = draw(1, count * kPanel);
+  const int64_t rows = large ? draw(150, 180) : draw(1, 200), k = pair * (large ? 1250 : draw(1, 150 / pair));
+  const int64_t count = large ? 5 : draw(1, 8), width = draw(1, count * kPanel);
   const int64_t lda = Transposed ? pair * (rows + draw(0, 9)) : k + pair * draw(0, 9);
   const int64_t step = k * kPanel + 64 * draw(0, 3), ldo = count * kPanel + draw(0, 20);
-  const bool accumulate = draw(0, 1), fetches = draw(0, 1), infinite = sizeof(A) == 4 && draw(0, 3) == 0;
+  const bool accumulate = draw(0, 1), fetches = draw(0, 1), extreme = sizeof(A) == 4 && draw(0, 3) == 0;
   A nan;
   nan_value(nan);
   std::vector<A> a(Transposed ? (k / pair - 1) * lda + pair * rows : (rows - 1) * lda + k, nan);
@@ -57,15 +59,36 @@ bool check() {
     for (int64_t row = 0; row < rows; ++row) draw_value(a_at(row, i));
     for (int64_t column = 0; column < count * kPanel; ++column) draw_value(panel_at(i, column));
   }
-  if (infinite) from_float(&a_at(draw(0, rows - 1), draw(0, k - 1)), INFINITY);
-  if (infinite) from_float(&panel_at(draw(0, k - 1), draw(0, width - 1)), 3.4e38f);  // as bf16, infinite
+  if constexpr (sizeof(A) == 4)
+    if (extreme) {
+      a_at(draw(0, rows - 1), draw(0, k - 1)) = INFINITY;
+      panel_at(draw(0, k - 1), draw(0, width - 1)) = 3.4e38f;  // as bf16, infinite
+      const int64_t small = draw(0, rows - 1), lone = draw(0, rows - 1), at = draw(0, k - 1);
+      const int exponent = (int)draw(-118, -90);
+      for (int64_t i = 0; i < k; ++i) {
+        a_at(small, i) = ldexpf(a_at(small, i), exponent);
+        a_at(lone, i) = 0.0f;
+      }
+      // The product is finite, that of the first parts is not.
+      a_at(lone, at) = 3.385e38f;
+      for (int64_t column = 0; column < count * kPanel; ++column) panel_at(at, column) = 1.0042f;
+    }
   std::vector<float> out((rows - 1) * ldo + count * kPanel);
   for (float& value : out) value = (float)draw(-99, 99);
   const std::vector<float> before = out;
   const Panels<A> w = {panels.data(), step, count, k, fetches ? panels.data() : nullptr};
   if constexpr (sizeof(A) == 4) in_parts += amx_pays(w.count, w.k);
   amx_acquire();
-  products<Transposed>(a.data(), lda, rows, w, out.data(), ldo, kPanel, accumulate, width);
+  const std::unique_ptr<char, void (*)(void*)> memory(
+      (char*)aligned_alloc(64, (size_t)max64(64, prepared_bytes<A>(rows, k))), free);
+  const char* prepared = !Transposed && draw(0, 1) ? prepare(a.data(), lda, rows, k, count, memory.get()) : nullptr;
+  made_ready += prepared != nullptr;
+  if (prepared)
+    each_tile<false>(a.data(), lda, rows, w, 0, prepared, [&](int64_t n, int64_t row, int64_t, auto run) {
+      run(out.data() + row * ldo + n * kPanel, ldo, accumulate, width - n * kPanel);
+    });
+  else
+    products<Transposed>(a.data(), lda, rows, w, out.data(), ldo, kPanel, accumulate, width);
   amx_release();
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t column = 0; column < ldo; ++column) {
@@ -93,7 +116,12 @@ bool check() {
 
 int main() {
   int done = 0;
-  for (; done < 1200; done += 4)
-    if (!check<bf16, false>() || !check<bf16, true>() || !check<float, false>() || !check<float, true>()) return 1;
-  printf("%d products, of fp32 in parts: %s\n", done, 40 < in_parts && in_parts < 500 ? "some" : "too few or all");
+  for (; done < 1200; done += 4) {
+    const bool large = done < 4;
+    if (!check<bf16, false>(large) || !check<bf16, true>(large) || !check<float, false>(large) ||
+        !check<float, true>(large))
+      return 1;
+  }
+  const bool some = 40 < in_parts && in_parts < 500 && 100 < made_ready && made_ready < 500;
+  printf("%d products, in parts or prepared: %s\n", done, some ? "some" : "too few or all");
 }

@@ -25,6 +25,8 @@ template <int Register>
 void amx_clear() {
   memset(amx_registers[Register], 0, sizeof amx_registers[Register]);
 }
+// Numbers below 2^-126 are taken for zeros.
+static float flushed(float x) { return __builtin_fabsf(x) < 0x1p-126f ? 0.0f : x; }
 template <int Sums, int A, int B>
 void amx_multiply() {
   if (!amx_users) __builtin_trap();
@@ -37,7 +39,7 @@ void amx_multiply() {
           bf16 a, b;
           memcpy(&a, amx_registers[A][row] + 4 * pair + 2 * i, 2);
           memcpy(&b, amx_registers[B][pair] + 4 * column + 2 * i, 2);
-          sum += to_float(a) * to_float(b);
+          sum = flushed(sum + flushed(to_float(a)) * flushed(to_float(b)));
         }
       memcpy(amx_registers[Sums][row] + 4 * column, &sum, 4);
     }

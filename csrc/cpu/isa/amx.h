@@ -1,8 +1,11 @@
 // Products in the tile registers of AMX, which take bf16 and add in fp32. gemm.h includes this where the instruction
 // set has them.
 //
-// fp32 goes through them in three parts: a number is exactly the sum of three bf16, and of the nine products of parts
-// the six above fp32's own rounding are added up. At best that is 2.6 times the rate of the vectors' multiply-adds.
+// fp32 goes through them in three parts: a number is the sum of three bf16, and of the nine products of parts the six
+// above fp32's own rounding are added up. AMX takes numbers below 2^-126 for zeros, parts and sums alike, and large
+// ones round up to infinity: rows with sums that show it are computed with vectors. (Some do not: those of rows all
+// below 2^-109, whose last parts are zeros, if weights above 2^13 lift them over 2^-96; and zeros.) At best that is 2.6
+// times the rate of the vectors' multiply-adds.
 #pragma once
 
 #include "panels.h"
@@ -64,8 +67,8 @@ FK_INLINE void amx_block(const bf16* a, int64_t lda, int64_t rows, int64_t depth
   for (int64_t i = 0; i < rows; ++i) _mm512_store_si512(block + i * 64, _mm512_maskz_loadu_epi32(mask, a + i * lda));
 }
 
-// Three numbers in the upper halves of their lanes, whose sum is the one that was split, exactly: each part but the
-// last is rounded to nearest.
+// Three numbers in the upper halves of their lanes, whose sum is the one that was split: each part but the last is
+// rounded to nearest.
 constexpr int kAmxParts = 3, kAmxPartProducts = 6;
 struct AmxParts {
   __m512i part[kAmxParts];
@@ -207,15 +210,22 @@ static __attribute__((noinline)) void amx_sums_of_parts(const char* rows, const 
     store(sums + i, load(sums + i) + load(small + i));
 }
 
-// Whether there is no NaN among the sums that are wanted.
-FK_INLINE bool all_numbers(const float* sums, int64_t rows, int64_t width) {
-  __mmask16 others = 0;
-  for (int64_t j = 0; j < min64(width, kPanel); j += FK_VL)
-    for (int64_t i = 0; i < rows; ++i) {
-      const __m512 x = _mm512_load_ps(sums + i * kPanel + j);
-      others |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+// The rows, as bits, with a sum that parts may not have given: it is no number or infinite, or so small that parts of
+// its terms may have been taken for zeros.
+FK_INLINE uint32_t doubtful_rows(const float* sums, int64_t rows, int64_t width) {
+  const __m512i sign = _mm512_set1_epi32((int)0x80000000);
+  const __m512i least = _mm512_set1_epi32(31 << 23);  // 2^-96
+  const __m512i range = _mm512_set1_epi32((255 << 23) - (31 << 23));
+  uint32_t doubtful = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    uint32_t found = 0;
+    for (int64_t j = 0; j < min64(width, kPanel); j += FK_VL) {
+      const __m512i size = _mm512_andnot_si512(sign, _mm512_load_si512(sums + i * kPanel + j));
+      found |= _mm512_mask_cmpge_epu32_mask(_mm512_test_epi32_mask(size, size), _mm512_sub_epi32(size, least), range);
     }
-  return !others;
+    doubtful |= (uint32_t)(found != 0) << i;
+  }
+  return doubtful;
 }
 
 // Of a tile in a buffer of whole ones the rows and vectors that are wanted.
@@ -337,12 +347,15 @@ FK_INLINE void amx_each_tile(const float* a, int64_t lda, int64_t rows, const Pa
             amx_sums_of_parts<FK_NV>(own, columns, blocks, sums);
           else
             amx_sums_of_parts<FK_NV - 1>(own, columns, blocks, sums);
-          if (all_numbers(sums, height, width)) return place_tile(sums, height, width, out, ldo, accumulate);
-          // Infinities have no parts.
+          const uint32_t doubtful = doubtful_rows(sums, height, width);
+          if (!doubtful) return place_tile(sums, height, width, out, ldo, accumulate);
           const Ahead nothing = {(const char*)panel, 0};
-          for (int64_t i = 0; i < height; i += kAmxRows / 2)
-            tile<Transposed>(min64(kAmxRows / 2, height - i), a + (row + i) * (Transposed ? 1 : lda), lda, panel, w.k,
-                             out + i * ldo, ldo, accumulate, nothing, width);
+          for (int64_t i = 0; i < height; ++i)
+            if (doubtful >> i & 1)
+              tile<Transposed>(1, a + (row + i) * (Transposed ? 1 : lda), lda, panel, w.k, out + i * ldo, ldo,
+                               accumulate, nothing, width);
+            else
+              place_tile(sums + i * kPanel, 1, width, out + i * ldo, ldo, accumulate);
         });
       }
     }
