@@ -1,6 +1,7 @@
 """Fused kernels for hybrid convolution/attention vision transformers."""
 
 from fastvit_kernels import _extension, ops
+from fastvit_kernels._version import __version__
 from fastvit_kernels.accelerate import Report, accelerate, restore
 from fastvit_kernels.environment import Info, info
 from fastvit_kernels.explain import Explanation, explain
@@ -11,6 +12,7 @@ __all__ = [
     "Explanation",
     "Info",
     "Report",
+    "__version__",
     "accelerate",
     "explain",
     "info",

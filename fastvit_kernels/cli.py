@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastvit_kernels import BackendError
+from fastvit_kernels import BackendError, __version__
 from fastvit_kernels.demo.errors import Disagreement, UserError
 from fastvit_kernels.ops import tuning
 from fastvit_kernels.ops.dispatch import requested_backend
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastvit-kernels", description="Hybrid vision transformers, fused: the same numbers, sooner."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--training", action="store_true", help="the model trains: which backend computes the gradients as well"
     )
-    explain.add_argument("--size", type=_positive, default=224, help="side of the input, pixels; default: %(default)s")
+    explain.add_argument("--size", type=_positive, help="side of the input, pixels; default: the model's own")
     return parser
 
 
@@ -109,7 +110,7 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
         help="whose implementation is the stock model; default: %(default)s",
     )
     demo.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 autocasts; default: %(default)s")
-    demo.add_argument("--size", type=_positive, default=224, help="side of the crops, pixels; default: %(default)s")
+    demo.add_argument("--size", type=_positive, help="side of the crops, pixels; default: the model's own")
     demo.add_argument("--batch", type=_positive, nargs="+", default=[1, 8], metavar="N", help="sizes; default: 1 8")
     demo.add_argument("--rounds", type=_positive, default=15, metavar="N", help="at most; default: %(default)s")
     demo.add_argument("--threads", type=_positive, metavar="N", help="default: torch's choice")
@@ -144,10 +145,11 @@ def _models(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     from fastvit_kernels import explain
-    from fastvit_kernels.models import create_model
+    from fastvit_kernels.models import create_model, image_size
 
+    size = options.size or image_size(options.model)
     # Batch statistics of a single image may be of a single value.
-    x = torch.randn(1 + options.training, 3, options.size, options.size).to(memory_format=torch.channels_last)
+    x = torch.randn(1 + options.training, 3, size, size).to(memory_format=torch.channels_last)
     try:
         print(explain(create_model(options.model).train(options.training), x, training=options.training))
     except ValueError as error:
@@ -160,6 +162,7 @@ def _demo(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fastvit_kernels.demo.run import Options, run
+    from fastvit_kernels.models import image_size
 
     run(
         Options(
@@ -169,7 +172,7 @@ def _demo(options: argparse.Namespace) -> int:
             checkpoint=options.checkpoint,
             num_classes=options.num_classes,
             output=options.output,
-            size=options.size,
+            size=options.size or image_size(options.model),
             batches=tuple(options.batch),
             rounds=options.rounds,
             threads=options.threads,

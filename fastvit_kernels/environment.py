@@ -6,12 +6,12 @@ import os
 import platform
 import re
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from fastvit_kernels import _extension
+from fastvit_kernels._version import __version__
 from fastvit_kernels.ops import triton_support
 from fastvit_kernels.ops.dispatch import requested_backend
 
@@ -95,13 +95,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _package_version() -> str:
-    try:
-        return metadata.version("fastvit-kernels")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def _isa() -> Availability:
     problem = _extension.parts["cpu"].problem
     if problem is not None:
@@ -159,7 +152,7 @@ def info() -> Info:
     """
     isa, triton, cuda = _isa(), _triton(), _cuda()
     return Info(
-        version=_package_version(),
+        version=__version__,
         build=_extension.build_metadata(),
         python=platform.python_version(),
         torch=torch.__version__,

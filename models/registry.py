@@ -33,6 +33,14 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in _builders if fnmatchcase(name, pattern))
 
 
+_IMAGE_SIZES = {"cmt_ti": 160, "cmt_xs": 192, "cmt_b": 256, "cvt_w24": 384, "*_cifar_*": 32, "segformer_*": 512}
+
+
+def image_size(name: str) -> int:
+    """Side of the square images, in pixels, that a model was published with; 224 for names that nobody registered."""
+    return next((size for pattern, size in _IMAGE_SIZES.items() if fnmatchcase(name, pattern)), 224)
+
+
 def create_model(
     name: str,
     num_classes: int = 1000,

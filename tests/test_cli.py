@@ -33,6 +33,18 @@ def test_explain_names_the_backend_of_every_operator(capsys):
     assert "reference" in out
 
 
+def test_explain_takes_the_images_that_a_model_was_published_with(capsys):
+    assert cli.main(["explain", "--model", "dhvt_tiny_cifar_patch4"]) == 0
+    assert "(1, 65, 192) float32" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"fastvit-kernels {fastvit_kernels.__version__}\n"
+
+
 def test_explain_names_who_computes_the_gradients(capsys):
     assert cli.main(["explain", "--model", "pvt_v2_b0", "--size", "32", "--training"]) == 0
     assert "gradients" in capsys.readouterr().out.splitlines()[0]
