@@ -15,32 +15,53 @@ from torch import Tensor, nn
 
 from fastvit_kernels.bench.plain_attention import attend
 from fastvit_kernels.bench.plain_cmt import to_map, to_tokens
+from fastvit_kernels.models import mit
 
-B0: dict[str, Any] = {"dims": (32, 64, 160, 256), "depths": (2, 2, 2, 2)}
+# Those of MiT are PVTv2's, too.
+SIZES = {size: {"dims": sizes["embed_dims"], "depths": sizes["depths"]} for size, sizes in mit.VARIANTS.items()}
+PVT: dict[str, Any] = {"ratios": (8, 8, 4, 4), "eps": 1e-6}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "pvt_v2_b1": {"depths": (2, 2, 2, 2), "ratios": (8, 8, 4, 4), "eps": 1e-6},
-    "pvt_v2_b2": {"depths": (3, 4, 6, 3), "ratios": (8, 8, 4, 4), "eps": 1e-6},
-    "mit_b0": {**B0, "eps": 1e-5},
-    "segformer_b0": {**B0, "eps": 1e-5, "decoder_dim": 256, "num_classes": 150},
+    **{f"pvt_v2_{size}": {**PVT, **sizes} for size, sizes in SIZES.items()},
+    "pvt_v2_b5": {"ratios": (4, 4, 4, 4), "eps": 1e-6, **SIZES["b5"]},
+    "pvt_v2_b2_li": {**PVT, **SIZES["b2"], "linear": True},
+    **{f"mit_{size}": {**sizes, "eps": 1e-5} for size, sizes in SIZES.items()},
+    **{
+        f"segformer_{size}": {
+            **sizes,
+            "eps": 1e-5,
+            "decoder_dim": 256 if size in ("b0", "b1") else 768,
+            "num_classes": 150,
+        }
+        for size, sizes in SIZES.items()
+    },
 }
+# Side of the map that linear attention has keys and values of.
+POOLED = 7
 
 
 class Attention(nn.Module):
-    """Keys and values of a map that a convolution makes smaller; a reduction of 1: of the tokens themselves."""
+    """Keys and values of a map that a convolution makes smaller; a reduction of 1: of the tokens themselves.
 
-    def __init__(self, dim: int, heads: int, reduction: int, eps: float) -> None:
+    `linear`: of a map of one size whatever that of the tokens' is, through a 1 x 1 convolution.
+    """
+
+    def __init__(self, dim: int, heads: int, reduction: int, eps: float, linear: bool) -> None:
         super().__init__()
-        self.heads, self.reduction = heads, reduction
+        self.heads, self.reduction, self.linear = heads, 1 if linear else reduction, linear
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        if reduction > 1:
-            self.sr = nn.Conv2d(dim, dim, reduction, stride=reduction)
+        if linear or reduction > 1:
+            self.sr = nn.Conv2d(dim, dim, self.reduction, stride=self.reduction)
             self.norm = nn.LayerNorm(dim, eps)
 
     def forward(self, u: Tensor, h: int, w: int) -> Tensor:
-        small = self.norm(to_tokens(self.sr(to_map(u, h, w)))) if self.reduction > 1 else u
-        k, v = self.kv(small).chunk(2, -1)
+        k, v = self.kv(self._reduced(u, h, w)).chunk(2, -1)
         out: Tensor = self.proj(attend(self.q(u), k, v, self.heads))
         return out
+
+    def _reduced(self, u: Tensor, h: int, w: int) -> Tensor:
+        if self.linear:
+            return F.gelu(self.norm(to_tokens(self.sr(F.adaptive_avg_pool2d(to_map(u, h, w), POOLED)))))
+        return self.norm(to_tokens(self.sr(to_map(u, h, w)))) if self.reduction > 1 else u
 
 
 class Depthwise(nn.Module):
@@ -53,22 +74,24 @@ class Depthwise(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, linear: bool) -> None:
         super().__init__()
+        self.linear = linear
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.dwconv = Depthwise(hidden)
 
     def forward(self, u: Tensor, h: int, w: int) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.dwconv(self.fc1(u), h, w)))
+        hidden = F.relu(self.fc1(u)) if self.linear else self.fc1(u)
+        out: Tensor = self.fc2(F.gelu(self.dwconv(hidden, h, w)))
         return out
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, reduction: int, hidden: int, eps: float) -> None:
+    def __init__(self, dim: int, heads: int, reduction: int, hidden: int, eps: float, linear: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
-        self.attn = Attention(dim, heads, reduction, eps)
-        self.mlp = Mlp(dim, hidden)
+        self.attn = Attention(dim, heads, reduction, eps, linear)
+        self.mlp = Mlp(dim, hidden, linear)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
         x = x + self.attn(self.norm1(x), h, w)
@@ -87,7 +110,10 @@ class Embed(nn.Module):
 
 
 class PVTv2(nn.Module):
-    """PVTv2, and MiT with the `ratios` of its MLPs; without any dropout. `num_classes=0` for a backbone."""
+    """PVTv2, and MiT with the `ratios` of its MLPs; without any dropout. `num_classes=0` for a backbone.
+
+    `linear`: with linear attention, and ReLUs in its MLPs.
+    """
 
     def __init__(
         self,
@@ -97,13 +123,14 @@ class PVTv2(nn.Module):
         reductions: Sequence[int] = (8, 4, 2, 1),
         eps: float = 1e-6,
         num_classes: int = 1000,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         heads = (1, 2, 5, 8)
         self.num_stages = len(dims)
         for index, (before, dim) in enumerate(zip((3, *dims), dims, strict=False)):
             setattr(self, f"patch_embed{index + 1}", Embed(before, dim, *((3, 2) if index else (7, 4)), eps))
-            sizes = (dim, heads[index], reductions[index], ratios[index] * dim, eps)
+            sizes = (dim, heads[index], reductions[index], ratios[index] * dim, eps, linear)
             setattr(self, f"block{index + 1}", nn.ModuleList(Block(*sizes) for _ in range(depths[index])))
             setattr(self, f"norm{index + 1}", nn.LayerNorm(dim, eps))
         if num_classes:

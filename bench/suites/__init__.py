@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
+from typing import Any, TypeVar
 
 from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.suites import (
@@ -28,9 +30,18 @@ from fastvit_kernels.bench.suites import (
 from fastvit_kernels.bench.suites.operators import Stage
 
 Suite = Callable[[int], list[Case]]
+Shape = TypeVar("Shape", bound=tuple[Any, ...])
 
 BATCHES = (1, 8, 64)
 """The batch sizes that every suite is meant for; the last takes minutes and gigabytes for a whole model."""
+
+
+def _distinct(*families: Iterable[Shape]) -> list[Shape]:
+    """Every shape once: one that differs in its name alone from an earlier one goes by the earlier name."""
+    found: dict[tuple[Any, ...], Shape] = {}
+    for shape in chain(*families):
+        found.setdefault(shape[1:], shape)
+    return list(found.values())
 
 
 def _of_cvt(case: Callable[[Stage, int], Case], batch: int) -> list[Case]:
@@ -43,17 +54,18 @@ def _local_attention(batch: int) -> list[Case]:
 
 
 def _patch_embedding(batch: int) -> list[Case]:
-    shapes = [*cvt.embeddings(), *cmt.embeddings(), *pvt_v2.embeddings()]
+    shapes = _distinct(cvt.embeddings(), cmt.embeddings(), pvt_v2.embeddings())
     return [patch_embedding.case(shape, batch) for shape in shapes]
 
 
 def _query_attention(batch: int) -> list[Case]:
-    shapes = [*hat_net.attentions(), *cmt.attentions(), *dhvt.attentions(), *pvt_v2.attentions(), *twins.attentions()]
+    families = (hat_net, cmt, dhvt, pvt_v2, twins)
+    shapes = _distinct(*(family.attentions() for family in families))
     return [query_attention.case(shape, batch) for shape in shapes]
 
 
 def _depthwise_conv(batch: int) -> list[Case]:
-    return [depthwise_conv.case(shape, batch) for shape in cmt.convolutions()]
+    return [depthwise_conv.case(shape, batch) for shape in _distinct(cmt.convolutions())]
 
 
 def _pooled_projection(batch: int) -> list[Case]:
@@ -61,11 +73,12 @@ def _pooled_projection(batch: int) -> list[Case]:
 
 
 def _head_tokens(batch: int) -> list[Case]:
-    return [head_tokens.case(shape, batch) for shape in dhvt.heads()]
+    return [head_tokens.case(shape, batch) for shape in _distinct(dhvt.heads())]
 
 
 def _depthwise_mlp(batch: int) -> list[Case]:
-    shapes = [*hat_net.mlps(), *cmt.mlps(), *dhvt.mlps(), *pvt_v2.mlps()]
+    others = depthwise_mlp.of_efficientformer_v2()
+    shapes = _distinct(hat_net.mlps(), cmt.mlps(), dhvt.mlps(), pvt_v2.mlps(), others)
     return [depthwise_mlp.case(shape, batch) for shape in shapes]
 
 

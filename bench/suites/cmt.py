@@ -1,4 +1,4 @@
-"""The suites `cmt_xs` and `cmt_s`: whole classifiers; and the stages of CMT-S."""
+"""The suites `cmt_ti` to `cmt_b`: whole classifiers; and the stages of all published CMTs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.suites import depthwise_conv, depthwise_mlp, patch_embedding, query_attention
 from fastvit_kernels.bench.suites.models import accelerated, images, ours
 
-MODELS = ("cmt_xs", "cmt_s")
+MODELS = tuple(plain_cmt.VARIANTS)
+# The order of the stages; results of CMT-S's are published under their names.
+PUBLISHED = tuple(dict.fromkeys(("cmt_s", *MODELS)))
 
 
 def cases(name: str, batch: int) -> list[Case]:
@@ -59,20 +61,24 @@ def _settle(plain: nn.Module) -> None:
             parameter.normal_()
 
 
-def _stages() -> list[tuple[str, tuple[int, int], plain_cmt.Block]]:
-    with torch.device("meta"):
-        plain = plain_cmt.CMT(**plain_cmt.VARIANTS["cmt_s"])
+def _stages() -> list[tuple[str, tuple[int, int], nn.Conv2d, plain_cmt.Block]]:
+    """Name, grid, the convolution in front, first block."""
     found = []
-    for index, letter in enumerate(plain_cmt.STAGES):
-        side = plain_cmt.VARIANTS["cmt_s"]["side"] >> (2 + index)
-        found.append((f"cmt_s-stage{index + 1}", (side, side), getattr(plain, f"blocks_{letter}")[0]))
+    for name in PUBLISHED:
+        sizes = plain_cmt.VARIANTS[name]
+        with torch.device("meta"):
+            plain = plain_cmt.CMT(**{**sizes, "depths": (1, 1, 1, 1)})
+        for index, letter in enumerate(plain_cmt.STAGES):
+            side = sizes["side"] >> (2 + index)
+            conv, block = getattr(plain, f"patch_embed_{letter}").proj, getattr(plain, f"blocks_{letter}")[0]
+            found.append((f"{name}-stage{index + 1}", (side, side), conv, block))
     return found
 
 
 def convolutions() -> list[depthwise_conv.Shape]:
-    """The local perception and the reduction of keys of CMT-S, by stage."""
+    """The local perception and the reduction of keys, by stage."""
     found = []
-    for name, grid, block in _stages():
+    for name, grid, _, block in _stages():
         dim, ratio = block.norm1.weight.numel(), block.attn.reduction
         found.append(depthwise_conv.Shape(name, dim, grid))
         if ratio > 1:
@@ -81,17 +87,17 @@ def convolutions() -> list[depthwise_conv.Shape]:
 
 
 def mlps() -> list[depthwise_mlp.Shape]:
-    """Those of CMT-S, by stage."""
+    """Those of every stage."""
     return [
         depthwise_mlp.Shape(name, depthwise_mlp.CMT, grid, block.norm2.weight.numel(), block.mlp.proj.in_channels)
-        for name, grid, block in _stages()
+        for name, grid, _, block in _stages()
     ]
 
 
 def attentions() -> list[query_attention.Shape]:
-    """Those of CMT-S, by stage."""
+    """Those of every stage."""
     found = []
-    for name, grid, block in _stages():
+    for name, grid, _, block in _stages():
         keys = flops.tokens(grid) // block.attn.reduction**2
         sizes = (flops.tokens(grid), keys, block.norm1.weight.numel(), block.attn.heads)
         found.append(query_attention.Shape(name, *sizes, separate_values=True, table=True))
@@ -99,11 +105,8 @@ def attentions() -> list[query_attention.Shape]:
 
 
 def embeddings() -> list[patch_embedding.Shape]:
-    """Those of CMT-S, by stage."""
-    found = []
-    channels = plain_cmt.VARIANTS["cmt_s"]["stem"]
-    for name, (height, width), block in _stages():
-        dim = block.norm1.weight.numel()
-        found.append(patch_embedding.Shape(name, channels, (2 * height, 2 * width), 2, 2, 0, dim))
-        channels = dim
-    return found
+    """Those of every stage."""
+    return [
+        patch_embedding.Shape(name, conv.in_channels, (2 * height, 2 * width), 2, 2, 0, conv.out_channels)
+        for name, (height, width), conv, _ in _stages()
+    ]

@@ -14,7 +14,7 @@ from fastvit_kernels.bench import flops
 from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.suites.operators import OperatorModule, fuse
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 class Family(NamedTuple):
@@ -23,16 +23,18 @@ class Family(NamedTuple):
     activation: str = "gelu"
     hidden_activation: str | None = None
     inner_residual: str | None = None
-    norm: str = "layer"
+    norm: str | None = "layer"
     bias: bool = True
     batch_norm: bool = False
     bn_after_activation: bool = False
     out_norm: bool = False
+    residual: bool = True
     num_prefix_tokens: int = 0
     return_mean: bool = False
 
 
 PVT_V2 = Family()
+PVT_V2_LINEAR = Family(hidden_activation="relu")
 CMT = Family(hidden_activation="gelu", inner_residual="before_activation", batch_norm=True, bn_after_activation=True)
 DHVT = Family(
     hidden_activation="gelu",
@@ -42,6 +44,17 @@ DHVT = Family(
     return_mean=True,
 )
 HAT_NET = Family("silu", "silu", norm="group", bias=False, out_norm=True)
+EFFICIENTFORMER_V2 = Family(hidden_activation="gelu", norm=None, batch_norm=True, residual=False)
+
+# Channels of each stage of timm's models. In the last two stages some blocks have MLPs of a smaller ratio.
+_EFFICIENTFORMER_V2 = {
+    "s0": (32, 48, 96, 176),
+    "s1": (32, 48, 120, 224),
+    "s2": (32, 64, 144, 288),
+    "l": (40, 80, 192, 384),
+}
+_RATIOS = ((4,), (4,), (4, 3), (4, 3))
+_IMAGE = 224
 
 
 class Shape(NamedTuple):
@@ -62,7 +75,10 @@ class DepthwiseMLP(OperatorModule):
         super().__init__()
         self.shape, family = shape, shape.family
         channels, hidden, bias = shape.channels, shape.hidden, family.bias
-        self.norm = nn.LayerNorm(channels, eps=1e-6) if family.norm == "layer" else nn.GroupNorm(1, channels, eps=1e-6)
+        self.norm: nn.LayerNorm | nn.GroupNorm | None = None
+        if family.norm is not None:
+            layer = family.norm == "layer"
+            self.norm = nn.LayerNorm(channels, eps=1e-6) if layer else nn.GroupNorm(1, channels, eps=1e-6)
         self.fc1 = nn.Linear(channels, hidden, bias)
         self.dw = nn.Conv2d(hidden, hidden, shape.kernel, padding=shape.kernel // 2, groups=hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, channels, bias)
@@ -77,11 +93,16 @@ class DepthwiseMLP(OperatorModule):
         out: Tensor = self.bns[index](maps) if self.shape.family.batch_norm else maps
         return out
 
+    def _normed(self, rows: Tensor) -> Tensor:
+        if self.norm is None:
+            return rows
+        out: Tensor = self.norm(rows) if self.shape.family.norm == "layer" else self.norm(rows.mT).mT
+        return out
+
     def _plain(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         family, grid = self.shape.family, self.shape.grid
         rows = x[:, family.num_prefix_tokens :]
-        normed = self.norm(rows) if family.norm == "layer" else self.norm(rows.mT).mT
-        hidden = self.fc1(normed).mT.unflatten(2, grid)
+        hidden = self.fc1(self._normed(rows)).mT.unflatten(2, grid)
         act = _ACTIVATIONS[family.activation]
         if family.hidden_activation is not None and family.bn_after_activation:
             hidden = self._batch_norm(_ACTIVATIONS[family.hidden_activation](hidden), 0)
@@ -98,11 +119,13 @@ class DepthwiseMLP(OperatorModule):
             z = self._batch_norm(z.mT.unflatten(2, grid), 2).flatten(2).mT
         if self.out_norm is not None:
             z = self.out_norm(z.mT).mT
-        out = torch.cat([x[:, : family.num_prefix_tokens], rows + z], 1) if family.num_prefix_tokens else rows + z
+        out = rows + z if family.residual else z
+        if family.num_prefix_tokens:
+            out = torch.cat([x[:, : family.num_prefix_tokens], out], 1)
         return (out, z.mean(1)) if family.return_mean else out
 
     def _fused(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        family, out_norm = self.shape.family, self.out_norm
+        family, norm, out_norm = self.shape.family, self.norm, self.out_norm
         bns = [
             ops.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, bn.training)
             for bn in self._norms()
@@ -121,9 +144,9 @@ class DepthwiseMLP(OperatorModule):
             hidden_activation=family.hidden_activation,
             inner_residual=family.inner_residual,
             norm=family.norm,
-            norm_weight=self.norm.weight,
-            norm_bias=self.norm.bias,
-            norm_eps=self.norm.eps,
+            norm_weight=None if norm is None else norm.weight,
+            norm_bias=None if norm is None else norm.bias,
+            norm_eps=None if norm is None else norm.eps,
             bn1=bn1,
             bn2=bn2,
             bn3=bn3,
@@ -131,7 +154,7 @@ class DepthwiseMLP(OperatorModule):
             out_norm_weight=None if out_norm is None else out_norm.weight,
             out_norm_bias=None if out_norm is None else out_norm.bias,
             out_norm_eps=None if out_norm is None else out_norm.eps,
-            residual=x,
+            residual=x if family.residual else None,
             num_prefix_tokens=family.num_prefix_tokens,
             return_mean=family.return_mean,
             packed=self.packed,
@@ -140,6 +163,18 @@ class DepthwiseMLP(OperatorModule):
 
     def _norms(self) -> list[nn.BatchNorm2d]:
         return [bn for bn in self.bns if isinstance(bn, nn.BatchNorm2d)]
+
+
+def of_efficientformer_v2() -> list[Shape]:
+    """Those of timm's efficientformerv2_s0 to efficientformerv2_l: neither norm nor residual is within the MLP."""
+    found = []
+    for size, widths in _EFFICIENTFORMER_V2.items():
+        for index, (channels, ratios) in enumerate(zip(widths, _RATIOS, strict=True)):
+            side = _IMAGE >> (2 + index)
+            for ratio in ratios:
+                name = f"efficientformerv2_{size}-stage{index + 1}" + ("" if ratio == ratios[0] else f"-ratio{ratio}")
+                found.append(Shape(name, EFFICIENTFORMER_V2, (side, side), channels, ratio * channels))
+    return found
 
 
 def case(shape: Shape, batch: int) -> Case:

@@ -1,4 +1,4 @@
-"""The suites `dhvt_tiny_imagenet_patch16` and `dhvt_small_imagenet_patch16`: whole classifiers; and their blocks."""
+"""The suites `dhvt_tiny_cifar_patch4` to `dhvt_small_imagenet_patch16`: whole classifiers; and their blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.suites import depthwise_mlp, head_tokens, query_attention
 from fastvit_kernels.bench.suites.models import accelerated, images, ours
 
-MODELS = ("dhvt_tiny_imagenet_patch16", "dhvt_small_imagenet_patch16")
+MODELS = tuple(plain_dhvt.VARIANTS)
+# The order of the blocks; results of the first are published under their names.
+_FIRST = ("dhvt_small_imagenet_patch16", "dhvt_small_cifar_patch4", "dhvt_small_cifar_patch2")
+PUBLISHED = tuple(dict.fromkeys((*_FIRST, *MODELS)))
 
 
 def cases(name: str, batch: int) -> list[Case]:
@@ -57,10 +60,9 @@ def _settle(plain: nn.Module) -> None:
 
 
 def _shapes() -> list[tuple[str, tuple[int, int], int, int]]:
-    """Name, grid, channels and heads of the small models; the tiny ones have half the channels."""
-    small = ("dhvt_small_imagenet_patch16", "dhvt_small_cifar_patch4", "dhvt_small_cifar_patch2")
+    """Name, grid, channels and heads; all blocks of a model are alike."""
     found = []
-    for name in small:
+    for name in PUBLISHED:
         sizes = plain_dhvt.VARIANTS[name]
         side = sizes["side"] // sizes["patch"]
         found.append((name, (side, side), sizes["dim"], sizes["heads"]))
@@ -73,12 +75,12 @@ def heads() -> list[head_tokens.Shape]:
 
 
 def mlps() -> list[depthwise_mlp.Shape]:
-    """Those of DHVT-S for ImageNet and CIFAR."""
+    """Those of every model."""
     return [depthwise_mlp.Shape(name, depthwise_mlp.DHVT, grid, dim, 4 * dim) for name, grid, dim, _ in _shapes()]
 
 
 def attentions() -> list[query_attention.Shape]:
-    """Those of DHVT-S for ImageNet and CIFAR: patches, class token and a token for each head."""
+    """Those of every model: patches, class token and a token for each head."""
     found = []
     for name, grid, dim, heads in _shapes():
         rows = flops.tokens(grid, 1) + heads

@@ -1,4 +1,4 @@
-"""The suites `pvt_v2_b1`, `pvt_v2_b2`, `mit_b0` and `segformer_b0`: whole models; and stages of PVTv2-B2 and MiT-B0."""
+"""The suites `pvt_v2_*`, `mit_*` and `segformer_*`: whole models; and the stages of all of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from fastvit_kernels.bench.suites import depthwise_mlp, patch_embedding, query_a
 from fastvit_kernels.bench.suites.models import IMAGE, accelerated, images, ours
 from fastvit_kernels.bench.suites.transformers_twins import pyramid_twin
 
-MODELS = ("pvt_v2_b1", "pvt_v2_b2", "mit_b0", "segformer_b0")
+MODELS = tuple(plain_pvt_v2.VARIANTS)
 # SegFormer's images are larger than a classifier's.
-SIZES = {"segformer_b0": 512}
-STAGES = ("pvt_v2_b2", "mit_b0")
+SIZES = {name: 512 for name in MODELS if name.startswith("segformer")}
+# The order of the stages; results of the first are published under their names.
+PUBLISHED = tuple(dict.fromkeys(("pvt_v2_b2", "mit_b0", *MODELS)))
 
 
 def cases(name: str, batch: int) -> list[Case]:
@@ -43,8 +44,13 @@ def case(name: str, batch: int, size: int | None = None, **overrides: Any) -> Ca
         fuse=lambda model: accelerated(ours(name, model, eps="transformers", **same) if _is_plain(model) else model),
         attention=True,
         end_to_end=True,
-        twin=lambda plain: pyramid_twin(name, plain, same),
+        twin=(lambda plain: pyramid_twin(name, plain, same)) if _has_twin(sizes) else None,
     )
+
+
+def _has_twin(sizes: dict[str, Any]) -> bool:
+    """Whether `pyramid_twin` can say it in transformers' configuration: neither linear attention nor a wide head."""
+    return not sizes.get("linear", False) and sizes.get("decoder_dim", 256) == 256
 
 
 def _plain(name: str, sizes: dict[str, Any]) -> nn.Module:
@@ -76,10 +82,11 @@ def cost(name: str, sizes: dict[str, Any], batch: int, side: int) -> flops.Cost:
 def _stages() -> list[tuple[str, tuple[int, int], tuple[int, int], Any, Any]]:
     """Name, grid in front of and behind the patch embedding, patch embedding, first block."""
     found = []
-    for name in STAGES:
+    for name in PUBLISHED:
         with torch.device("meta"):
-            plain = _plain(name, plain_pvt_v2.VARIANTS[name])
-        grid = (IMAGE, IMAGE)
+            plain = _plain(name, {**plain_pvt_v2.VARIANTS[name], "depths": (1, 1, 1, 1)})
+        plain = plain.backbone if isinstance(plain, plain_pvt_v2.SegFormer) else plain
+        grid = (SIZES.get(name, IMAGE),) * 2
         for index in range(1, 5):
             embedding, block = getattr(plain, f"patch_embed{index}"), getattr(plain, f"block{index}")[0]
             conv = embedding.proj
@@ -90,31 +97,35 @@ def _stages() -> list[tuple[str, tuple[int, int], tuple[int, int], Any, Any]]:
 
 
 def mlps() -> list[depthwise_mlp.Shape]:
-    """Those of PVTv2-B2 and MiT-B0, by stage."""
-    return [
-        depthwise_mlp.Shape(name, depthwise_mlp.PVT_V2, grid, block.mlp.fc1.in_features, block.mlp.fc1.out_features)
-        for name, _, grid, _, block in _stages()
-    ]
+    """Those of every stage."""
+    found = []
+    for name, _, grid, _, block in _stages():
+        family = depthwise_mlp.PVT_V2_LINEAR if block.mlp.linear else depthwise_mlp.PVT_V2
+        found.append(depthwise_mlp.Shape(name, family, grid, block.mlp.fc1.in_features, block.mlp.fc1.out_features))
+    return found
 
 
 def attentions() -> list[query_attention.Shape]:
-    """Those of PVTv2-B2 and MiT-B0 behind the reduction, by stage."""
+    """Those behind the reduction of every stage."""
     found = []
     for name, _, grid, _, block in _stages():
-        keys = flops.tokens(grid) // block.attn.reduction**2
+        pooled = flops.tokens((plain_pvt_v2.POOLED,) * 2)
+        keys = pooled if block.attn.linear else flops.tokens(grid) // block.attn.reduction**2
         sizes = (flops.tokens(grid), keys, block.attn.q.in_features, block.attn.heads)
         found.append(query_attention.Shape(name, *sizes))
     return found
 
 
 def embeddings() -> list[patch_embedding.Shape]:
-    """Those of PVTv2-B2 and MiT-B0, by stage, and the reductions of keys and values with the norm in front."""
+    """Those of every stage, and the reductions of keys and values with the norm in front; of a pooled map, without."""
     found = []
     for name, before, grid, embedding, block in _stages():
         conv, reduction = embedding.proj, block.attn.reduction
         sizes = (conv.kernel_size[0], conv.stride[0], conv.padding[0], conv.out_channels)
         found.append(patch_embedding.Shape(name, conv.in_channels, before, *sizes))
-        if reduction > 1:
-            dim = conv.out_channels
+        dim, pooled = conv.out_channels, (plain_pvt_v2.POOLED,) * 2
+        if block.attn.linear:
+            found.append(patch_embedding.Shape(f"{name}-keys", dim, pooled, 1, 1, 0, dim))
+        elif reduction > 1:
             found.append(patch_embedding.Shape(f"{name}-keys", dim, grid, reduction, reduction, 0, dim, in_norm=True))
     return found

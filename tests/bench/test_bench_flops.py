@@ -8,8 +8,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvit_kernels.bench import flops
-from fastvit_kernels.bench.suites import SUITES, cvt, pvt_v2
+from fastvit_kernels.bench import flops, plain_cmt, plain_dhvt, plain_pvt_v2
+from fastvit_kernels.bench.suites import SUITES, cmt, cvt, dhvt, pvt_v2
 from fastvit_kernels.models import create_model
 
 
@@ -96,7 +96,14 @@ def test_model_reads_every_weight_once(name: str) -> None:
 # Multiply-adds of one image, in units of 10^9, as published or counted from the papers' equations.
 @pytest.mark.parametrize(
     ("name", "giga"),
-    [("cmt_s", 4.032), ("dhvt_small_imagenet_patch16", 5.033), ("pvt_v2_b2", 4.027), ("mit_b0", 0.452)],
+    [
+        ("cmt_s", 4.032),
+        ("dhvt_small_imagenet_patch16", 5.033),
+        ("pvt_v2_b2", 4.027),
+        ("pvt_v2_b2_li", 3.889),
+        ("pvt_v2_b5", 11.717),
+        ("mit_b0", 0.452),
+    ],
 )
 def test_published_figures_of_counted_models(name: str, giga: float) -> None:
     (case,) = SUITES[name](2)
@@ -104,12 +111,31 @@ def test_published_figures_of_counted_models(name: str, giga: float) -> None:
     assert case.cost.activations == 2 * (3 * 224 * 224 + 1000)
 
 
-def test_weights_of_counted_models_are_those_of_ours() -> None:
-    for name in ("cmt_s", "dhvt_small_imagenet_patch16", "pvt_v2_b2", "mit_b0", "segformer_b0"):
-        with torch.device("meta"):
-            state = create_model(name, 150 if name == "segformer_b0" else 1000).state_dict()
-        (case,) = SUITES[name](1)
-        assert case.cost.weights == sum(t.numel() for t in state.values() if t.is_floating_point())
+@pytest.mark.parametrize("name", [*cmt.MODELS, *dhvt.MODELS, *pvt_v2.MODELS])
+def test_counted_models_have_the_weights_of_ours(name: str) -> None:
+    (case,) = SUITES[name](1)
+    with torch.device("meta"):
+        plain = case.build()
+        sizes = {**plain_cmt.VARIANTS, **plain_dhvt.VARIANTS, **plain_pvt_v2.VARIANTS}[name]
+        model = create_model(name, sizes.get("num_classes", 1000))
+    assert _shapes(plain) == _shapes(model)
+    state = model.state_dict().values()
+    assert case.cost.weights == sum(t.numel() for t in state if t.is_floating_point())
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def test_shapes_are_listed_once_under_their_first_name() -> None:
+    names = {suite: [case.name for case in SUITES[suite](1)] for suite in SHAPES}
+    assert all(len(set(found)) == len(found) for found in names.values())
+    assert names["head_tokens"][0] == "dhvt_small_imagenet_patch16"
+    assert {"cmt_ti-stage1", "pvt_v2_b2-stage1", "mit_b0-stage1", "pvt_v2_b2_li-stage1"} <= set(names["depthwise_mlp"])
+    # CMT-Ti's and CMT-XS's odd widths; PVTv2-B1's stages are PVTv2-B2's.
+    hidden = {case.name: case.build().fc1.out_features for case in SUITES["depthwise_mlp"](1) if "cmt" in case.name}
+    assert [hidden[f"cmt_ti-stage{index}"] for index in (1, 2, 3, 4)] == [165, 331, 662, 1324]
+    assert "pvt_v2_b1-stage1" not in names["depthwise_mlp"]
 
 
 def test_segformers_floor_is_that_of_the_exchanged_head() -> None:
@@ -176,18 +202,19 @@ def test_head_tokens_by_hand() -> None:
     assert costs["dhvt_small_imagenet_patch16"] == flops.Cost(2 * 6 * 64 * 384, weights, activations)
 
 
-# How many shapes each suite has: CvT's nine stages, the different ones of the HAT-Nets, those of the others' models.
+# How many different shapes each suite has: CvT's, the HAT-Nets', the CMTs', the DHVTs', the pyramids', those of other
+# libraries' models.
 SHAPES = {
-    "patch_embedding": 9 + 4 + 2 * (4 + 3),
+    "patch_embedding": 9 + 4 * 4 + 4 * (4 + 3) + 4,
     "conv_projection": 9,
     "global_attention": 9,
     "pointwise_mlp": 9,
     "local_attention": 9 + 4 + 4,
-    "query_attention": 6 + 4 + 3 + 2 * 4 + 4,
-    "depthwise_conv": 4 + 3,
-    "depthwise_mlp": 9 + 2 + 4 + 3 + 2 * 4,
+    "query_attention": 6 + 4 * 4 + 7 + 4 * 4 + 4,
+    "depthwise_conv": 4 * (4 + 3),
+    "depthwise_mlp": 9 + 2 + 4 * 4 + 6 + 2 * 4 + 2 + 2 + 4 + 2 * 4 + 21,
     "pooled_projection": 6,
-    "head_tokens": 3,
+    "head_tokens": 7,
 }
 
 

@@ -16,13 +16,13 @@ from fastvit_kernels.bench.modes import INFERENCE
 from fastvit_kernels.bench.peers import PEERS
 from fastvit_kernels.bench.results import UNAVAILABLE
 from fastvit_kernels.bench.run import run
-from fastvit_kernels.bench.suites import BATCHES, SUITES
+from fastvit_kernels.bench.suites import BATCHES, SUITES, pvt_v2
 
 GIB = 2**30
 # Suites and cases of batch 64 that 24 GiB cannot hold beside their peers.
 TOO_LARGE = {
     ("global_attention", "cvt_w24-384-stage2"),
-    ("segformer_b0", "segformer_b0"),
+    *((name, name) for name in pvt_v2.MODELS if name.startswith("segformer")),
     ("global_attention", "cvt_13-384-stage1"),
     ("global_attention", "cvt_w24-384-stage1"),
 }

@@ -104,14 +104,20 @@ def test_operator_suites_run_on_the_kernels() -> None:
                 "dhvt_small_cifar_patch4",
                 "mit_b0-stage4",
                 "hat_net_medium-stage3",
+                "cmt_ti-stage4",
+                "pvt_v2_b2_li-stage4",
+                "efficientformerv2_s0-stage4",
             ),
         ),
-        ("query_attention", ("hat_net_tiny-stage3", "cmt_s-stage3", "dhvt_small_cifar_patch4", "mit_b0-stage3")),
+        (
+            "query_attention",
+            ("hat_net_tiny-stage3", "cmt_s-stage3", "dhvt_small_cifar_patch4", "mit_b0-stage3", "cmt_ti-stage3"),
+        ),
         ("local_attention", ("hat_net_tiny-stage4", "twins_svt_small-stage4", "swin_tiny-stage4")),
-        ("depthwise_conv", ("cmt_s-stage4", "cmt_s-stage3-keys")),
+        ("depthwise_conv", ("cmt_s-stage4", "cmt_s-stage3-keys", "cmt_ti-stage3-keys")),
         ("pooled_projection", ("hat_net_tiny-stage3",)),
-        ("head_tokens", ("dhvt_small_cifar_patch4",)),
-        ("patch_embedding", ("cmt_s-stage4", "mit_b0-stage3-keys", "mit_b0-stage4")),
+        ("head_tokens", ("dhvt_small_cifar_patch4", "dhvt_tiny_domain_patch16")),
+        ("patch_embedding", ("cmt_s-stage4", "mit_b0-stage3-keys", "mit_b0-stage4", "pvt_v2_b2_li-stage4-keys")),
     ],
 )
 def test_suites_of_several_families_run_on_the_kernels(suite: str, names: tuple[str, ...]) -> None:
@@ -132,6 +138,8 @@ def _runs_on_the_kernels(case: Case) -> None:
     assert [decision.chosen for decision in recorder.decisions] == ["cpu"]
 
 
+# One of each kind: others differ from them in depth alone.
+PYRAMIDS = ("pvt_v2_b0", "pvt_v2_b2", "pvt_v2_b2_li", "pvt_v2_b5", "mit_b0", "segformer_b0", "segformer_b2")
 TINY_DEPTHS = {"depths": (1, 1, 1, 1), "num_classes": 10}
 
 
@@ -139,7 +147,7 @@ def _tiny_models() -> list[Case]:
     return [
         cmt.case("cmt_s", 1, side=64, **TINY_DEPTHS),
         dhvt.case("dhvt_small_imagenet_patch16", 1, side=64, depth=2, num_classes=10),
-        *(pvt_v2.case(name, 1, 64, **TINY_DEPTHS) for name in pvt_v2.MODELS),
+        *(pvt_v2.case(name, 1, 64, **TINY_DEPTHS) for name in PYRAMIDS),
     ]
 
 
@@ -152,7 +160,9 @@ def test_plain_models_and_ours_compute_the_same() -> None:
 
 
 def test_transformers_pyramids_are_the_same_functions() -> None:
-    for case in _tiny_models()[2:]:
+    twins = [case for case in _tiny_models() if case.twin is not None]
+    assert [case.name for case in twins] == ["pvt_v2_b0", "pvt_v2_b2", "pvt_v2_b5", "mit_b0", "segformer_b0"]
+    for case in twins:
         assert case.twin is not None
         twin = case.twin(case.stock()).eval()
         assert relative_l2(copy.deepcopy(twin).double()(*to_fp64(case.inputs())), case.exact[0]) < 1e-12
@@ -180,7 +190,7 @@ def test_sdpa_replaces_the_plain_models_attention(monkeypatch: pytest.MonkeyPatc
 def test_activations_neither_vanish_nor_explode() -> None:
     """At the published depths: what a branch adds must count beside what it is added to, up to the last block."""
     cases = [
-        cmt.case("cmt_s", 1, side=64),
+        *(cmt.case(name, 1, side=64) for name in cmt.MODELS),
         dhvt.case("dhvt_small_imagenet_patch16", 1, side=64),
         *(pvt_v2.case(name, 1, 64) for name in pvt_v2.MODELS),
     ]

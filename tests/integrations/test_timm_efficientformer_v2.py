@@ -26,6 +26,7 @@ from torch import nn
 
 import fastvit_kernels
 from fastvit_kernels import ops
+from fastvit_kernels.bench.suites import depthwise_mlp
 from fastvit_kernels.testing import relative_l2
 
 load_timm()
@@ -113,6 +114,17 @@ def test_another_epsilon_shows():
     x = image(1, 3, 32, 32)
     with torch.no_grad():
         assert relative_l2(logits(fused, x), logits(stock, x)) > 10 * TOLERANCE[x.dtype]
+
+
+def test_the_benchmarks_shapes_are_those_of_timms_models():
+    found = set()
+    for size in ("s0", "s1", "s2", "l"):
+        with torch.device("meta"):
+            model = getattr(efficientformer_v2, f"efficientformerv2_{size}")()
+        for index, stage in enumerate(model.stages):
+            side, mlps = 224 >> (2 + index), [block.mlp for block in stage.blocks]
+            found |= {((side, side), mlp.fc1.conv.in_channels, mlp.fc1.conv.out_channels) for mlp in mlps}
+    assert found == {(shape.grid, shape.channels, shape.hidden) for shape in depthwise_mlp.of_efficientformer_v2()}
 
 
 def test_autocast():
