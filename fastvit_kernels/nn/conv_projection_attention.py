@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit_kernels.nn import fused
+from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.ops.packing import PackedWeights
 
 METHODS = ("dw_bn", "avg", "linear")
@@ -38,7 +38,7 @@ class ConvProjectionAttention(nn.Module):
         backend: runs this module's operators on one backend; None for the usual choice.
 
     Raises:
-        ValueError: an unknown `method`, a `kernel_size` below 1, or `num_heads` does not divide `dim_out`.
+        TypeError, ValueError: an unknown `method`, a `kernel_size` below 1, or `num_heads` does not divide `dim_out`.
 
     Source: Wu et al., "CvT: Introducing Convolutions to Vision Transformers", section 3.2. The softmax scale is
     `dim_out ** -0.5`, as in the official code, whatever the number of heads.
@@ -65,8 +65,10 @@ class ConvProjectionAttention(nn.Module):
         super().__init__()
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        num_heads = checks.as_integer("num_heads", num_heads)
         if num_heads < 1 or dim_out % num_heads:
             raise ValueError(f"num_heads: {num_heads} does not divide dim_out = {dim_out}")
+        kernel_size = checks.as_integer("kernel_size", kernel_size)
         if kernel_size < 1:
             raise ValueError(f"kernel_size: expected at least 1, got {kernel_size}")
         self.method = method
@@ -122,7 +124,7 @@ class ConvProjectionAttention(nn.Module):
             if drops_nothing:
                 return out
         out = self.proj_drop(out)
-        return out if residual is None else residual + out
+        return checks.add_residual(residual, out)
 
     def fusion_obstacles(self, norm: nn.LayerNorm | None = None) -> list[str]:
         """Every reason why `forward`, with this `norm`, would call submodules now instead of the fused operators."""
@@ -153,6 +155,8 @@ class ConvProjectionAttention(nn.Module):
 
     def _project(self, x: Tensor, h: int, w: int, norm: nn.LayerNorm | None) -> tuple[Tensor, ...]:
         prefix = int(self.with_cls_token)
+        channels = checks.input_channels(self._modules["proj_q"])
+        h, w = checks.check_tokens_of_map(x, h, w, channels, prefix)
         branches, obstacles = self._branches(norm)
         if not obstacles:
             return fused.conv_projection(
@@ -164,8 +168,6 @@ class ConvProjectionAttention(nn.Module):
                 packed=self._packed,
                 backend=self.backend,
             )
-        if x.shape[1] != prefix + h * w:
-            raise ValueError(f"x: expected {prefix} + {h} x {w} tokens, got shape {tuple(x.shape)}")
         u = x if norm is None else norm(x)
         cls, tokens = u.split([prefix, h * w], dim=1)
         maps = tokens.transpose(1, 2).unflatten(2, (h, w))

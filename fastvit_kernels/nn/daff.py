@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit_kernels.nn import fused
+from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.nn.fused_depthwise import DepthwiseMLPParts, depthwise_mlp, depthwise_mlp_obstacles
 from fastvit_kernels.ops import class_token
+from fastvit_kernels.ops.arguments import check_grid
 from fastvit_kernels.ops.packing import PackedWeights
 
 # Whose weights are packed: those of the map, and of the class token's gate.
@@ -42,7 +43,8 @@ class DAFF(nn.Module):
         backend: runs this module's operator on one backend; None for the usual choice.
 
     Raises:
-        ValueError: `out_dim` is not `in_dim`, which the class token keeps, or an even `kernel_size`.
+        TypeError, ValueError: an `in_dim` below 4, an `out_dim` that is not `in_dim`, which the class token keeps, or
+            an even `kernel_size`.
 
     Source: Lu et al., "Bridging the Gap Between Vision Transformers and Convolutional Neural Networks on Small
     Datasets", section 3.3.
@@ -52,8 +54,12 @@ class DAFF(nn.Module):
 
     def __init__(self, in_dim: int, hid_dim: int, out_dim: int, kernel_size: int = 3) -> None:
         super().__init__()
+        in_dim = checks.as_integer("in_dim", in_dim)
+        if in_dim < 4:
+            raise ValueError(f"in_dim: expected at least 4, the class token's gate has a quarter of it, got {in_dim}")
         if out_dim != in_dim:
             raise ValueError(f"out_dim: expected in_dim = {in_dim}, which the class token keeps, got {out_dim}")
+        kernel_size = checks.as_integer("kernel_size", kernel_size)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
         # Created in the order of the official module: the same seed gives the same weights.
@@ -90,6 +96,7 @@ class DAFF(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
+        checks.check_tokens(x, checks.input_channels(self._modules["conv1"]))
         grid = self._grid(x) if grid is None else grid
         parts = self._parts(norm)
         if not depthwise_mlp_obstacles(parts):
@@ -110,12 +117,13 @@ class DAFF(nn.Module):
             cls = x[:, :1] if norm is None else norm(x[:, :1])
             out[:, :1].addcmul_(cls.to(out.dtype), self._gate(mean.to(cls.dtype)).to(out.dtype))
             return out
+        grid = check_grid(grid, 1, x)
         cls, patches = (x if norm is None else norm(x)).split([1, grid[0] * grid[1]], dim=1)
         hidden = self.act(self.bn1(self.conv1(patches.transpose(1, 2).unflatten(2, grid))))
         maps = self.bn3(self.conv3(hidden + self.act(self.bn2(self.conv2(hidden)))))
         gated = cls * self._gate(maps.mean((2, 3)))
         out = torch.cat([gated, maps.flatten(2).transpose(1, 2)], dim=1)
-        return out if residual is None else residual + out
+        return checks.add_residual(residual, out)
 
     def fusion_obstacles(self, norm: nn.LayerNorm | None = None) -> list[str]:
         """Every reason why `forward`, with this `norm`, would call submodules now instead of the fused operator."""
@@ -126,7 +134,7 @@ class DAFF(nn.Module):
         self._packed = {name: PackedWeights() for name in OPERATORS} if enabled else None
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
-        side = math.isqrt(max(x.shape[1] - 1, 0)) if x.ndim == 3 else 0
+        side = math.isqrt(max(x.shape[1] - 1, 0))
         if side == 0 or 1 + side * side != x.shape[1]:
             raise ValueError(
                 f"x: expected [B, 1 + H*W, C] with H = W, or the grid beside it, got shape {tuple(x.shape)}"

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_kernels import ops
-from fastvit_kernels.nn import fused
+from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.nn.fused_depthwise import activation_name
+from fastvit_kernels.ops.arguments import check_flag
 from fastvit_kernels.ops.packing import PackedWeights
 
 # Scale and shift of each channel, `[C]` both.
@@ -51,9 +52,13 @@ class DenseConv2d(nn.Conv2d):
         Returns:
             `[B, out_channels, H', W']`.
         """
-        if self._packed is None or torch.is_grad_enabled() or self.fusion_obstacles(act, bn):
+        check_flag("bn_after_activation", bn_after_activation)
+        # PyTorch takes a map without a batch as well.
+        usable = self._packed is not None and isinstance(input, Tensor) and input.ndim == 4
+        if not usable or torch.is_grad_enabled() or self.fusion_obstacles(act, bn):
             maps = _behind(super().forward(_scaled(input, before)), act, bn, bn_after_activation)
             return _scaled(maps, behind)
+        checks.check_map("input", input, self.in_channels)
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None and isinstance(self.padding[0], int)
         in_scale, in_shift = before or (None, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastvit_kernels.nn import fused
+from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.nn.attention_parts import linear
 from fastvit_kernels.ops.packing import PackedWeights
 
@@ -27,9 +27,12 @@ class DenseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[B, in_features]` to `[B, out_features]`; rows of any rank where nothing is fused."""
-        usable = self._packed is not None and input.ndim == 2 and input.device.type == "cpu"
+        usable = (
+            self._packed is not None and isinstance(input, Tensor) and input.ndim == 2 and input.device.type == "cpu"
+        )
         if not usable or torch.is_grad_enabled() or self.fusion_obstacles():
             return super().forward(input)
+        checks.check_rows("input", input, self.in_features)
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         return linear(input.unsqueeze(1), weight, bias, self._packed, self.backend).squeeze(1)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastvit_kernels.nn import checks
+
 
 class DropPath(nn.Module):
     """In training, zeroes a whole sample with probability `drop_prob` and scales the others up to keep the mean.
@@ -28,6 +30,7 @@ class DropPath(nn.Module):
         self.scale_by_keep = scale_by_keep
 
     def forward(self, x: Tensor) -> Tensor:
+        checks.check_any_tensor("x", x)
         if self.drop_prob == 0.0 or not self.training:
             return x
         keep = 1.0 - self.drop_prob

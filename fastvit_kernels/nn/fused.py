@@ -88,12 +88,6 @@ def activation_name(module: nn.Module) -> str | None:
     return None
 
 
-def check_residual_map(residual: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Refuse a residual that is no map of this shape: as rows it might have as many pixels all the same."""
-    if residual is not None and residual.shape != shape:
-        raise ValueError(f"residual: expected shape {tuple(shape)}, got {tuple(residual.shape)}")
-
-
 def conv_projection_attention_obstacles(
     branches: Sequence[Branch], proj: nn.Linear, attn_drop: nn.Module, norm: nn.LayerNorm | None = None
 ) -> list[str]:

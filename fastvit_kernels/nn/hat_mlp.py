@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit_kernels.nn import fused
+from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.nn.fused_depthwise import DepthwiseMLPParts, depthwise_mlp, depthwise_mlp_obstacles
+from fastvit_kernels.ops.arguments import check_flag
 from fastvit_kernels.ops.normalization import group_statistics
 from fastvit_kernels.ops.packing import PackedWeights
 
@@ -55,6 +56,7 @@ class HatMLP(nn.Module):
     ) -> None:
         super().__init__()
         hidden, out = hidden_dim or in_dim, out_dim or in_dim
+        kernel_size = checks.as_integer("kernel_size", kernel_size)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size: expected an odd number, got {kernel_size}")
         padding = kernel_size // 2
@@ -91,11 +93,10 @@ class HatMLP(nn.Module):
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
         parts = self._parts()
-        channels = self.conv1[1].in_channels
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ValueError(f"x: expected a map [B, {channels}, H, W], got shape {tuple(x.shape)}")
+        checks.check_map("x", x, checks.input_channels(self.conv1[1]))
+        check_flag("return_statistics", return_statistics)
         last: Any = self.conv3[0]
-        fused.check_residual_map(residual, (x.shape[0], last.out_channels, *x.shape[2:]))
+        checks.check_residual_shape(residual, (x.shape[0], last.out_channels, *x.shape[2:]))
         drops_nothing = fused.drops_nothing(self.drop)
         if parts is None or depthwise_mlp_obstacles(parts):
             out = self.conv3(self.conv2(self.conv1(x)))

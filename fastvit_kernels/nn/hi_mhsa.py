@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_kernels import ops
-from fastvit_kernels.nn import fused
+from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.nn.attention_parts import attend, linear
 from fastvit_kernels.nn.layer_norm import LayerNorm
 from fastvit_kernels.ops.packing import PackedWeights
@@ -46,7 +46,7 @@ class HIMHSA(nn.Module):
         backend: runs this module's operators on one backend; None for the usual choice.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`.
+        TypeError, ValueError: `num_heads` does not divide `dim`.
 
     Source: Lu et al., "Bridging the Gap Between Vision Transformers and Convolutional Neural Networks on Small
     Datasets", section 3.4.
@@ -64,6 +64,7 @@ class HIMHSA(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        num_heads = checks.as_integer("num_heads", num_heads)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: {num_heads} does not divide dim = {dim}")
         head_dim = dim // num_heads
@@ -94,7 +95,8 @@ class HIMHSA(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
-        if x.ndim != 3 or x.shape[2] != self.dim or x.shape[1] < 1:
+        checks.check_tokens(x, self.dim)
+        if x.shape[1] < 1:
             raise ValueError(f"x: expected [B, N, {self.dim}] tokens, the class token first, got {tuple(x.shape)}")
         if self.fusion_obstacles(norm):
             u = x if norm is None else norm(x)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit_kernels import ops
-from fastvit_kernels.nn import fused
-from fastvit_kernels.ops.arguments import check_integer, compute_dtype
+from fastvit_kernels.nn import checks, fused
+from fastvit_kernels.ops.arguments import check_flag, check_integer, compute_dtype
 from fastvit_kernels.ops.normalization import group_statistics, normalize_by
 from fastvit_kernels.ops.packing import PackedWeights
 from fastvit_kernels.ops.pooling import average_pool
@@ -77,6 +77,7 @@ class HierarchicalAttention(nn.Module):
         pad: str = "none",
     ) -> None:
         super().__init__()
+        head_dim = checks.as_integer("head_dim", head_dim)
         if head_dim < 1 or dim % head_dim:
             raise ValueError(f"head_dim: {head_dim} does not divide dim = {dim}")
         check_integer("grid_size", grid_size, 1)
@@ -127,7 +128,8 @@ class HierarchicalAttention(nn.Module):
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
         self._check(x)
-        fused.check_residual_map(residual, (x.shape[0], self.num_heads * self.head_dim, *x.shape[2:]))
+        check_flag("return_statistics", return_statistics)
+        checks.check_residual_shape(residual, (x.shape[0], self.num_heads * self.head_dim, *x.shape[2:]))
         drops_nothing = fused.drops_nothing(self.drop)
         found = None
         if self.fusion_obstacles():
@@ -181,9 +183,7 @@ class HierarchicalAttention(nn.Module):
             self._fuse(blank, None, None, False)
 
     def _check(self, x: Tensor) -> None:
-        channels = self.num_heads * self.head_dim
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ValueError(f"x: expected a map [B, {channels}, H, W], got shape {tuple(x.shape)}")
+        checks.check_map("x", x, self.num_heads * self.head_dim)
         if self.grid_size > 1 and self.pad == "none":
             height, width = x.shape[2:]
             if height % self.grid_size or width % self.grid_size:

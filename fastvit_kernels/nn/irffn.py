@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit_kernels.nn import fused
+from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.nn.fused_depthwise import DepthwiseMLPParts, depthwise_mlp, depthwise_mlp_obstacles
 from fastvit_kernels.ops.packing import PackedWeights
 
@@ -77,6 +77,7 @@ class IRFFN(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
+        h, w = checks.check_tokens_of_map(x, h, w, checks.input_channels(self._modules["conv1"]))
         parts = self._parts(norm)
         if parts is not None and not depthwise_mlp_obstacles(parts):
             out: Tensor = depthwise_mlp(
@@ -90,13 +91,11 @@ class IRFFN(nn.Module):
                 backend=self.backend,
             )
             return out
-        if x.ndim != 3 or x.shape[1] != h * w:
-            raise ValueError(f"x: expected {h} x {w} tokens, got shape {tuple(x.shape)}")
         maps = (x if norm is None else norm(x)).transpose(1, 2).unflatten(2, (h, w))
         hidden = self.drop(self.conv1(maps))
         hidden = self.proj_bn(self.proj_act(self.proj(hidden) + hidden))
         out = self.drop(self.conv2(hidden).flatten(2).transpose(1, 2))
-        return out if residual is None else residual + out
+        return checks.add_residual(residual, out)
 
     def fusion_obstacles(self, norm: nn.LayerNorm | None = None) -> list[str]:
         """Every reason why `forward`, with this `norm`, would call submodules now instead of the fused operator."""

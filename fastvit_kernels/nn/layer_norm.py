@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastvit_kernels.nn import checks
 from fastvit_kernels.ops.normalization import normalize
 
 
@@ -23,4 +24,5 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=eps, elementwise_affine=elementwise_affine, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        checks.check_any_tensor("x", x)
         return normalize(x, self.weight, self.bias, self.eps, x.dtype)

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastvit_kernels import ops
-from fastvit_kernels.nn import fused
+from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.nn.attention_parts import attend, linear
+from fastvit_kernels.ops.arguments import check_tensor
 from fastvit_kernels.ops.packing import PackedWeights
 
 OPERATORS = ("depthwise_conv", "global_attention", "key", "value")
@@ -43,7 +44,8 @@ class LMHSA(nn.Module):
         backend: runs this module's operators on one backend; None for the usual choice.
 
     Raises:
-        ValueError: `num_heads` does not divide the channels.
+        TypeError, ValueError: `num_heads` does not divide the channels, `qk_ratio` does not divide `dim`, or a ratio
+            that is no positive integer.
 
     Source: Guo et al., "CMT: Convolutional Neural Networks Meet Vision Transformers", section 3.3. There is a batch
     norm behind the convolution, as in the official code, and no LayerNorm.
@@ -63,6 +65,10 @@ class LMHSA(nn.Module):
         sr_ratio: int = 1,
     ) -> None:
         super().__init__()
+        num_heads = checks.as_integer("num_heads", num_heads)
+        qk_ratio, sr_ratio = checks.as_integer("qk_ratio", qk_ratio, 1), checks.as_integer("sr_ratio", sr_ratio, 1)
+        if dim % qk_ratio:
+            raise ValueError(f"qk_ratio: {qk_ratio} does not divide dim = {dim}")
         qk_dim = dim // qk_ratio
         if num_heads < 1 or dim % num_heads or qk_dim % num_heads:
             raise ValueError(f"num_heads: {num_heads} does not divide dim = {dim} and the queries' {qk_dim} channels")
@@ -106,7 +112,7 @@ class LMHSA(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
-        self._check(x, h, w, relative_pos)
+        h, w = self._check(x, h, w, relative_pos)
         drops_nothing = fused.drops_nothing(self.proj_drop)
         if self.fusion_obstacles(norm):
             out = self._compose(x if norm is None else norm(x), h, w, relative_pos)
@@ -115,7 +121,7 @@ class LMHSA(nn.Module):
             if drops_nothing:
                 return out
         out = self.proj_drop(out)
-        return out if residual is None else residual + out
+        return checks.add_residual(residual, out)
 
     def fusion_obstacles(self, norm: nn.LayerNorm | None = None) -> list[str]:
         """Every reason why `forward`, with this `norm`, would call submodules now instead of the fused operator."""
@@ -134,14 +140,14 @@ class LMHSA(nn.Module):
         """Keep the weights in the layout of the CPU kernels between calls (`enabled`), or stop doing so."""
         self._packed = {name: PackedWeights() for name in OPERATORS} if enabled else None
 
-    def _check(self, x: Tensor, h: int, w: int, relative_pos: Tensor) -> None:
-        if x.ndim != 3 or x.shape[1:] != (h * w, self.dim):
-            raise ValueError(f"x: expected [B, {h} * {w}, {self.dim}] tokens, got shape {tuple(x.shape)}")
+    def _check(self, x: Tensor, h: int, w: int, relative_pos: Tensor) -> tuple[int, int]:
+        h, w = checks.check_tokens_of_map(x, h, w, self.dim)
         if h % self.sr_ratio or w % self.sr_ratio:
             raise ValueError(f"h, w: expected multiples of sr_ratio = {self.sr_ratio}, got {h} x {w}")
         expected = (self.num_heads, h * w, h * w // self.sr_ratio**2)
-        if tuple(relative_pos.shape) != expected:
+        if tuple(check_tensor("relative_pos", relative_pos).shape) != expected:
             raise ValueError(f"relative_pos: expected shape {expected} for {h} x {w}, got {tuple(relative_pos.shape)}")
+        return h, w
 
     def _reduction_obstacles(self) -> list[str]:
         sr: Any = self._modules["sr"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastvit_kernels.nn import fused
+from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.ops.packing import PackedWeights
 
 
@@ -35,7 +35,12 @@ class LPU(nn.Conv2d):
         super().__init__(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[B, dim, H, W]`, best in channels-last memory, to the same size, channels-last."""
+        """`[B, dim, H, W]`, best in channels-last memory, to the same size, channels-last.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what came and what was expected.
+        """
+        checks.check_map("input", input, self.in_channels)
         if self.fusion_obstacles():
             return input + super().forward(input)
         height, width = input.shape[2:]

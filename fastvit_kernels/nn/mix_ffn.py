@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit_kernels.nn import fused
+from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.nn.fused_depthwise import DepthwiseMLPParts, depthwise_mlp, depthwise_mlp_obstacles
 from fastvit_kernels.nn.initialisation import initialise
 from fastvit_kernels.ops.packing import PackedWeights
@@ -91,16 +91,15 @@ class MixFFN(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
+        h, w = checks.check_tokens_of_map(x, h, w, checks.input_channels(self._modules["fc1"]))
         parts = self._parts(norm)
         if parts is not None and not depthwise_mlp_obstacles(parts):
             out: Tensor = depthwise_mlp(x, (h, w), parts, residual=residual, packed=self._packed, backend=self.backend)
             return out
-        if x.ndim != 3 or x.shape[1] != h * w:
-            raise ValueError(f"x: expected {h} x {w} tokens, got shape {tuple(x.shape)}")
         hidden = self.fc1(x if norm is None else norm(x))
         hidden = self.dwconv(hidden if self.relu is None else self.relu(hidden), h, w)
         out = self.drop(self.fc2(self.drop(self.act(hidden))))
-        return out if residual is None else residual + out
+        return checks.add_residual(residual, out)
 
     def fusion_obstacles(self, norm: nn.LayerNorm | None = None) -> list[str]:
         """Every reason why `forward`, with this `norm`, would call submodules now instead of the fused operator."""

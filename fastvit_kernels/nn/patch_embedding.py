@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastvit_kernels.nn import fused
+from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.nn.layer_norm import LayerNorm
 from fastvit_kernels.ops.packing import PackedWeights
 
@@ -51,6 +51,7 @@ class PatchEmbedding(nn.Module):
 
         `in_norm` is a LayerNorm of the pixels in front; in inference on prepared weights it is fused.
         """
+        checks.check_map("x", x, checks.input_channels(self._modules["proj"]))
         if in_norm is not None and not self.fuses(in_norm):
             x, in_norm = in_norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), None
         if not self.fusion_obstacles():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fastvit_kernels.nn import fused
+from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.nn.activations import QuickGELU
 from fastvit_kernels.ops.packing import PackedWeights
 
@@ -63,6 +63,7 @@ class PointwiseMLP(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
+        checks.check_rows("x", x, checks.input_channels(self._modules["fc1"]))
         if not self.fusion_obstacles(norm):
             return fused.pointwise_mlp(
                 x,
@@ -76,7 +77,7 @@ class PointwiseMLP(nn.Module):
             )
         hidden = self.drop(self.act(self.fc1(x if norm is None else norm(x))))
         out = self.drop(self.fc2(hidden))
-        return out if residual is None else residual + out
+        return checks.add_residual(residual, out)
 
     def fusion_obstacles(self, norm: nn.LayerNorm | None = None) -> list[str]:
         """Every reason why `forward`, with this `norm`, would call submodules now instead of the fused operator."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit_kernels.nn import fused
+from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.nn.attention_parts import attend
 from fastvit_kernels.nn.fused_spatial_reduction import (
     OPERATORS,
@@ -52,7 +52,7 @@ class SpatialReductionAttention(nn.Module):
         backend: runs this module's operators on one backend; None for the usual choice.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`.
+        TypeError, ValueError: `num_heads` does not divide `dim`, or an `sr_ratio` that is no positive integer.
 
     Source: Wang et al., "Pyramid Vision Transformer", section 3.3; the linear variant is that of Wang et al., "PVT v2:
     Improved Baselines with Pyramid Vision Transformer", section 3.1; Xie et al., "SegFormer", section 3.1.
@@ -73,6 +73,7 @@ class SpatialReductionAttention(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        num_heads, sr_ratio = checks.as_integer("num_heads", num_heads), checks.as_integer("sr_ratio", sr_ratio, 1)
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads: {num_heads} does not divide dim = {dim}")
         self.dim = dim
@@ -110,8 +111,7 @@ class SpatialReductionAttention(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what came and what was expected.
         """
-        if x.ndim != 3 or x.shape[1:] != (h * w, self.dim):
-            raise ValueError(f"x: expected [B, {h} * {w}, {self.dim}] tokens, got shape {tuple(x.shape)}")
+        h, w = checks.check_tokens_of_map(x, h, w, self.dim)
         if min(h, w) < self.sr_ratio:
             raise ValueError(f"h, w: expected at least sr_ratio = {self.sr_ratio}, got {h} x {w}")
         parts = self._parts(norm)
@@ -132,7 +132,7 @@ class SpatialReductionAttention(nn.Module):
             if drops_nothing:
                 return out
         out = self.proj_drop(out)
-        return out if residual is None else residual + out
+        return checks.add_residual(residual, out)
 
     def fusion_obstacles(self, norm: nn.LayerNorm | None = None) -> list[str]:
         """Every reason why `forward`, with this `norm`, would call submodules now instead of the fused operators."""

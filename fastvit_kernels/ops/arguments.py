@@ -139,6 +139,13 @@ def check_grid(grid: object, num_prefix_tokens: int, x: Tensor) -> tuple[int, in
     return height, width
 
 
+def check_flag(name: str, value: object) -> bool:
+    """True or False, and nothing that merely counts as one of them: any word would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return value
+
+
 def check_eps(name: str, value: object) -> float:
     """An epsilon: a number that is not negative."""
     return check_number(name, value, 0.0, math.inf)
@@ -146,7 +153,7 @@ def check_eps(name: str, value: object) -> float:
 
 def check_number(name: str, value: object, least: float, most: float) -> float:
     """A finite real number within these bounds."""
-    if not isinstance(value, (float, int)):
+    if not isinstance(value, (float, int)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     # Not math.isfinite: with dynamic shapes torch.compile traces numbers too, and cannot trace that.
     if not (least <= value <= most and -math.inf < value < math.inf):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit_kernels.ops.arguments import check_eps, check_number
+from fastvit_kernels.ops.arguments import check_eps, check_flag, check_number
 from fastvit_kernels.ops.precision import wide
 
 
@@ -38,6 +38,8 @@ def check_batch_norm(name: str, bn: object) -> BatchNorm:
         raise TypeError(f"{name}: expected a BatchNorm or None, got {type(bn).__name__}")
     if not (type(bn.eps) is float and 0.0 <= bn.eps < math.inf):
         check_eps(f"{name}.eps", bn.eps)
+    if type(bn.training) is not bool:
+        check_flag(f"{name}.training", bn.training)
     if bn.training:
         check_number(f"{name}.momentum", bn.momentum, 0.0, 1.0)
         if (bn.running_mean is None) != (bn.running_var is None):

@@ -39,7 +39,7 @@ from fastvit_kernels.ops.operator import (
     Tensors,
     TwoStepBackend,
 )
-from fastvit_kernels.ops.packing import PackedWeights
+from fastvit_kernels.ops.packing import PackedWeights, check_packed
 
 NAMESPACE = "fastvit"
 Launcher = Callable[[Tensors, Any], Outputs]
@@ -489,6 +489,7 @@ def call(
 
     `begun` is what `statistics_by_kernels` found for this call.
     """
+    check_packed(packed)
     chosen = dispatch.select(operator, tensors, static, backend)
     if chosen.name == "reference":
         outputs = chosen.run(tensors, None, static)

@@ -87,6 +87,13 @@ class PackedWeights:
         return PackedWeights, ()
 
 
+def check_packed(packed: object) -> PackedWeights | None:
+    """The argument `packed` of an operator."""
+    if packed is not None and not isinstance(packed, PackedWeights):
+        raise TypeError(f"packed: expected PackedWeights or None, got {type(packed).__name__}")
+    return packed
+
+
 def _alike(old: Tensor | None, new: Tensor | None) -> bool:
     """Whether two tensors of the same address are the same view: the one that is held keeps the memory its own."""
     if old is None or new is None:

@@ -153,6 +153,18 @@ class TestTraining(Contract):
             ValueError,
             "return_mean: expected False beside return_statistics, got True",
         ),
+        ({"bn_after_activation": "no"}, TypeError, "bn_after_activation: expected a bool, got str"),
+        ({"return_mean": "yes"}, TypeError, "return_mean: expected a bool, got str"),
+        ({"return_statistics": 1}, TypeError, "return_statistics: expected a bool, got int"),
+        ({"norm": "layer", "norm_eps": True}, TypeError, "norm_eps: expected a number, got bool"),
+        ({"inner_residual": False}, ValueError, "inner_residual: expected one of before_activation, .* got False"),
+        ({"bn1": BatchNorm(None, None, None, None, training="no")}, TypeError, "bn1.training: expected a bool, got"),
+        ({"packed": 1}, TypeError, "packed: expected PackedWeights or None, got int"),
+        (
+            {"packed": 1, "bn1": BatchNorm(None, None, None, None, training=True)},
+            TypeError,
+            "packed: expected PackedWeights or None, got int",
+        ),
     ],
 )
 def test_bad_arguments(change, error, message):

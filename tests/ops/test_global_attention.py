@@ -107,6 +107,9 @@ class TestGlobalAttention(Contract, Rejection):
         ({"residual": torch.zeros(2, 5, 16)}, ValueError, r"residual: expected shape \(2, 9, 16\), got \(2, 5, 16\)"),
         ({"residual": torch.zeros(2, 9, 16).double()}, TypeError, "residual: float64 does not go with float32"),
         ({"residual": 1.0}, TypeError, "residual: expected a torch.Tensor, got float"),
+        ({"add_query_input": "no"}, TypeError, "add_query_input: expected a bool, got str"),
+        ({"return_statistics": "no"}, TypeError, "return_statistics: expected a bool, got str"),
+        ({"scale": True}, TypeError, "scale: expected a number, got bool"),
     ],
 )
 def test_bad_arguments(change, error, message):

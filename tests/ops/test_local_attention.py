@@ -297,6 +297,7 @@ _NO_NORM = {f"norm{n}": None for n in ("", "_weight", "_bias", "_eps", "_statist
         ({"proj_bias": torch.zeros(8)}, ValueError, r"proj_bias: expected shape \(16,\), got \(8,\)"),
         ({"residual": torch.zeros(2, 30, 8)}, ValueError, r"residual: expected shape \(2, 30, 16\), got \(2, 30, 8\)"),
         ({"residual": _ROWS.double()}, TypeError, "residual: float64 does not go with float32"),
+        ({"return_statistics": None}, TypeError, "return_statistics: expected a bool, got NoneType"),
     ],
 )
 def test_bad_arguments(change, error, message):

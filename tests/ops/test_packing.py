@@ -38,6 +38,14 @@ def _call(name, precision=inputs.FP32):
     return inputs.tagged(inputs.CASES[name], "smallest")[0].call(precision)
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("packed", [1, True, torch.zeros(3)], ids=["int", "bool", "tensor"])
+def test_anything_else_is_refused(name, packed):
+    call = _call(name)
+    with pytest.raises(TypeError, match=f"packed: expected PackedWeights or None, got {type(packed).__name__}"):
+        call.function(**call.arguments, packed=packed)
+
+
 def _outputs(call, packed=None):
     with torch.no_grad():
         found = call.function(**call.arguments, packed=packed, backend="cpu")

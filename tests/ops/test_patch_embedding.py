@@ -134,6 +134,8 @@ def test_running_statistics_are_those_of_batch_norm(after):
         ),
         ({"padding": -1}, ValueError, "padding: expected an integer of at least 0, got -1"),
         ({"padding": "same"}, TypeError, "padding: expected an integer, got str"),
+        ({"bn_after_activation": "no"}, TypeError, "bn_after_activation: expected a bool, got str"),
+        ({"norm_eps": True}, TypeError, "norm_eps: expected a number, got bool"),
     ],
 )
 def test_bad_arguments(change, error, message):

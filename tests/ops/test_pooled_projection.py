@@ -63,6 +63,7 @@ class TestPooledProjection(Contract, Rejection):
         ({"grid": 7}, ValueError, r"grid: expected \(H, W\), got 7"),
         ({"kernel_size": 0}, ValueError, "kernel_size: expected an integer of at least 1, got 0"),
         ({"kernel_size": (2, 2)}, TypeError, "kernel_size: expected an integer, got tuple"),
+        ({"ceil_mode": "no"}, TypeError, "ceil_mode: expected a bool, got str"),
         ({"kernel_size": 7}, ValueError, "grid: expected sides of at least kernel_size = 7, got 6 x 8"),
         ({"weight": torch.zeros(40, 23)}, ValueError, r"weight: expected shape \(40, 24\), got \(40, 23\)"),
         ({"bias": torch.zeros(41)}, ValueError, r"bias: expected shape \(40,\), got \(41,\)"),

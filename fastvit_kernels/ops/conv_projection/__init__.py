@@ -32,7 +32,7 @@ from fastvit_kernels.ops.conv_projection.reference import (
     reference,
 )
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
-from fastvit_kernels.ops.packing import PackedWeights
+from fastvit_kernels.ops.packing import PackedWeights, check_packed
 
 __all__ = ["BatchNorm", "Projection", "conv_projection"]
 
@@ -156,6 +156,7 @@ def conv_projection(
         compute_dtype(x),
     )
     if training:
+        check_packed(packed)
         _use_batch_statistics(tensors, static, norms, backend)
     q, k, v = library.call(OPERATOR, tensors, static, packed=None if training else packed, backend=backend)
     return q, k, v
@@ -170,8 +171,8 @@ def _tokens(x: Tensor, grid: tuple[int, int] | None, num_prefix_tokens: int) -> 
                 f"num_prefix_tokens: expected 0 beside a [B, C, H, W] map, got {num_prefix_tokens}; "
                 "prefix tokens come with [B, P + H*W, C] tokens and a grid"
             )
-        if grid is not None and tuple(grid) != tuple(x.shape[2:]):
-            raise ValueError(f"grid: expected {tuple(x.shape[2:])} from x's shape, got {tuple(grid)}")
+        if grid is not None and not (isinstance(grid, (tuple, list)) and tuple(grid) == tuple(x.shape[2:])):
+            raise ValueError(f"grid: expected {tuple(x.shape[2:])} from x's shape, got {grid!r}")
         grid = (x.shape[2], x.shape[3])
         x = check_activation_tensor("x", x.permute(0, 2, 3, 1).flatten(1, 2))
     if x.ndim != 3:

@@ -32,7 +32,7 @@ from fastvit_kernels.ops.depthwise_conv.reference import (
     reference,
 )
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
-from fastvit_kernels.ops.packing import PackedWeights
+from fastvit_kernels.ops.packing import PackedWeights, check_packed
 
 __all__ = ["depthwise_conv"]
 
@@ -135,6 +135,7 @@ def depthwise_conv(
         check_residual(residual, (batch, out_height * out_width, channels), x)
     tensors = [x, weight, bias, norm_weight, norm_bias, *batch_norm_tensors(bn, channels, x), residual]
     if bn is not None and training:
+        check_packed(packed)
         count = batch * out_height * out_width
         if count < 2:
             raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")

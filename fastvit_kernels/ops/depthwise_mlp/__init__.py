@@ -12,6 +12,7 @@ from fastvit_kernels.ops.activations import ALL_ACTIVATIONS
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
     check_eps,
+    check_flag,
     check_grid,
     check_norm_kind,
     check_parameter,
@@ -36,7 +37,7 @@ from fastvit_kernels.ops.depthwise_mlp.reference import (
     reference,
 )
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
-from fastvit_kernels.ops.packing import PackedWeights
+from fastvit_kernels.ops.packing import PackedWeights, check_packed
 from fastvit_kernels.ops.precision import wide
 
 __all__ = ["depthwise_mlp"]
@@ -212,7 +213,7 @@ def depthwise_mlp(
     for name, value in (("activation", activation), ("hidden_activation", hidden_activation)):
         if value not in ALL_ACTIVATIONS and not (name == "hidden_activation" and value is None):
             raise ValueError(f"{name}: expected one of {', '.join(ALL_ACTIVATIONS)}, got {value!r}")
-    inner = inner_residual or "none"
+    inner = "none" if inner_residual is None else inner_residual
     if inner not in INNER_RESIDUALS:
         raise ValueError(f"inner_residual: expected one of {', '.join(INNER_RESIDUALS[1:])}, got {inner_residual!r}")
     kind, norm_eps = check_norm_kind(norm, norm_weight, norm_bias, norm_eps, norm_statistics, x)
@@ -224,6 +225,9 @@ def depthwise_mlp(
     check_vectors(("out_norm_weight", "out_norm_bias"), (out_norm_weight, out_norm_bias), out, x)
     if residual is not None:
         check_residual(residual, (*x.shape[:2], out), x)
+    check_flag("bn_after_activation", bn_after_activation)
+    check_flag("return_statistics", return_statistics)
+    check_flag("return_mean", return_mean)
     if return_statistics and return_mean:
         raise ValueError("return_mean: expected False beside return_statistics, got True")
     training = any(bn is not None and bn.training for bn in norms)
@@ -245,7 +249,7 @@ def depthwise_mlp(
         hidden_activation or "none",
         activation,
         inner,
-        bool(bn_after_activation),
+        bn_after_activation,
         [0.0 if bn is None else bn.eps for bn in norms],
         training,
         out_norm_eps,
@@ -255,6 +259,8 @@ def depthwise_mlp(
         "statistics" if return_statistics else "mean" if return_mean else "none",
         compute_dtype(x),
     )
+    if training:
+        check_packed(packed)
     begun = _use_batch_statistics(tensors, static, norms, backend) if training else ()
     packed = None if training else packed
     found, summary = library.call(OPERATOR, tensors, static, packed=packed, backend=backend, begun=begun)

@@ -11,6 +11,7 @@ from fastvit_kernels.ops import library
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
     check_device,
+    check_flag,
     check_integer,
     check_norm_kind,
     check_number,
@@ -148,6 +149,8 @@ def global_attention(
     if channels % num_heads or value_width % num_heads:
         raise ValueError(f"num_heads: {num_heads} does not divide {channels} and {value_width} channels")
     scale = check_number("scale", scale, -math.inf, math.inf)
+    check_flag("add_query_input", add_query_input)
+    check_flag("return_statistics", return_statistics)
     if add_query_input and q.shape[2] != value_width:
         raise ValueError(f"add_query_input: q has {q.shape[2]} channels, the values have {value_width}")
     check_parameter("attn_bias", attn_bias, (num_heads, q.shape[1], k.shape[1]), q, optional=True)
@@ -162,7 +165,7 @@ def global_attention(
         check_residual(residual, (q.shape[0], q.shape[1], out), q)
     tensors = [q, k, v, proj_weight, proj_bias, norm_weight, norm_bias, query_weight, query_bias, attn_bias]
     tensors += [norm_statistics, residual]
-    static = Static(num_heads, scale, kind, norm_eps, bool(add_query_input), bool(return_statistics), compute_dtype(q))
+    static = Static(num_heads, scale, kind, norm_eps, add_query_input, return_statistics, compute_dtype(q))
     result, statistics = library.call(OPERATOR, tensors, static, packed=packed, backend=backend)
     return (result, statistics) if return_statistics else result
 

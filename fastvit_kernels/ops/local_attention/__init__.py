@@ -11,6 +11,7 @@ from fastvit_kernels.ops import library
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
     check_device,
+    check_flag,
     check_integer,
     check_map,
     check_norm_kind,
@@ -169,6 +170,7 @@ def local_attention(
     if channels % num_heads or value_channels % num_heads:
         raise ValueError(f"num_heads: {num_heads} does not divide {channels} and {value_channels} channels")
     scale = check_number("scale", scale, -math.inf, math.inf)
+    check_flag("return_statistics", return_statistics)
     pixels = window_size * window_size
     check_parameter("attn_bias", attn_bias, (num_heads, pixels, pixels), x, optional=True)
     out = value_channels
@@ -183,7 +185,7 @@ def local_attention(
     tensors = [x, k, v, norm_weight, norm_bias, norm_statistics, qkv_weight, qkv_bias, attn_bias]
     tensors += [proj_weight, proj_bias, residual]
     static = Static(
-        kind, norm_eps, height, width, window_size, num_heads, scale, pad, bool(return_statistics), compute_dtype(x)
+        kind, norm_eps, height, width, window_size, num_heads, scale, pad, return_statistics, compute_dtype(x)
     )
     result, statistics = library.call(OPERATOR, tensors, static, packed=packed, backend=backend)
     return (result, statistics) if return_statistics else result

@@ -10,6 +10,7 @@ from fastvit_kernels.ops.activations import ALL_ACTIVATIONS
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
     check_eps,
+    check_flag,
     check_integer,
     check_parameter,
     check_tensor,
@@ -23,7 +24,7 @@ from fastvit_kernels.ops.batch_norm import (
     update_running_statistics,
 )
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
-from fastvit_kernels.ops.packing import PackedWeights
+from fastvit_kernels.ops.packing import PackedWeights, check_packed
 from fastvit_kernels.ops.patch_embedding import native, triton
 from fastvit_kernels.ops.patch_embedding.reference import (
     STATIC_SCHEMA,
@@ -160,6 +161,7 @@ def patch_embedding(
         raise ValueError(f"x: a {kernel} x {kernel} filter is larger than the padded {tuple(x.shape[2:])} map")
     if activation is not None and activation not in ALL_ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ALL_ACTIVATIONS)} or None, got {activation!r}")
+    check_flag("bn_after_activation", bn_after_activation)
     if bn is not None:
         check_batch_norm("bn", bn)
         check_vectors(("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"), bn[:4], out, x)
@@ -174,7 +176,7 @@ def patch_embedding(
         stride,
         padding,
         activation or "none",
-        bool(bn_after_activation),
+        bn_after_activation,
         bn_eps,
         training,
         dtype,
@@ -186,6 +188,7 @@ def patch_embedding(
     tensors += [in_scale, in_shift] if in_norm_eps is None else [in_norm_weight, in_norm_bias]
     tensors += batch_norm_tensors(bn, out, x)
     if bn is not None and training:
+        check_packed(packed)
         height, width = (output_size(size, kernel, static) for size in x.shape[2:])
         count = x.shape[0] * height * width
         if count < 2:

@@ -8,6 +8,7 @@ from fastvit_kernels.ops import library
 from fastvit_kernels.ops.arguments import (
     check_activation_tensor,
     check_eps,
+    check_flag,
     check_integer,
     check_map,
     check_parameter,
@@ -102,6 +103,7 @@ def pooled_projection(
     channels = check_activation_tensor("x", x, 3).shape[2]
     height, width = check_map(grid, x)
     check_integer("kernel_size", kernel_size, 1)
+    check_flag("ceil_mode", ceil_mode)
     if not ceil_mode and min(height, width) < kernel_size:
         raise ValueError(f"grid: expected sides of at least kernel_size = {kernel_size}, got {height} x {width}")
     out = check_tensor("weight", weight, "[C_out, C]").shape[0]
@@ -110,7 +112,7 @@ def pooled_projection(
     in_norm_eps = _check_norm("in_norm", in_norm_weight, in_norm_bias, in_norm_eps, in_norm_statistics, x)
     norm_eps = _check_norm("norm", norm_weight, norm_bias, norm_eps, None, x)
     tensors = [x, in_norm_weight, in_norm_bias, in_norm_statistics, norm_weight, norm_bias, weight, bias]
-    static = Static(in_norm_eps, norm_eps, height, width, kernel_size, bool(ceil_mode), compute_dtype(x))
+    static = Static(in_norm_eps, norm_eps, height, width, kernel_size, ceil_mode, compute_dtype(x))
     return library.call(OPERATOR, tensors, static, packed=packed, backend=backend)[0]
 
 
