@@ -168,6 +168,21 @@ static __attribute__((noinline)) void amx_sums(const AmxOperand& a, const AmxOpe
   if (NV == 2) amx_store<1>(sums + FK_VL, ldo * 4);
 }
 
+// Adds the products of A's parts in registers 4 to 6 with those of one vector of columns: the first parts' to `Large`,
+// the other five to `Small`.
+template <int Large, int Small>
+FK_INLINE void amx_multiply_parts(const char* columns) {
+  amx_load<7>(columns, 64);
+  amx_multiply<Large, 4, 7>();
+  amx_multiply<Small, 5, 7>();
+  amx_multiply<Small, 6, 7>();
+  amx_load<7>(columns + kAmxBlock, 64);
+  amx_multiply<Small, 4, 7>();
+  amx_multiply<Small, 5, 7>();
+  amx_load<7>(columns + 2 * kAmxBlock, 64);
+  amx_multiply<Small, 4, 7>();
+}
+
 // The same from `count` blocks in parts. The small products are summed apart from the large ones: among those each
 // would be rounded as if it were large.
 template <int NV>
@@ -180,27 +195,10 @@ static __attribute__((noinline)) void amx_sums_of_parts(const char* rows, const 
   if (NV == 2) amx_clear<3>();
   for (int64_t i = 0; i < count; ++i, rows += kAmxParts * kAmxBlock, columns += 2 * kAmxParts * kAmxBlock) {
     amx_load<4>(rows, 64);
-    amx_load<7>(columns, 64);
-    amx_multiply<0, 4, 7>();
     amx_load<5>(rows + kAmxBlock, 64);
-    amx_multiply<1, 5, 7>();
     amx_load<6>(rows + 2 * kAmxBlock, 64);
-    amx_multiply<1, 6, 7>();
-    amx_load<7>(columns + kAmxBlock, 64);
-    amx_multiply<1, 4, 7>();
-    amx_multiply<1, 5, 7>();
-    amx_load<7>(columns + 2 * kAmxBlock, 64);
-    amx_multiply<1, 4, 7>();
-    if (NV == 1) continue;
-    amx_load<7>(columns + 3 * kAmxBlock, 64);
-    amx_multiply<2, 4, 7>();
-    amx_multiply<3, 5, 7>();
-    amx_multiply<3, 6, 7>();
-    amx_load<7>(columns + 4 * kAmxBlock, 64);
-    amx_multiply<3, 4, 7>();
-    amx_multiply<3, 5, 7>();
-    amx_load<7>(columns + 5 * kAmxBlock, 64);
-    amx_multiply<3, 4, 7>();
+    amx_multiply_parts<0, 1>(columns);
+    if (NV == 2) amx_multiply_parts<2, 3>(columns + kAmxParts * kAmxBlock);
   }
   amx_store<0>(sums, kPanel * 4);
   amx_store<1>(small, kPanel * 4);
@@ -241,24 +239,23 @@ FK_INLINE void place_tile(const float* sums, int64_t rows, int64_t width, float*
 // Bytes of blocks of A that stay in L2.
 constexpr int64_t kAmxGroup = 768 << 10;
 
-// The block of A whose first row is `row` and whose first value is the k-th.
-template <bool Transposed, class A>
-FK_INLINE void amx_block_at(const A* a, int64_t lda, int64_t row, int64_t rows, int64_t k, int64_t depth, char* block) {
-  amx_block<Transposed>(a + (Transposed ? k / kStep<A> * lda + row * kStep<A> : row * lda + k), lda,
-                        min64(kAmxRows, rows - row), min64(kAmxDepth, depth - k), block);
-}
-
 // Bytes of a block of A with all its parts.
 template <class A>
 constexpr int64_t kAmxRowBlock = (sizeof(A) == 4 ? kAmxParts : 1) * kAmxBlock;
 
-// The blocks of rows [first, last), row after row.
+// The blocks of rows [first, last), row after row. Of 16 rows the first `left_out` blocks keep their place, unmade.
 template <bool Transposed, class A>
 static __attribute__((noinline)) void amx_blocks(const A* a, int64_t lda, int64_t first, int64_t last, int64_t rows,
-                                                 int64_t k, char* blocks) {
-  for (int64_t row = first; row < last; row += kAmxRows)
-    for (int64_t i = 0; i < k; i += kAmxDepth, blocks += kAmxRowBlock<A>)
-      amx_block_at<Transposed>(a, lda, row, rows, i, k, blocks);
+                                                 int64_t k, char* blocks, int64_t left_out = 0) {
+  const int64_t count = ceil_div(k, kAmxDepth);
+  for (int64_t row = first; row < last; row += kAmxRows, blocks += count * kAmxRowBlock<A>) {
+    const int64_t height = min64(kAmxRows, rows - row);
+    for (int64_t i = height == kAmxRows ? left_out : 0; i < count; ++i) {
+      const int64_t at = i * kAmxDepth;
+      amx_block<Transposed>(a + (Transposed ? at / kStep<A> * lda + row * kStep<A> : row * lda + at), lda, height,
+                            min64(kAmxDepth, k - at), blocks + i * kAmxRowBlock<A>);
+    }
+  }
 }
 
 // Asks for the share of tile `t` of `tiles` in what will be read next.
@@ -282,14 +279,8 @@ FK_INLINE void amx_each_tile(const bf16* a, int64_t lda, int64_t rows, const Pan
   const int64_t fetched = w.after ? w.k * kPanel * (int64_t)sizeof(bf16) : 0;
   for (int64_t begin = 0; begin < tiles; begin += group) {
     const int64_t end = min64(begin + group, tiles);
-    if (direct) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t i = rows - t * kAmxRows >= kAmxRows ? whole : 0; i < blocks; ++i)
-          amx_block_at<Transposed>(a, lda, t * kAmxRows, rows, i * kAmxDepth, w.k,
-                                   a_blocks + ((t - begin) * blocks + i) * kAmxBlock);
-    } else if (!made) {
-      amx_blocks<Transposed>(a, lda, begin * kAmxRows, end * kAmxRows, rows, w.k, a_blocks);
-    }
+    if (!made)
+      amx_blocks<Transposed>(a, lda, begin * kAmxRows, end * kAmxRows, rows, w.k, a_blocks, direct ? whole : 0);
     for (int64_t n = 0; n < w.count; ++n) {
       const bf16* panel = w.first + n * w.step;
       const bf16* next = n + 1 < w.count ? panel + w.step : w.after;

@@ -199,7 +199,8 @@ FK_INLINE const char* prepare(const A* a, int64_t lda, int64_t rows, int64_t k, 
 
 // The tiles of A times panels, each seen by `body(panel, row, rows, run)`, where run(out, ldo, accumulate, width)
 // computes it: of its columns the first `width` are wanted. Neither rows nor panels may decide how fp32 is computed
-// where they depend on the number of threads: `counted` are the panels of all threads, or 0 where rows are always few.
+// where they depend on the number of threads: `counted` are the panels of all threads; 0, and no parts, where rows are
+// always few or `prepare` has decided.
 template <bool Transposed, class A, class Body>
 FK_INLINE void each_tile(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, int64_t counted,
                          const char* prepared, Body body) {
