@@ -15,6 +15,7 @@ from fastvit_kernels.bench.suites import (
     depthwise_conv,
     depthwise_mlp,
     dhvt,
+    efficientformer_v2,
     global_attention,
     hat_net,
     head_tokens,
@@ -77,8 +78,8 @@ def _head_tokens(batch: int) -> list[Case]:
 
 
 def _depthwise_mlp(batch: int) -> list[Case]:
-    others = depthwise_mlp.of_efficientformer_v2()
-    shapes = _distinct(hat_net.mlps(), cmt.mlps(), dhvt.mlps(), pvt_v2.mlps(), others)
+    families = (hat_net, cmt, dhvt, pvt_v2, efficientformer_v2)
+    shapes = _distinct(*(family.mlps() for family in families))
     return [depthwise_mlp.case(shape, batch) for shape in shapes]
 
 

@@ -46,16 +46,6 @@ DHVT = Family(
 HAT_NET = Family("silu", "silu", norm="group", bias=False, out_norm=True)
 EFFICIENTFORMER_V2 = Family(hidden_activation="gelu", norm=None, batch_norm=True, residual=False)
 
-# Channels of each stage of timm's models. In the last two stages some blocks have MLPs of a smaller ratio.
-_EFFICIENTFORMER_V2 = {
-    "s0": (32, 48, 96, 176),
-    "s1": (32, 48, 120, 224),
-    "s2": (32, 64, 144, 288),
-    "l": (40, 80, 192, 384),
-}
-_RATIOS = ((4,), (4,), (4, 3), (4, 3))
-_IMAGE = 224
-
 
 class Shape(NamedTuple):
     """The MLPs of one stage."""
@@ -163,18 +153,6 @@ class DepthwiseMLP(OperatorModule):
 
     def _norms(self) -> list[nn.BatchNorm2d]:
         return [bn for bn in self.bns if isinstance(bn, nn.BatchNorm2d)]
-
-
-def of_efficientformer_v2() -> list[Shape]:
-    """Those of timm's efficientformerv2_s0 to efficientformerv2_l: neither norm nor residual is within the MLP."""
-    found = []
-    for size, widths in _EFFICIENTFORMER_V2.items():
-        for index, (channels, ratios) in enumerate(zip(widths, _RATIOS, strict=True)):
-            side = _IMAGE >> (2 + index)
-            for ratio in ratios:
-                name = f"efficientformerv2_{size}-stage{index + 1}" + ("" if ratio == ratios[0] else f"-ratio{ratio}")
-                found.append(Shape(name, EFFICIENTFORMER_V2, (side, side), channels, ratio * channels))
-    return found
 
 
 def case(shape: Shape, batch: int) -> Case:

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from fastvit_kernels.bench import flops, plain_pvt_v2
 from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.suites import depthwise_mlp, patch_embedding, query_attention
-from fastvit_kernels.bench.suites.models import IMAGE, accelerated, images, ours
+from fastvit_kernels.bench.suites.models import accelerated, images, ours
 from fastvit_kernels.bench.suites.transformers_twins import pyramid_twin
+from fastvit_kernels.models import image_size
 
 MODELS = tuple(plain_pvt_v2.VARIANTS)
-# SegFormer's images are larger than a classifier's.
-SIZES = {name: 512 for name in MODELS if name.startswith("segformer")}
 # The order of the stages; results of the first are published under their names.
 PUBLISHED = tuple(dict.fromkeys(("pvt_v2_b2", "mit_b0", *MODELS)))
 
@@ -27,7 +26,7 @@ def cases(name: str, batch: int) -> list[Case]:
 
 def case(name: str, batch: int, size: int | None = None, **overrides: Any) -> Case:
     """A model on square images of `size` pixels; `overrides` of the plain model's sizes."""
-    side = size or SIZES.get(name, IMAGE)
+    side = size or image_size(name)
     sizes = {**plain_pvt_v2.VARIANTS[name], **overrides}
     same = {key: value for key, value in sizes.items() if key in ("depths", "num_classes")}
 
@@ -86,7 +85,7 @@ def _stages() -> list[tuple[str, tuple[int, int], tuple[int, int], Any, Any]]:
         with torch.device("meta"):
             plain = _plain(name, {**plain_pvt_v2.VARIANTS[name], "depths": (1, 1, 1, 1)})
         plain = plain.backbone if isinstance(plain, plain_pvt_v2.SegFormer) else plain
-        grid = (SIZES.get(name, IMAGE),) * 2
+        grid = (image_size(name),) * 2
         for index in range(1, 5):
             embedding, block = getattr(plain, f"patch_embed{index}"), getattr(plain, f"block{index}")[0]
             conv = embedding.proj

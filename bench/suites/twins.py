@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fastvit_kernels.bench.suites import query_attention
+from fastvit_kernels.bench.suites.models import IMAGE
 
-IMAGE = 224
 # Side of the image over the map's, channels, heads, and side of a square that makes one key of the attention to few
 # keys. All blocks of a kind in a stage are alike.
 SVT_SMALL = ((4, 64, 2, 8), (8, 128, 4, 4), (16, 256, 8, 2), (32, 512, 16, 1))

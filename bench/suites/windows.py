@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastvit_kernels.bench.suites import hat_net, twins
 from fastvit_kernels.bench.suites.local_attention import Shape
+from fastvit_kernels.bench.suites.models import IMAGE
 
-IMAGE = 224
 WINDOW = 7
 # Side of the image over the map's, channels and heads of each stage. All blocks without shift of a stage are alike.
 SWIN_TINY = ((4, 96, 3), (8, 192, 6), (16, 384, 12), (32, 768, 24))

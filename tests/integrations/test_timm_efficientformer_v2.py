@@ -26,7 +26,7 @@ from torch import nn
 
 import fastvit_kernels
 from fastvit_kernels import ops
-from fastvit_kernels.bench.suites import depthwise_mlp
+from fastvit_kernels.bench.suites import efficientformer_v2 as published
 from fastvit_kernels.testing import relative_l2
 
 load_timm()
@@ -124,7 +124,7 @@ def test_the_benchmarks_shapes_are_those_of_timms_models():
         for index, stage in enumerate(model.stages):
             side, mlps = 224 >> (2 + index), [block.mlp for block in stage.blocks]
             found |= {((side, side), mlp.fc1.conv.in_channels, mlp.fc1.conv.out_channels) for mlp in mlps}
-    assert found == {(shape.grid, shape.channels, shape.hidden) for shape in depthwise_mlp.of_efficientformer_v2()}
+    assert found == {(shape.grid, shape.channels, shape.hidden) for shape in published.mlps()}
 
 
 def test_autocast():
