@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastvit_kernels.models.checkpoints import Conversion
 from fastvit_kernels.models.cmt_tables import check_tables, resize_tables
 from fastvit_kernels.models.features import FeatureInfo, check_image
-from fastvit_kernels.models.registry import register
+from fastvit_kernels.models.registry import image_size, register
 from fastvit_kernels.nn import IRFFN, LMHSA, LPU, DenseConv2d, DenseLinear, DropPath, LayerNorm, PatchEmbedding
 from fastvit_kernels.nn.dense_conv import convolve
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
@@ -287,24 +287,26 @@ def _build(defaults: dict[str, Any], overrides: dict[str, Any]) -> CMT:
 def cmt_ti(**overrides: Any) -> CMT:
     """CMT-Ti: 9.5 M parameters, 0.6 G multiply-adds at 160 x 160."""
     sizes = {"embed_dims": (46, 92, 184, 368), "depths": (2, 2, 10, 2), "mlp_ratios": (3.6,) * 4}
-    return _build({**sizes, "stem_channel": 16, "img_size": 160}, overrides)
+    return _build({**sizes, "stem_channel": 16, "img_size": image_size("cmt_ti")}, overrides)
 
 
 @register
 def cmt_xs(**overrides: Any) -> CMT:
     """CMT-XS: 15.2 M parameters, 1.5 G multiply-adds at 192 x 192."""
     sizes = {"embed_dims": (52, 104, 208, 416), "depths": (3, 3, 12, 3), "mlp_ratios": (3.77,) * 4}
-    return _build({**sizes, "stem_channel": 16, "img_size": 192}, overrides)
+    return _build({**sizes, "stem_channel": 16, "img_size": image_size("cmt_xs")}, overrides)
 
 
 @register
 def cmt_s(**overrides: Any) -> CMT:
     """CMT-S: 26.3 M parameters, 4.0 G multiply-adds at 224 x 224."""
-    return _build({"embed_dims": (64, 128, 256, 512), "depths": (3, 3, 16, 3), "img_size": 224}, overrides)
+    return _build(
+        {"embed_dims": (64, 128, 256, 512), "depths": (3, 3, 16, 3), "img_size": image_size("cmt_s")}, overrides
+    )
 
 
 @register
 def cmt_b(**overrides: Any) -> CMT:
     """CMT-B: 45.7 M parameters, 9.3 G multiply-adds at 256 x 256."""
     sizes = {"embed_dims": (76, 152, 304, 608), "depths": (4, 4, 20, 4), "stem_channel": 38, "dp": 0.3}
-    return _build({**sizes, "img_size": 256}, overrides)
+    return _build({**sizes, "img_size": image_size("cmt_b")}, overrides)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from fastvit_kernels.ops.arguments import check_integer, check_tensor
+from fastvit_kernels.ops.arguments import check_integer, check_tensor, is_traced
 
 
 def check_any_tensor(name: str, value: object) -> None:
@@ -58,7 +58,7 @@ def check_tokens_of_map(
 
 def as_integer(name: str, value: object, least: int | None = None) -> int:
     """An integer of any class, NumPy's included, which the original modules take as well."""
-    if not isinstance(value, (int, torch.SymInt)) and not _is_traced(value):
+    if not isinstance(value, (int, torch.SymInt)) and not is_traced(value):
         try:
             value = operator.index(value)  # type: ignore[arg-type]
         except TypeError:
@@ -88,10 +88,6 @@ def check_residual_shape(residual: object, shape: tuple[int, ...]) -> None:
         return
     if check_tensor("residual", residual).shape != shape:
         raise ValueError(f"residual: expected shape {tuple(shape)}, got {tuple(residual.shape)}")  # type: ignore[attr-defined]
-
-
-def _is_traced(value: object) -> bool:
-    return isinstance(value, Tensor) and torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
 
 
 def _width(channels: int | None) -> object:

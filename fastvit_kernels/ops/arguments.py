@@ -116,10 +116,14 @@ def check_map(grid: object, x: Tensor) -> tuple[int, int]:
     return height, width
 
 
+def is_traced(value: object) -> bool:
+    """Whether this is a tensor that stands for a number, as `torch.jit.trace` has them."""
+    return isinstance(value, Tensor) and torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+
+
 def check_integer(name: str, value: object, least: int) -> int:
     """A Python integer, or what stands for one while a graph is made, of at least this."""
-    traced = isinstance(value, Tensor) and torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    if not (isinstance(value, (int, torch.SymInt)) or traced) or isinstance(value, bool):
+    if not (isinstance(value, (int, torch.SymInt)) or is_traced(value)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least:  # type: ignore[operator]
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")

@@ -14,6 +14,7 @@ from fastvit_kernels.ops.global_attention import global_attention
 from fastvit_kernels.ops.patch_embedding import patch_embedding
 from fastvit_kernels.ops.pointwise_mlp import pointwise_mlp
 from fastvit_kernels.testing import assert_within_rule
+from fastvit_kernels.testing.contract.execution import assert_same_bits, thread_count
 
 
 def _mlp(backend: str | None) -> Callable[..., Tensor]:
@@ -70,13 +71,7 @@ def test_wide_products(case: str) -> None:
         return torch.autograd.grad(make("reference")(*inputs).square().sum(), inputs)
 
     assert_within_rule(gradients, reference, *(x.detach() for x in tensors))
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 7, 16):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3, 7, 16):
+        with thread_count(threads):
             again = make(None)(*tensors)
-            assert torch.equal(again, found), f"{threads} threads"
-            for one, other in zip(torch.autograd.grad(again.square().sum(), tensors), gradients, strict=True):
-                assert torch.equal(one, other), f"gradients on {threads} threads"
-    finally:
-        torch.set_num_threads(before)
+            assert_same_bits([found, *gradients], [again, *torch.autograd.grad(again.square().sum(), tensors)])

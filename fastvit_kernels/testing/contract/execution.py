@@ -39,7 +39,7 @@ class Execution(ContractBase):
         alone = _with_threads(1, call, backend)
         for threads in (1,) if backend in _OF_PYTORCH else (2, 3, 1):
             again = on_poisoned_memory(partial(_with_threads, threads, call, backend))
-            _assert_same_bits(alone, again)
+            assert_same_bits(alone, again)
 
     def test_gradient_bits_do_not_depend_on_the_thread_count(
         self, case: Case, precision: Precision, backend: str
@@ -52,14 +52,14 @@ class Execution(ContractBase):
         alone = _gradients_with_threads(1, call, backend)
         for threads in (2, 3, 1) if of_kernels else (1,):
             again = on_poisoned_memory(partial(_gradients_with_threads, threads, call, backend))
-            _assert_same_bits(alone, again)
+            assert_same_bits(alone, again)
 
     @on_cases("smallest")
     def test_gradients_repeat_under_deterministic_algorithms(self, case: Case, backend: str) -> None:
-        with _deterministic(), _threads(2):
+        with _deterministic(), thread_count(2):
             first, second = (run(case.call(FP32), backend) for _ in range(2))
-        _assert_same_bits(first.outputs, second.outputs)
-        _assert_same_bits(list(first.gradients.values()), list(second.gradients.values()))
+        assert_same_bits(first.outputs, second.outputs)
+        assert_same_bits(list(first.gradients.values()), list(second.gradients.values()))
 
     @on_cases("smallest")
     def test_threads_do_not_disturb_each_other(self, case: Case, backend: str) -> None:
@@ -85,7 +85,7 @@ class Execution(ContractBase):
             worker.join()
         assert not errors, errors
         for expected_outputs, found in zip(alone, together, strict=True):
-            _assert_same_bits(expected_outputs, found)
+            assert_same_bits(expected_outputs, found)
 
     @on_cases("smallest")
     def test_autocast(self, case: Case, backend: str) -> None:
@@ -105,23 +105,23 @@ class Execution(ContractBase):
         call = case.call(FP64)
         with torch.autocast("cpu", torch.bfloat16):
             inside = run(call, "auto")
-        _assert_same_bits(inside.outputs, run(call, "auto").outputs)
+        assert_same_bits(inside.outputs, run(call, "auto").outputs)
 
     @on_cases("smallest")
     def test_backward_does_not_depend_on_the_autocast_around_it(self, case: Case, backend: str) -> None:
         """The forward fixed the precision; a backward called inside or outside autocast keeps it."""
         for around_forward in (False, True):
             results = [_backward_apart(case.call(FP32), backend, around_forward, inside) for inside in (False, True)]
-            _assert_same_bits(*results)
+            assert_same_bits(*results)
 
 
 def _with_threads(count: int, call: Call, backend: str) -> list[Tensor]:
-    with _threads(count):
+    with thread_count(count):
         return forward(call, backend).outputs
 
 
 def _gradients_with_threads(count: int, call: Call, backend: str) -> list[Tensor | None]:
-    with _threads(count):
+    with thread_count(count):
         return list(run(call, backend).gradients.values())
 
 
@@ -142,7 +142,7 @@ def _backward_apart(call: Call, backend: str, around_forward: bool, around_backw
         return list(torch.autograd.grad(outputs, leaves, cotangents(outputs)))
 
 
-def _assert_same_bits(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> None:
+def assert_same_bits(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> None:
     for index, (a, b) in enumerate(zip(first, second, strict=True)):
         if a is None or b is None:
             assert a is b
@@ -151,7 +151,7 @@ def _assert_same_bits(first: Sequence[Tensor | None], second: Sequence[Tensor | 
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def thread_count(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
