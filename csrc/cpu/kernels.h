@@ -25,6 +25,7 @@ struct fk_linear {
   const float* bias;  // padded with zeros to whole panels
   int64_t n, k;
   int32_t low_precision;  // panels hold bf16 pairs
+  const void* parts;      // the panels once more, split for products in parts; null: not split
 };
 
 struct fk_norm {
@@ -262,6 +263,7 @@ struct fk_pack_linear {
   int64_t step;
   void* panels;
   float* packed_bias;
+  void* parts;  // null: not wanted
 };
 
 // A gradient as partial sums [count], each in panels [ceil(columns / panel)][rows][panel] and `stride` values long.
@@ -533,6 +535,7 @@ struct fk_table {
   int64_t (*scratch_attention_backward)(const struct fk_attention_backward*);
   void (*attention_backward)(const struct fk_attention_backward*, int64_t task, void* scratch);
   void (*pack_panel)(const struct fk_pack_linear*, int64_t panel);
+  int64_t (*part_bytes)(int64_t k);  // of a panel in parts; 0 where products take fp32 as it is
   void (*norm_backward_totals)(const struct fk_norm_backward*, int64_t task);
   void (*norm_backward)(const struct fk_norm_backward*, int64_t task);
   void (*statistics_backward)(const struct fk_statistics_backward*, int64_t task);

@@ -95,11 +95,11 @@ char* Packer::take(int64_t bytes) {
 
 fk_linear Packer::linear(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
                          int64_t taps) {
-  return add({weight, bias, n, k, low_precision, taps, false, 1, nullptr, nullptr});
+  return add({weight, bias, n, k, low_precision, taps, false, 1, nullptr, nullptr, nullptr});
 }
 
 fk_linear Packer::transposed(const fk_array& weight, int64_t n, int64_t k, bool low_precision, int64_t step) {
-  return add({weight, absent(), n, k, low_precision, 1, true, step, nullptr, nullptr});
+  return add({weight, absent(), n, k, low_precision, 1, true, step, nullptr, nullptr, nullptr});
 }
 
 fk_linear Packer::add(fk_pack_linear linear) {
@@ -107,8 +107,10 @@ fk_linear Packer::add(fk_pack_linear linear) {
   const int64_t depth = linear.low_precision ? (linear.k + 1) / 2 * 2 : linear.k;
   linear.panels = take(panels * panel * depth * (linear.low_precision ? 2 : 4));
   linear.packed_bias = reinterpret_cast<float*>(take(panels * panel * 4));
+  const int64_t parts = splits_ && !linear.low_precision ? panels * kernels().part_bytes(linear.k) : 0;
+  if (parts) linear.parts = take(parts);
   if (fills_) linears_.push_back(linear);
-  return {linear.panels, linear.packed_bias, linear.n, linear.k, linear.low_precision};
+  return {linear.panels, linear.packed_bias, linear.n, linear.k, linear.low_precision, linear.parts};
 }
 
 fk_linear Packer::folded(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,

@@ -44,7 +44,9 @@ struct Affine {
 // (null base), then to get pointers and, where the block is new, the list of what is to be filled in.
 class Packer {
  public:
-  explicit Packer(char* base, bool fills) : base_(base), fills_(fills) {}
+  // `splits`: fp32 weights are split into parts as well, where products are made of those. That saves doing so in every
+  // product, and takes two and a half times the memory.
+  Packer(char* base, bool fills, bool splits) : base_(base), fills_(fills), splits_(splits) {}
 
   fk_linear linear(const fk_array& weight, const fk_array& bias, int64_t n, int64_t k, bool low_precision,
                    int64_t taps = 1);
@@ -77,7 +79,7 @@ class Packer {
   fk_linear add(fk_pack_linear linear);
   char* take(int64_t bytes);
   char* base_;
-  bool fills_;
+  bool fills_, splits_;
   int64_t used_ = 64;
 
   struct Vector {
@@ -135,15 +137,15 @@ void stamp(char* block, uint64_t fingerprint);
 // The block for this call: `packed` when it fits, else a new one. `describe(packer)` lays out the weights and keeps the
 // pointers it gets; those of its last run are valid while the block lives.
 template <class Describe>
-Tensor pack(const std::optional<Tensor>& packed, uint64_t mark, const Describe& describe) {
-  Packer measure(nullptr, false);
+Tensor pack(const std::optional<Tensor>& packed, uint64_t mark, const Describe& describe, bool splits = false) {
+  Packer measure(nullptr, false, splits);
   describe(measure);
   const bool reuse = carries(packed, mark);
   STD_TORCH_CHECK(!reuse || packed->numel() == measure.bytes(),
                   "packed: damaged, its size does not go with its weights");
   Tensor block = reuse ? *packed : empty({measure.bytes()}, ScalarType::Byte);
   char* base = static_cast<char*>(block.mutable_data_ptr());
-  Packer packer(base, !reuse);
+  Packer packer(base, !reuse, splits);
   describe(packer);
   if (!reuse) {
     prefer_large_pages(base, measure.bytes());
@@ -156,7 +158,7 @@ Tensor pack(const std::optional<Tensor>& packed, uint64_t mark, const Describe& 
 // The block for this call alone, as a backward has it: its weights change from call to call.
 template <class Describe>
 Tensor pack_once(const Describe& describe) {
-  return pack(std::nullopt, 0, describe);
+  return pack(std::nullopt, 0, describe, true);
 }
 
 // The norm in front of an operator; absent affine parameters become ones and zeros.

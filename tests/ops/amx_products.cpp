@@ -34,7 +34,7 @@ void draw_value(float& value) { value = ldexpf((float)draw(-0xffffff, 0xffffff),
 void nan_value(bf16& value) { value = 0x7fc0; }
 void nan_value(float& value) { value = NAN; }
 
-int in_parts = 0, made_ready = 0;
+int in_parts = 0, made_ready = 0, split_ahead = 0, as_they_lie = 0;
 
 // Of a large one not all blocks of A fit into the memory that is meant for them at once.
 template <class A, bool Transposed>
@@ -43,17 +43,20 @@ bool check(bool large) {
   const int64_t rows = large ? draw(150, 180) : draw(1, 200), k = pair * (large ? 1250 : draw(1, 150 / pair));
   const int64_t count = large ? 5 : draw(1, 8), width = draw(1, count * kPanel);
   const int64_t lda = Transposed ? pair * (rows + draw(0, 9)) : k + pair * draw(0, 9);
-  const int64_t step = k * kPanel + 64 * draw(0, 3), ldo = count * kPanel + draw(0, 20);
+  // Panels of fp32 may be rows as they lie.
+  const bool lies = sizeof(A) == 4 && draw(0, 2) == 0;
+  const int64_t ldb = lies ? count * kPanel + draw(0, 20) : kPanel;
+  const int64_t step = lies ? kPanel : k * kPanel + 64 * draw(0, 3), ldo = count * kPanel + draw(0, 20);
   const bool accumulate = draw(0, 1), fetches = draw(0, 1), extreme = sizeof(A) == 4 && draw(0, 3) == 0;
   A nan;
   nan_value(nan);
   std::vector<A> a(Transposed ? (k / pair - 1) * lda + pair * rows : (rows - 1) * lda + k, nan);
-  std::vector<A> panels((count - 1) * step + k * kPanel, nan);
+  std::vector<A> panels((count - 1) * step + (k - 1) * ldb + kPanel, nan);
   const auto a_at = [&](int64_t row, int64_t i) -> A& {
     return Transposed ? a[i / pair * lda + pair * row + i % pair] : a[row * lda + i];
   };
   const auto panel_at = [&](int64_t i, int64_t column) -> A& {
-    return panels[column / kPanel * step + i / pair * pair * kPanel + pair * (column % kPanel) + i % pair];
+    return panels[column / kPanel * step + i / pair * pair * ldb + pair * (column % kPanel) + i % pair];
   };
   for (int64_t i = 0; i < k; ++i) {
     for (int64_t row = 0; row < rows; ++row) draw_value(a_at(row, i));
@@ -76,8 +79,21 @@ bool check(bool large) {
   std::vector<float> out((rows - 1) * ldo + count * kPanel);
   for (float& value : out) value = (float)draw(-99, 99);
   const std::vector<float> before = out;
-  const Panels<A> w = {panels.data(), step, count, k, fetches ? panels.data() : nullptr};
-  if constexpr (sizeof(A) == 4) in_parts += amx_pays(w.count, w.k);
+  Panels<A> w = {panels.data(), step, count, k, fetches && !lies ? panels.data() : nullptr};
+  w.row = ldb;
+  std::unique_ptr<char, void (*)(void*)> parts(nullptr, free);
+  if constexpr (sizeof(A) == 4) {
+    if (draw(0, 2) == 0) {
+      w.parts_step = ceil_div(k, kAmxDepth) * kAmxPanelBlock;
+      parts.reset((char*)aligned_alloc(64, (size_t)(count * w.parts_step)));
+      w.parts = parts.get();
+      for (int64_t n = 0; n < count; ++n)
+        amx_panel_blocks(panels.data() + n * step, ldb, k, parts.get() + n * w.parts_step);
+    }
+    in_parts += amx_pays(w.count, w.k, w.parts);
+    split_ahead += w.parts && amx_pays(w.count, w.k, true);
+    as_they_lie += lies && amx_pays(w.count, w.k, w.parts);
+  }
   amx_acquire();
   const std::unique_ptr<char, void (*)(void*)> memory(
       (char*)aligned_alloc(64, (size_t)max64(64, prepared_bytes<A>(rows, k))), free);
@@ -122,6 +138,8 @@ int main() {
         !check<float, true>(large))
       return 1;
   }
-  const bool some = 40 < in_parts && in_parts < 500 && 100 < made_ready && made_ready < 500;
+  const bool some =
+      40 < in_parts && in_parts < 500 && 100 < made_ready && made_ready < 500 && 20 < split_ahead && 20 < as_they_lie;
+  if (!some) printf("%d, %d, %d, %d\n", in_parts, made_ready, split_ahead, as_they_lie);
   printf("%d products, in parts or prepared: %s\n", done, some ? "some" : "too few or all");
 }

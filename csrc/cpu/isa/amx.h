@@ -70,6 +70,8 @@ FK_INLINE void amx_block(const bf16* a, int64_t lda, int64_t rows, int64_t depth
 // Three numbers in the upper halves of their lanes, whose sum is the one that was split: each part but the last is
 // rounded to nearest.
 constexpr int kAmxParts = 3, kAmxPartProducts = 6;
+// Bytes of a panel's 32 values of K.
+constexpr int64_t kAmxPanelBlock = kPanel / FK_VL * kAmxParts * kAmxBlock;
 struct AmxParts {
   __m512i part[kAmxParts];
 };
@@ -113,16 +115,16 @@ FK_INLINE void amx_block(const float* a, int64_t lda, int64_t rows, int64_t dept
 }
 
 // One vector of a panel's columns as a block in parts.
-FK_INLINE void amx_panel_block(const float* panel, int64_t depth, char* block) {
-  const auto row = [&](int64_t k) { return k < depth ? _mm512_loadu_ps(panel + k * kPanel) : _mm512_setzero_ps(); };
+FK_INLINE void amx_panel_block(const float* panel, int64_t ldb, int64_t depth, char* block) {
+  const auto row = [&](int64_t k) { return k < depth ? _mm512_loadu_ps(panel + k * ldb) : _mm512_setzero_ps(); };
   for (int64_t k = 0; k < FK_VL; ++k) amx_store_parts(row(k), row(k + FK_VL), block + k * 64);
 }
 
 // A panel in parts: for each 32 values of K, one vector of columns behind the other.
-static __attribute__((noinline)) void amx_panel_blocks(const float* panel, int64_t k, char* blocks) {
+static __attribute__((noinline)) void amx_panel_blocks(const float* panel, int64_t ldb, int64_t k, char* blocks) {
   for (int64_t i = 0; i < k; i += kAmxDepth)
     for (int64_t j = 0; j < kPanel; j += FK_VL, blocks += kAmxParts * kAmxBlock)
-      amx_panel_block(panel + i * kPanel + j, k - i, blocks);
+      amx_panel_block(panel + i * ldb + j, ldb, k - i, blocks);
 }
 
 // A block of a panel, as A's.
@@ -315,19 +317,20 @@ FK_INLINE void amx_each_tile(const bf16* a, int64_t lda, int64_t rows, const Pan
 template <bool Transposed, class Body>
 FK_INLINE void amx_each_tile(const float* a, int64_t lda, int64_t rows, const Panels<float>& w, const char* made,
                              Body body) {
-  constexpr int64_t a_block = kAmxRowBlock<float>, panel_block = 2 * a_block;
+  constexpr int64_t a_block = kAmxRowBlock<float>;
   const int64_t blocks = ceil_div(w.k, kAmxDepth), tiles = ceil_div(rows, kAmxRows);
   const int64_t group = made ? tiles : min64(tiles, max64(1, kAmxGroup / (blocks * a_block)));
-  char* const columns = (char*)fk_block_memory(blocks * (panel_block + (made ? 0 : group * a_block)));
-  char* const a_blocks = columns + blocks * panel_block;
-  const int64_t fetched = w.after ? w.k * kPanel * (int64_t)sizeof(float) : 0;
+  char* const own_columns = (char*)fk_block_memory(blocks * (kAmxPanelBlock + (made ? 0 : group * a_block)));
+  char* const a_blocks = own_columns + blocks * kAmxPanelBlock;
+  const int64_t fetched = w.after && !w.parts ? w.k * kPanel * (int64_t)sizeof(float) : 0;
   for (int64_t begin = 0; begin < tiles; begin += group) {
     const int64_t end = min64(begin + group, tiles);
     if (!made) amx_blocks<Transposed>(a, lda, begin * kAmxRows, end * kAmxRows, rows, w.k, a_blocks);
     for (int64_t n = 0; n < w.count; ++n) {
       const float* panel = w.first + n * w.step;
       const float* next = n + 1 < w.count ? panel + w.step : w.after;
-      amx_panel_blocks(panel, w.k, columns);
+      const char* columns = w.parts ? w.parts + n * w.parts_step : own_columns;
+      if (!w.parts) amx_panel_blocks(panel, w.row, w.k, own_columns);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t row = t * kAmxRows, height = min64(kAmxRows, rows - row);
         amx_fetch(next, fetched, t - begin, end - begin);
@@ -343,7 +346,7 @@ FK_INLINE void amx_each_tile(const float* a, int64_t lda, int64_t rows, const Pa
           const Ahead nothing = {(const char*)panel, 0};
           for (int64_t i = 0; i < height; ++i)
             if (doubtful >> i & 1)
-              tile<Transposed>(1, a + (row + i) * (Transposed ? 1 : lda), lda, panel, w.k, out + i * ldo, ldo,
+              tile<Transposed>(1, a + (row + i) * (Transposed ? 1 : lda), lda, panel, w.row, w.k, out + i * ldo, ldo,
                                accumulate, nothing, width);
             else
               place_tile(sums + i * kPanel, 1, width, out + i * ldo, ldo, accumulate);
@@ -354,12 +357,14 @@ FK_INLINE void amx_each_tile(const float* a, int64_t lda, int64_t rows, const Pa
 }
 
 // Whether products of fp32 are made in parts: where that takes fewer cycles, of products of blocks, of placing their
-// sums and of making blocks, than the vectors' multiply-adds, if a task has a hundred rows. How many it has depends on
-// the number of threads, and results must not. A close call is the vectors', whose operands take less of the cache.
-FK_INLINE bool amx_pays(int64_t panels, int64_t k) {
+// sums and of making blocks (of panels only where they are not `split`), than the vectors' multiply-adds, if a task has
+// a hundred rows. How many it has depends on the number of threads, and results must not. A close call is the vectors',
+// whose operands take less of the cache.
+FK_INLINE bool amx_pays(int64_t panels, int64_t k, bool split = false) {
   constexpr int64_t rows = 96, tiles = rows / kAmxRows;
   const int64_t blocks = ceil_div(k, kAmxDepth);
-  const int64_t products = tiles * panels * (250 * blocks + 120), making = (tiles * 300 + panels * 500) * blocks;
+  const int64_t products = tiles * panels * (250 * blocks + 120),
+                making = (tiles * 300 + (split ? 0 : panels * 500)) * blocks;
   return 11 * (products + making) < 10 * rows * panels * k;
 }
 

@@ -31,8 +31,8 @@ FK_INLINE void prepare_stack(const struct fk_depthwise_mlp_backward& p, const Ml
       take_grad_row(p, grad + pixel * p.out, out, m.grad + row * m.ldg);
     }
   }
-  if (p.wants_expand) panels_of_rows(m.normed, m.lda, images * pixels, channels, m.depth, m.normed_panels);
-  if (p.wants_project) panels_of_rows(m.grad, m.ldg, images * pixels, out, m.depth, m.grad_panels);
+  if (p.wants_expand) fill_panels(p, m.normed_panels, images, back_band);
+  if (p.wants_project) fill_panels(p, m.grad_panels, images, front_band);
   clear_border(p, m.hidden, m.bordered, images);
   clear_border(p, m.filtered_grad, m.bordered, images);
 }
@@ -62,11 +62,10 @@ template <class A, fk_activation Activation>
 static __attribute__((noinline)) void expand_rows(const MlpChunk<A>& c, int64_t from, int64_t to) {
   const struct fk_depthwise_mlp_backward& p = c.p;
   const MlpMaps<A>& m = c.m;
-  const int64_t line = mlp_line(p), reach = p.kernel / 2, depth = round_up(p.channels, kStep<A>);
+  const int64_t line = mlp_line(p), reach = p.kernel / 2;
   const int64_t first = c.column / kPanel, last = first + c.channels / kPanel;
-  const A* panels = (const A*)p.expand.panels;
-  product(m.normed + from * p.width * m.lda, m.lda, (to - from) * p.width, panels, p.channels, first, last,
-          panels + first * depth * kPanel, [&](int64_t row, int64_t height, int64_t n, const float* tile) {
+  product(m.normed + from * p.width * m.lda, m.lda, (to - from) * p.width, p.expand, first, last,
+          [&](int64_t row, int64_t height, int64_t n, const float* tile) {
             for (int j = 0; j < FK_NV; ++j) {
               const int64_t at = n + j * FK_VL, plane = (at - c.column) / FK_VL;
               const vf bias = load(p.expand.bias + at);
@@ -114,14 +113,13 @@ FK_INLINE int64_t middle_origin(const MlpChunk<A>& c, int64_t from) {
 template <class A>
 static __attribute__((noinline)) void project_back_rows(const MlpChunk<A>& c, int64_t from, int64_t to) {
   const struct fk_depthwise_mlp_backward& p = c.p;
-  const int64_t depth = round_up(p.out, kStep<A>), pixels = (to - from) * p.width;
-  const A* panels = (const A*)p.project_back.panels + c.column * depth;
+  const int64_t first = c.column / kPanel, last = first + c.channels / kPanel;
   const A* rows = c.m.grad + from * p.width * c.m.ldg;
   float* out = c.m.middle_grad + (from * p.width - middle_origin(c, from)) * FK_VL;
-  product(rows, c.m.ldg, pixels, panels, p.out, 0, c.channels / kPanel, panels,
+  product(rows, c.m.ldg, (to - from) * p.width, p.project_back, first, last,
           [&](int64_t row, int64_t height, int64_t n, const float* tile) {
             for (int j = 0; j < FK_NV; ++j) {
-              float* to = out + (n / FK_VL + j) * c.m.middle + row * FK_VL;
+              float* to = out + ((n - c.column) / FK_VL + j) * c.m.middle + row * FK_VL;
               for (int64_t i = 0; i < height; ++i) store(to + i * FK_VL, load(tile + i * kPanel + j * FK_VL));
             }
           });
@@ -390,19 +388,18 @@ static __attribute__((noinline)) void finish_norm1(const MlpChunk<A>& c, int64_t
   }
 }
 
-// sums[channel][n] += rows[pixel][channel] * panels[pixel][n] over rows [from, to) of the map.
+// sums[channel][n] += rows[pixel][channel] * panels[pixel][n] over a band's rows of the map.
 template <class A>
-FK_INLINE void sum_over_pixels(const MlpChunk<A>& c, const float* rows, const A* panels, int64_t columns, float* sums,
-                               int64_t from, int64_t to) {
+FK_INLINE void sum_over_pixels(const MlpChunk<A>& c, const float* rows, const MlpPanels<A>& panels, float* sums,
+                               int64_t band, BlockRange of) {
   const struct fk_depthwise_mlp_backward& p = c.p;
-  const int64_t begin = from * p.width, pixels = (to - from) * p.width, even = round_up(pixels, kStep<A>);
-  const int64_t depth = c.m.depth, padded = round_up(columns, kPanel);
+  const int64_t pixels = (of.last - of.first) * p.width, padded = panels.panels * kPanel;
   const A* operand;
   int64_t stride = c.b.stride;
 #if FK_NATIVE_BF16
   if constexpr (sizeof(A) == 2) {
     stride *= 2;
-    for (int64_t i = 0; i < even; i += 2)
+    for (int64_t i = 0; i < pixels; i += 2)
       for (int64_t at = 0; at < c.channels; at += FK_VL) {
         const vf high = i + 1 < pixels ? load(rows + (i + 1) * c.b.stride + at) : splat(0.0f);
         *(vu*)(c.b.pairs + i / 2 * stride + 2 * at) = pair_bf16(load(rows + i * c.b.stride + at), high);
@@ -412,19 +409,19 @@ FK_INLINE void sum_over_pixels(const MlpChunk<A>& c, const float* rows, const A*
 #endif
   if constexpr (sizeof(A) == 4) operand = rows;
   float* to_sums = sums + (c.group * p.rows + c.column - p.first) * padded;
-  const Panels<A> w = {panels + begin * kPanel, depth * kPanel, padded / kPanel, even, nullptr};
+  const Panels<A> w = MlpPanels<A>::of(panels, band, of.first * p.width, pixels);
   products<true>(operand, stride, min64(c.channels, p.first + p.rows - c.column), w, to_sums, padded, kPanel,
-                 !c.first_stack || from > 0);
+                 !c.first_stack || of.first > 0);
 }
 
 // Gradients of the first linear: of its weight, and of its input.
 template <class A>
-static __attribute__((noinline)) void expand_grad_rows(const MlpChunk<A>& c, int64_t from, int64_t to) {
+static __attribute__((noinline)) void expand_grad_rows(const MlpChunk<A>& c, int64_t band) {
   const struct fk_depthwise_mlp_backward& p = c.p;
-  if (p.wants_expand) sum_over_pixels(c, c.b.grad, c.m.normed_panels, p.channels, p.expand_sums, from, to);
+  const BlockRange back = back_band(p, c.rows, band);
+  if (p.wants_expand) sum_over_pixels(c, c.b.grad, c.m.normed_panels, p.expand_sums, band, back);
   if (!p.wants_input) return;
-  const int64_t pixels = (to - from) * p.width, padded = round_up(p.channels, kPanel);
-  const int64_t depth = round_up(p.expand_back.k, kStep<A>), k = min64(c.channels, depth - c.column);
+  const int64_t pixels = (back.last - back.first) * p.width, padded = round_up(p.channels, kPanel);
   const A* rows;
 #if FK_NATIVE_BF16
   if constexpr (sizeof(A) == 2) {
@@ -435,16 +432,18 @@ static __attribute__((noinline)) void expand_grad_rows(const MlpChunk<A>& c, int
   }
 #endif
   if constexpr (sizeof(A) == 4) rows = c.b.grad;
-  float* out = p.normed_grad + ((c.slice * p.batch + c.image) * p.height * p.width + from * p.width) * padded;
-  const Panels<A> w = {(const A*)p.expand_back.panels + c.column * kPanel, depth * kPanel, padded / kPanel, k, nullptr};
+  float* out = p.normed_grad + ((c.slice * p.batch + c.image) * p.height * p.width + back.first * p.width) * padded;
+  const Panels<A> w = panels_of<A>(p.expand_back, 0, padded / kPanel, c.column, c.channels);
   products(rows, c.b.stride, pixels, w, out, padded, kPanel, !c.first_chunk);
 }
 
 template <class A, int Kernel>
-FK_INLINE void front_rows(const MlpChunk<A>& c, int64_t from, int64_t to) {
-  project_back_rows(c, from, to);
-  with_activation(c.p.activation, [&](auto activation) { middle_rows<A, Kernel, activation.value>(c, from, to); });
-  if (c.p.wants_project) sum_over_pixels(c, c.b.middle, c.m.grad_panels, c.p.out, c.p.project_sums, from, to);
+FK_INLINE void front_rows(const MlpChunk<A>& c, int64_t band) {
+  const BlockRange front = front_band(c.p, c.rows, band);
+  project_back_rows(c, front.first, front.last);
+  with_activation(c.p.activation,
+                  [&](auto activation) { middle_rows<A, Kernel, activation.value>(c, front.first, front.last); });
+  if (c.p.wants_project) sum_over_pixels(c, c.b.middle, c.m.grad_panels, c.p.project_sums, band, front);
 }
 
 template <class A>
@@ -462,21 +461,19 @@ FK_INLINE void expand_rows(const MlpChunk<A>& c, int64_t from, int64_t to) {
 template <class A, int Kernel>
 FK_INLINE void whole_chunk(const MlpChunk<A>& c) {
   const struct fk_depthwise_mlp_backward& p = c.p;
-  const int64_t lead = mlp_lead(p), reach = p.kernel / 2;
-  int64_t expanded = 0, middle = 0;
-  for (int64_t from = 0, to; from < c.rows; from = to) {
-    to = min64(c.rows, from + p.rows_per_band);
-    const int64_t next_middle = min64(c.rows, to + lead), next_expanded = min64(c.rows, next_middle + reach);
-    expand_rows(c, expanded, next_expanded);
-    expanded = next_expanded;
-    if (middle < next_middle) {
-      front_rows<A, Kernel>(c, middle, next_middle);
-      if (p.wants_filter) filter_grad_rows<A, Kernel>(c, middle, next_middle);
-      middle = next_middle;
+  int64_t expanded = 0;
+  for (int64_t band = 0; band < band_count(p, c.rows); ++band) {
+    const BlockRange front = front_band(p, c.rows, band), back = back_band(p, c.rows, band);
+    const int64_t next = min64(c.rows, front.last + p.kernel / 2);
+    expand_rows(c, expanded, next);
+    expanded = next;
+    if (front.first < front.last) {
+      front_rows<A, Kernel>(c, band);
+      if (p.wants_filter) filter_grad_rows<A, Kernel>(c, front.first, front.last);
     }
     if (!p.wants_hidden) continue;
-    back_rows<A, Kernel>(c, from, to);
-    expand_grad_rows(c, from, to);
+    back_rows<A, Kernel>(c, back.first, back.last);
+    expand_grad_rows(c, band);
   }
 }
 
@@ -486,13 +483,14 @@ FK_INLINE void chunk_step(const MlpChunk<A>& c, int64_t step) {
   const struct fk_depthwise_mlp_backward& p = c.p;
   const int64_t reach = p.kernel / 2;
   int64_t expanded = 0, finished = 0;
-  for (int64_t from = 0, to; from < c.rows; from = to) {
-    to = min64(c.rows, from + p.rows_per_band);
+  for (int64_t band = 0; band < band_count(p, c.rows); ++band) {
+    const BlockRange back = back_band(p, c.rows, band);
+    const int64_t from = back.first, to = back.last;
     if (step == 0) {
       const int64_t next = min64(c.rows, to + reach);
       expand_rows(c, expanded, next);
       expanded = next;
-      front_rows<A, Kernel>(c, from, to);
+      front_rows<A, Kernel>(c, band);
     } else if (step == 1) {
       const int64_t next = min64(c.rows, to + reach);
       if (p.norm2.mean || p.norms_after_activation) finish_norm2(c, finished, next);
@@ -501,7 +499,7 @@ FK_INLINE void chunk_step(const MlpChunk<A>& c, int64_t step) {
       if (p.wants_hidden) back_rows<A, Kernel>(c, from, to);
     } else if (p.wants_hidden) {
       finish_norm1(c, from, to);
-      expand_grad_rows(c, from, to);
+      expand_grad_rows(c, band);
     }
   }
 }
@@ -563,11 +561,11 @@ FK_INLINE void backward_step(const struct fk_depthwise_mlp_backward& p, int64_t 
 }
 
 int64_t store_depthwise_mlp_backward(const struct fk_depthwise_mlp_backward* p) {
-  return mlp_maps<float>(*p, nullptr).bytes;
+  return max64(mlp_maps<float>(*p, nullptr).bytes, mlp_maps<bf16>(*p, nullptr).bytes);
 }
 
 int64_t scratch_depthwise_mlp_backward(const struct fk_depthwise_mlp_backward* p) {
-  return (p->stores ? 0 : mlp_maps<float>(*p, nullptr).bytes) + mlp_band_buffers<float>(*p, nullptr).bytes +
+  return (p->stores ? 0 : store_depthwise_mlp_backward(p)) + mlp_band_buffers<float>(*p, nullptr).bytes +
          mlp_band_buffers<bf16>(*p, nullptr).bytes;
 }
 

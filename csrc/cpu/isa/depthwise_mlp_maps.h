@@ -2,9 +2,9 @@
 // lie, and sums over their pixels.
 #pragma once
 
-#include "backward.h"
 #include "channel_norm.h"
 #include "depthwise_mlp.h"
+#include "depthwise_mlp_bands.h"
 
 namespace {
 
@@ -12,15 +12,16 @@ namespace {
 // filter reaches around every image, which neighbours share, or dense.
 template <class A>
 struct MlpMaps {
-  A *normed, *normed_panels;      // [H * W][lda]: normalised x; the same as panels of a product that sums over pixels
-  A *grad, *grad_panels;          // [H * W][ldg]: gradient of the second linear's result
+  A* normed;  // [H * W][lda]: normalised x
+  A* grad;    // [H * W][ldg]: gradient of the second linear's result
+  // The same as panels of a product that sums over a band's pixels, see `MlpPanels`.
+  MlpPanels<A> normed_panels, grad_panels;
   float *hidden, *filtered_grad;  // bordered: the filter's input, the gradient of its result
   float *slope1, *hat1;           // dense: derivative of the hidden activation, what the first batch norm scales
   float *slope2, *hat2;           // the same behind the filter
   float* middle_grad;             // dense: gradient of the second linear's input
   float* hidden_grad;             // dense, between steps only; may take the place of `hat2`
   int64_t lda, ldg, bytes;
-  int64_t depth;                    // pixels that the panels have room for
   int64_t bordered, dense, middle;  // values of a plane: with a border, without, of `middle_grad`
 };
 
@@ -34,24 +35,6 @@ struct MlpBandBuffers {
   int64_t stride, bytes;
 };
 
-template <class T>
-FK_INLINE T* take(char** at, int64_t values) {
-  T* taken = (T*)*at;
-  *at += round_up(values * (int64_t)sizeof(T), 64);
-  return taken;
-}
-
-// How far a stage that must keep ahead is ahead, in rows: even, so that bands begin with even pixels.
-FK_INLINE int64_t mlp_lead(const struct fk_depthwise_mlp_backward& p) { return round_up(p.kernel / 2, 2); }
-FK_INLINE int64_t mlp_band_pixels(const struct fk_depthwise_mlp_backward& p) {
-  return min64(p.rows_per_band + mlp_lead(p), p.stack * p.height) * p.width;
-}
-FK_INLINE int64_t mlp_line(const struct fk_depthwise_mlp_backward& p) { return (p.width + p.kernel / 2 * 2) * FK_VL; }
-// Where a row of a stack is in a bordered map: the first of the rows that the filter reaches from it.
-FK_INLINE int64_t mlp_top(const struct fk_depthwise_mlp_backward& p, int64_t y) {
-  return y + y / p.height * (p.kernel / 2);
-}
-
 template <class A>
 FK_INLINE MlpMaps<A> mlp_maps(const struct fk_depthwise_mlp_backward& p, void* base) {
   MlpMaps<A> m = {};
@@ -59,7 +42,6 @@ FK_INLINE MlpMaps<A> mlp_maps(const struct fk_depthwise_mlp_backward& p, void* b
   const int64_t pixels = p.stack * p.height * p.width, reach = p.kernel / 2;
   const int64_t channels = round_up(p.channels, kPanel), out = round_up(p.out, kPanel), planes = p.chunk / FK_VL;
   const bool steps = p.stores;
-  m.depth = round_up(pixels, kStep<A>);
   m.bordered = (p.stack * (p.height + reach) + reach) * mlp_line(p);
   m.dense = pixels * FK_VL;
   m.middle = p.adds_hidden ? m.dense : mlp_band_pixels(p) * FK_VL;
@@ -68,8 +50,8 @@ FK_INLINE MlpMaps<A> mlp_maps(const struct fk_depthwise_mlp_backward& p, void* b
   m.ldg = out + kRowPad;
   m.normed = take<A>(&at, pixels * m.lda);
   m.grad = take<A>(&at, pixels * m.ldg);
-  m.normed_panels = take<A>(&at, p.wants_expand ? m.depth * channels : 0);
-  m.grad_panels = take<A>(&at, p.wants_project ? m.depth * out : 0);
+  m.normed_panels = MlpPanels<A>::make(p, &at, p.wants_expand, m.normed, m.lda, channels);
+  m.grad_panels = MlpPanels<A>::make(p, &at, p.wants_project, m.grad, m.ldg, out);
   m.hidden = take<float>(&at, bordered);
   m.filtered_grad = take<float>(&at, bordered);
   m.slope1 = take<float>(&at, p.hidden_activation == FK_NO_ACTIVATION ? 0 : dense);

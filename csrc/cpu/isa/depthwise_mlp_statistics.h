@@ -95,10 +95,9 @@ template <class A, fk_activation Activation>
 static __attribute__((noinline)) void expand_unnormed(const BatchChunk<A>& c) {
   constexpr bool kLow = sizeof(A) == 2;
   const struct fk_depthwise_mlp_backward& p = c.p;
-  const int64_t depth = round_up(p.channels, kStep<A>), first = p.first / kPanel;
-  const A* panels = (const A*)p.expand.panels;
-  product(c.m.normed, c.m.lda, p.height * p.width, panels, p.channels, first, first + c.channels / kPanel,
-          panels + first * depth * kPanel, [&](int64_t row, int64_t height, int64_t n, const float* tile) {
+  const int64_t first = p.first / kPanel;
+  product(c.m.normed, c.m.lda, p.height * p.width, p.expand, first, first + c.channels / kPanel,
+          [&](int64_t row, int64_t height, int64_t n, const float* tile) {
             for (int j = 0; j < FK_NV; ++j) {
               const int64_t channel = n + j * FK_VL, plane = (channel - p.first) / FK_VL;
               const vf bias = load(p.expand.bias + channel);
@@ -199,13 +198,11 @@ static __attribute__((noinline)) void middle_of_rows(const BatchChunk<A>& c, int
 template <class A>
 FK_INLINE void project_chunk(const BatchChunk<A>& c, A* rows, int64_t stride) {
   const struct fk_depthwise_mlp_backward& p = c.p;
-  const int64_t depth = round_up(p.project.k, kStep<A>), k = min64(c.channels, depth - p.first);
-  const A* project = (const A*)p.project.panels + p.first * kPanel;
+  const Panels<A> w = panels_of<A>(p.project, 0, ceil_div(p.out, kPanel), p.first, c.channels);
   for (int64_t first = 0; first < p.height; first += p.rows_per_band) {
     const int64_t last = min64(first + p.rows_per_band, p.height);
     with_activation(p.norms_after_activation ? FK_NO_ACTIVATION : p.activation,
                     [&](auto activation) { middle_of_rows<A, activation.value>(c, first, last, rows, stride); });
-    const Panels<A> w = {project, depth * kPanel, ceil_div(p.out, kPanel), k, nullptr};
     products(rows, stride, (last - first) * p.width, w, c.m.branch + first * p.width * c.m.ldb, c.m.ldb, kPanel,
              p.first > 0);
   }

@@ -47,10 +47,11 @@ FK_INLINE void store_sums(const vf (&c)[MR][NV], float* out, int64_t ldo, bool a
 }
 
 // out[MR][kPanel] (+)= A[MR][k] * panel[k][kPanel], of which the first NV vectors are computed. `a` is row-major with
-// `lda` between rows; with `Transposed` it is column-major with `lda` between values of K.
+// `lda` between rows; with `Transposed` it is column-major with `lda` between values of K. The panel's rows are `ldb`
+// apart.
 template <int MR, bool Transposed, int NV>
-static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, const float* panel, int64_t k,
-                                                   float* out, int64_t ldo, bool accumulate, Ahead ahead) {
+static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, const float* panel, int64_t ldb,
+                                                   int64_t k, float* out, int64_t ldo, bool accumulate, Ahead ahead) {
   vf c[MR][NV];
   clear_sums(c);
   const float* row[5];
@@ -59,7 +60,7 @@ static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, 
     __builtin_prefetch(ahead.at + p * ahead.step, 0, 2);
     vf b[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) b[j] = load(panel + p * kPanel + j * FK_VL);
+    for (int j = 0; j < NV; ++j) b[j] = load(panel + p * ldb + j * FK_VL);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       vf x = splat(Transposed ? a[p * lda + i] : row[i / 3][(i % 3) * lda + p]);
@@ -71,10 +72,10 @@ static __attribute__((noinline)) void tile_product(const float* a, int64_t lda, 
 }
 
 #if FK_NATIVE_BF16 && !FK_AMX
-// The same on bf16 pairs: panel[k / 2][kPanel][2]; k is even. A transposed operand is packed as [k / 2][lda / 2][2].
+// The same on bf16 pairs: panel[k / 2][ldb][2]; k is even. A transposed operand is packed as [k / 2][lda / 2][2].
 template <int MR, bool Transposed, int NV>
-static __attribute__((noinline)) void tile_product(const bf16* a, int64_t lda, const bf16* panel, int64_t k, float* out,
-                                                   int64_t ldo, bool accumulate, Ahead ahead) {
+static __attribute__((noinline)) void tile_product(const bf16* a, int64_t lda, const bf16* panel, int64_t ldb,
+                                                   int64_t k, float* out, int64_t ldo, bool accumulate, Ahead ahead) {
   vf c[MR][NV];
   clear_sums(c);
   const bf16* row[5];
@@ -82,7 +83,7 @@ static __attribute__((noinline)) void tile_product(const bf16* a, int64_t lda, c
   for (int64_t p = 0; p < k; p += 2) {
     __builtin_prefetch(ahead.at + p * ahead.step, 0, 2);
     __m512i b[NV];
-    for (int j = 0; j < NV; ++j) b[j] = _mm512_loadu_si512(panel + p * kPanel + j * FK_VL * 2);
+    for (int j = 0; j < NV; ++j) b[j] = _mm512_loadu_si512(panel + p * ldb + j * FK_VL * 2);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       int32_t pair;
@@ -98,31 +99,31 @@ static __attribute__((noinline)) void tile_product(const bf16* a, int64_t lda, c
 
 template <class A, bool Transposed, int MR, int NV>
 struct TileProducts {
-  FK_INLINE void run(int64_t rows, const A* a, int64_t lda, const A* panel, int64_t k, float* out, int64_t ldo,
-                     bool accumulate, Ahead ahead) {
-    if (rows == MR) return tile_product<MR, Transposed, NV>(a, lda, panel, k, out, ldo, accumulate, ahead);
-    TileProducts<A, Transposed, MR - 1, NV>::run(rows, a, lda, panel, k, out, ldo, accumulate, ahead);
+  FK_INLINE void run(int64_t rows, const A* a, int64_t lda, const A* panel, int64_t ldb, int64_t k, float* out,
+                     int64_t ldo, bool accumulate, Ahead ahead) {
+    if (rows == MR) return tile_product<MR, Transposed, NV>(a, lda, panel, ldb, k, out, ldo, accumulate, ahead);
+    TileProducts<A, Transposed, MR - 1, NV>::run(rows, a, lda, panel, ldb, k, out, ldo, accumulate, ahead);
   }
 };
 template <class A, bool Transposed, int NV>
 struct TileProducts<A, Transposed, 0, NV> {
-  FK_INLINE void run(int64_t, const A*, int64_t, const A*, int64_t, float*, int64_t, bool, Ahead) {}
+  FK_INLINE void run(int64_t, const A*, int64_t, const A*, int64_t, int64_t, float*, int64_t, bool, Ahead) {}
 };
 
 // Of the panel's columns the first `width` are wanted; others may be left as they were.
 template <bool Transposed = false, class A>
-FK_INLINE void tile(int64_t rows, const A* a, int64_t lda, const A* panel, int64_t k, float* out, int64_t ldo,
-                    bool accumulate, Ahead ahead, int64_t width = kPanel) {
+FK_INLINE void tile(int64_t rows, const A* a, int64_t lda, const A* panel, int64_t ldb, int64_t k, float* out,
+                    int64_t ldo, bool accumulate, Ahead ahead, int64_t width) {
   const int64_t step = k <= kLongestSum ? k : kPartialSum;
   for (int64_t p = 0; p < k; p += step) {
     const Ahead rest = {ahead.at + p * ahead.step, ahead.step};
     const A* from = a + (Transposed ? p / kStep<A> * lda : p);
     const int64_t depth = min64(step, k - p);
     if (width > kPanel - FK_VL)
-      TileProducts<A, Transposed, kVectorRows, FK_NV>::run(rows, from, lda, panel + p * kPanel, depth, out, ldo,
+      TileProducts<A, Transposed, kVectorRows, FK_NV>::run(rows, from, lda, panel + p * ldb, ldb, depth, out, ldo,
                                                            accumulate || p > 0, rest);
     else
-      TileProducts<A, Transposed, kVectorRows, FK_NV - 1>::run(rows, from, lda, panel + p * kPanel, depth, out, ldo,
+      TileProducts<A, Transposed, kVectorRows, FK_NV - 1>::run(rows, from, lda, panel + p * ldb, ldb, depth, out, ldo,
                                                                accumulate || p > 0, rest);
   }
 }
@@ -167,8 +168,8 @@ FK_INLINE void vector_each_tile(const A* a, int64_t lda, int64_t rows, const Pan
       const Ahead nothing = {(const char*)panel, 0};
       const Ahead ahead = w.after ? fetch_ahead(next, w.k, tiles, t) : nothing;
       body(n, row, height, [&](float* out, int64_t ldo, bool accumulate, int64_t width) {
-        tile<Transposed>(height, a + row * (Transposed ? kStep<A> : lda), lda, panel, w.k, out, ldo, accumulate, ahead,
-                         width);
+        tile<Transposed>(height, a + row * (Transposed ? kStep<A> : lda), lda, panel, w.row, w.k, out, ldo, accumulate,
+                         ahead, width);
       });
     }
   }
@@ -205,7 +206,7 @@ template <bool Transposed, class A, class Body>
 FK_INLINE void each_tile(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, int64_t counted,
                          const char* prepared, Body body) {
 #if FK_AMX
-  if (sizeof(A) == 2 || prepared || amx_pays(counted, w.k))
+  if (sizeof(A) == 2 || prepared || amx_pays(counted, w.k, w.parts))
     return amx_each_tile<Transposed>(a, lda, rows, w, prepared, body);
 #endif
   (void)counted, (void)prepared;
@@ -226,14 +227,11 @@ FK_INLINE void products(const A* a, int64_t lda, int64_t rows, const Panels<A>& 
 // whose columns from `width` on, counted from the first panel of all, may be anything finite. `after` is what will be
 // read next.
 template <class A, class Epilogue>
-FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, int64_t k, int64_t first, int64_t last,
-                       const A* after, Epilogue epilogue, int64_t width, int64_t counted,
-                       const char* prepared = nullptr) {
+FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, int64_t first, Epilogue epilogue,
+                       int64_t width, int64_t counted, const char* prepared) {
   float out[kTileRows * kPanel] __attribute__((aligned(64)));
-  if (width < last * kPanel)
+  if (width < (first + w.count) * kPanel)
     for (int i = 0; i < kTileRows * kPanel; i += FK_VL) store(out + i, splat(0.0f));
-  const int64_t depth = round_up(k, kStep<A>), step = depth * kPanel;
-  const Panels<A> w = {panels + first * step, step, last - first, depth, after};
   each_tile<false>(a, lda, rows, w, counted, prepared, [&](int64_t n, int64_t row, int64_t height, auto run) {
     const int64_t column = (first + n) * kPanel;
     run(out, kPanel, false, width - column);
@@ -242,8 +240,39 @@ FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, i
 }
 template <class A, class Epilogue>
 FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, int64_t k, int64_t first, int64_t last,
+                       const A* after, Epilogue epilogue, int64_t width, int64_t counted,
+                       const char* prepared = nullptr) {
+  const int64_t depth = round_up(k, kStep<A>), step = depth * kPanel;
+  const Panels<A> w = {panels + first * step, step, last - first, depth, after};
+  product(a, lda, rows, w, first, epilogue, width, counted, prepared);
+}
+template <class A, class Epilogue>
+FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, int64_t k, int64_t first, int64_t last,
                        const A* after, Epilogue epilogue, int64_t width = INT64_MAX) {
   product(a, lda, rows, panels, k, first, last, after, epilogue, width, last - first);
+}
+
+// Panels [first, last) of a weight, and of their values of K at most `k` from the `from`-th on, which is a multiple of
+// kPanel.
+template <class A>
+FK_INLINE Panels<A> panels_of(const struct fk_linear& w, int64_t first, int64_t last, int64_t from = 0,
+                              int64_t k = INT64_MAX) {
+  const int64_t depth = round_up(w.k, kStep<A>), step = depth * kPanel;
+  Panels<A> p = {(const A*)w.panels + first * step + from * kPanel, step, last - first, min64(k, depth - from),
+                 nullptr};
+#if FK_AMX
+  p.parts_step = ceil_div(w.k, kAmxDepth) * kAmxPanelBlock;
+  if (w.parts) p.parts = (const char*)w.parts + first * p.parts_step + from / kAmxDepth * kAmxPanelBlock;
+#endif
+  return p;
+}
+// Rows times panels [first, last) of a weight; those are read again and again.
+template <class A, class Epilogue>
+FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const struct fk_linear& w, int64_t first, int64_t last,
+                       Epilogue epilogue, int64_t width = INT64_MAX) {
+  Panels<A> panels = panels_of<A>(w, first, last);
+  panels.after = panels.first;
+  product(a, lda, rows, panels, first, epilogue, width, last - first, nullptr);
 }
 
 // Write a finished tile to a row-major tensor: bias, optional residual, conversion; columns past n are dropped.

@@ -60,7 +60,7 @@ FK_INLINE void linear_backward_block(const struct fk_linear_backward& p, int64_t
   if (!p.dx && !p.affine && !p.inputs) return;
   if (p.to_input.panels)
     product(
-        s.grad, s.ldg, rows, (const A*)p.to_input.panels, p.n, 0, panels, (const A*)p.to_input.panels,
+        s.grad, s.ldg, rows, p.to_input, 0, panels,
         [&](int64_t row, int64_t height, int64_t column, const float* tile) {
           for (int64_t i = 0; i < height; ++i)
             for (int64_t j = 0; j < kPanel; j += FK_VL)
@@ -130,7 +130,7 @@ FK_INLINE void linear_forward_task(const struct fk_linear_forward& p, int64_t ta
   }
   const struct fk_array none = {nullptr, FK_F32, 0};
   product(
-      normed, lda, rows, (const A*)p.linear.panels, p.k, 0, ceil_div(p.n, kPanel), (const A*)p.linear.panels,
+      normed, lda, rows, p.linear, 0, ceil_div(p.n, kPanel),
       [&](int64_t row, int64_t height, int64_t column, const float* tile) {
         write_tile(tile, kPanel, height, row, column, p.linear, out, none);
       },

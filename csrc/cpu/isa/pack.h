@@ -123,11 +123,25 @@ FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
     for (int64_t j = 0; j < kPanel; ++j) to[k * kPanel + j] = j < rows ? weight_at<T>(p, first + j, k) : 0.0f;
 }
 
+int64_t part_bytes(int64_t k) {
+#if FK_AMX
+  return ceil_div(k, kAmxDepth) * kAmxPanelBlock;
+#else
+  (void)k;
+  return 0;
+#endif
+}
+
 void pack_panel(const struct fk_pack_linear* p, int64_t panel) {
   if (p->weight.dtype == FK_F32)
     pack_rows<float>(*p, panel);
   else
     pack_rows<bf16>(*p, panel);
+#if FK_AMX
+  if (p->parts)
+    amx_panel_blocks((const float*)p->panels + panel * kPanel * p->k, kPanel, p->k,
+                     (char*)p->parts + panel * part_bytes(p->k));
+#endif
   for (int64_t j = 0; j < kPanel; ++j) {
     int64_t i = panel * kPanel + j;
     bool present = p->bias.data && i < p->n;

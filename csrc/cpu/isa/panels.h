@@ -16,12 +16,16 @@ template <class A>
 constexpr int64_t kStep = sizeof(A) == 2 ? 2 : 1;
 
 // Panels of a matrix: `count` of them, `step` values apart, k values deep, and what will be read behind them; null for
-// operands that are in the cache anyway.
+// operands that are in the cache anyway. Perhaps the same in parts, `parts_step` bytes apart. Rows of fp32 may be
+// panels as they lie, with `row` values from one to the next.
 template <class A>
 struct Panels {
   const A* first;
   int64_t step, count, k;
   const A* after;
+  const char* parts = nullptr;
+  int64_t parts_step = 0;
+  int64_t row = kPanel;
 };
 
 }  // namespace

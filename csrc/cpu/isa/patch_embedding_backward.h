@@ -70,7 +70,7 @@ FK_INLINE void embedding_backward_block(const struct fk_patch_embedding_backward
     else
       gather_neighbourhood<bf16>(f, first + i, s.rows + i * s.lda, round_up(k, 2));
   if (normed)
-    product(s.rows, s.lda, rows, (const A*)f.linear.panels, k, 0, ceil_div(n, kPanel), (const A*)f.linear.panels,
+    product(s.rows, s.lda, rows, f.linear, 0, ceil_div(n, kPanel),
             [&](int64_t row, int64_t height, int64_t column, const float* tile) {
               for (int64_t i = 0; i < height; ++i)
                 for (int64_t j = 0; j < kPanel; j += FK_VL)

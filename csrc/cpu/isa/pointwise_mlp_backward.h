@@ -112,28 +112,34 @@ static __attribute__((noinline)) void mlp_backward_block(const struct fk_pointwi
   const A* grad_columns = p.weight2 ? columns_of_rows(s.grad, rows, p.out, &grad_stride, s.grad_columns) : nullptr;
   float* block_sums = s.sums + 2 * p.out;
 
-  const A *expand = (const A*)p.expand.panels, *to_hidden = (const A*)p.to_hidden.panels;
-  const A* to_input = (const A*)p.to_input.panels;
-  const int64_t input_depth = round_up(p.hidden, kStep<A>);
   const int64_t begin = slice * p.slice_panels, end = min64(begin + p.slice_panels, hidden_panels);
   for (int64_t h = begin; h < end; h += p.chunk_panels) {
     const int64_t h_end = min64(h + p.chunk_panels, end), panels = h_end - h, column = h * kPanel;
     const int64_t width = min64(h_end * kPanel, p.hidden) - column;
     const auto hidden_at = [&](int64_t row, int64_t c) { return s.hidden + (c - column) * s.depth + row * kPanel; };
-    product(s.normed, s.lda, rows, expand, p.channels, h, h_end, to_hidden + h * kPanel * round_up(p.out, kStep<A>),
-            [&](int64_t row, int64_t height, int64_t c, const float* tile) {
-              float* to = hidden_at(row, c);
-              for (int64_t i = 0; i < height; ++i)
-                for (int64_t j = 0; j < kPanel; j += FK_VL)
-                  store(to + i * kPanel + j, load(tile + i * kPanel + j) + load(p.expand.bias + c + j));
-            });
+    Panels<A> expand = panels_of<A>(p.expand, h, h_end), to_hidden = panels_of<A>(p.to_hidden, h, h_end);
+    Panels<A> to_input = panels_of<A>(p.to_input, 0, input_panels, column, panels * kPanel);
+    expand.after = to_hidden.first;
+    to_hidden.after = to_input.first;
+    to_input.after = (const A*)p.expand.panels;
+    product(
+        s.normed, s.lda, rows, expand, h,
+        [&](int64_t row, int64_t height, int64_t c, const float* tile) {
+          float* to = hidden_at(row, c);
+          for (int64_t i = 0; i < height; ++i)
+            for (int64_t j = 0; j < kPanel; j += FK_VL)
+              store(to + i * kPanel + j, load(tile + i * kPanel + j) + load(p.expand.bias + c + j));
+        },
+        INT64_MAX, panels, nullptr);
     if (wants_slopes) {
       if (p.bias1) clear(block_sums, panels * kPanel);
-      product(s.grad, s.ldg, rows, to_hidden, p.out, h, h_end, to_input + column * kPanel,
-              [&](int64_t row, int64_t height, int64_t c, const float* tile) {
-                activation_backward<A, Activation>(tile, height, hidden_at(row, c), s.slopes + row * s.ldh + c - column,
-                                                   s.ldh, p.bias1 ? block_sums + c - column : nullptr);
-              });
+      product(
+          s.grad, s.ldg, rows, to_hidden, h,
+          [&](int64_t row, int64_t height, int64_t c, const float* tile) {
+            activation_backward<A, Activation>(tile, height, hidden_at(row, c), s.slopes + row * s.ldh + c - column,
+                                               s.ldh, p.bias1 ? block_sums + c - column : nullptr);
+          },
+          INT64_MAX, panels, nullptr);
       if (p.bias1) add_values(block_sums, panels * kPanel, p.bias1 + partial * hidden_width + column);
     } else {
       for (int64_t n = 0; n < panels; ++n)
@@ -152,9 +158,7 @@ static __attribute__((noinline)) void mlp_backward_block(const struct fk_pointwi
       add_weight_gradient(columns, stride, width, s.normed_panels, s.depth, p.channels, rows,
                           p.weight1 + (partial * input_width * p.hidden + column * kPanel), p.hidden, accumulate);
     }
-    const Panels<A> w = {to_input + column * kPanel, input_depth * kPanel, input_panels, round_up(width, kStep<A>),
-                         expand};
-    if (p.wants_input) products(s.slopes, s.ldh, rows, w, s.inputs, s.ldi, kPanel, h > begin);
+    if (p.wants_input) products(s.slopes, s.ldh, rows, to_input, s.inputs, s.ldi, kPanel, h > begin);
   }
 }
 
