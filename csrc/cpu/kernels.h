@@ -295,7 +295,7 @@ struct fk_pointwise_mlp_backward {
 
 // The gradients of patch_embedding. Null pointers: not wanted.
 struct fk_patch_embedding_backward {
-  struct fk_patch_embedding forward;  // its results' pointer is not used; without a LayerNorm the weight is not, either
+  struct fk_patch_embedding forward;  // without pointer to results; without a LayerNorm behind without weights, too
   struct fk_array grad;               // [batch * out_h * out_w, n]
   int32_t low_precision;
   int64_t rows_per_block, partials;
@@ -304,7 +304,7 @@ struct fk_patch_embedding_backward {
   void* slopes;  // [batch, slope_h, slope_w, slope_stride]
   int64_t border_top, border_left, slope_h, slope_w, slope_stride;
   // The second step.
-  const void* const* taps;  // of each tap the panels of its transposed weight, `channels` columns
+  const struct fk_linear* taps;  // of each tap its transposed weight, `channels` columns
   int64_t rows_per_band, bands;
   void* dx;          // of x's dtype
   float* in_affine;  // partial sums [batch * bands], of the LayerNorm in front

@@ -154,7 +154,7 @@ constexpr int64_t kBandBytes = 512 * 1024;
 
 // The transposed weight of each tap, and where the gradients of the convolution's results go.
 struct InputStep {
-  std::vector<const void*> taps;
+  std::vector<fk_linear> taps;
   Tensor weights, slopes;
 };
 
@@ -162,13 +162,16 @@ InputStep prepare_input_step(const Embedding& e, fk_patch_embedding_backward* p)
   const fk_patch_embedding& f = p->forward;
   const int64_t area = e.kernel * e.kernel, value = e.weight.dtype == FK_F32 ? 4 : 2;
   InputStep step;
-  step.weights = pack_once([&](Packer& packer) {
+  // Of several taps each meets a row of pixels at a time, which parts are not worth while for.
+  const bool splits = area == 1;
+  const auto describe = [&](Packer& packer) {
     step.taps.clear();
     for (int64_t tap = 0; tap < area; ++tap) {
       const fk_array weight = {static_cast<const char*>(e.weight.data) + tap * value, e.weight.dtype, e.weight.size};
-      step.taps.push_back(packer.transposed(weight, e.channels, e.out, e.low_precision, area).panels);
+      step.taps.push_back(packer.transposed(weight, e.channels, e.out, e.low_precision, area));
     }
-  });
+  };
+  step.weights = pack(std::nullopt, 0, describe, splits);
   p->taps = step.taps.data();
   // The first and the last output pixels that a pixel of the map asks for, whether or not they exist.
   p->border_top = p->border_left = (std::max<int64_t>(0, e.kernel - 1 - f.padding) + f.stride - 1) / f.stride;
@@ -201,11 +204,13 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::option
   fk_patch_embedding& f = p.forward;
   p.grad = grad_view(grads, 0, 1, {e.batch, f.out_h, f.out_w, e.out}, out_dtype);
   p.low_precision = e.low_precision;
-  Weights w;
-  const Tensor block = prepare(e, std::nullopt, &w);
-  f.linear = w.linear;
-  f.in_norm = w.in_norm;
-  f.norm = w.norm;
+  const Tensor block = pack_once([&](Packer& packer) {
+    const int64_t taps = e.kernel * e.kernel, k = taps * e.channels;
+    f.linear = {nullptr, nullptr, e.out, k, e.low_precision, nullptr};
+    if (e.norm_eps.has_value()) f.linear = packer.linear(e.weight, e.bias, e.out, k, e.low_precision, taps);
+    f.in_norm = norm_of(packer, e.in_norm_weight, e.in_norm_bias, e.in_norm_eps, e.channels);
+    f.norm = norm_of(packer, e.norm_weight, e.norm_bias, e.norm_eps, e.out);
+  });
 
   Gradients found(t, needs);
   const int64_t rows = e.batch * f.out_h * f.out_w;

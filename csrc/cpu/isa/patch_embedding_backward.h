@@ -130,11 +130,18 @@ FK_INLINE void embedding_input_task(const struct fk_patch_embedding_backward& p,
   const struct fk_patch_embedding& f = p.forward;
   const int64_t image = task / p.bands, top = task % p.bands * p.rows_per_band;
   const int64_t bottom = min64(top + p.rows_per_band, f.height), step = f.stride, n = f.channels;
-  const int64_t panels = ceil_div(n, kPanel), ldc = panels * kPanel, depth = round_up(f.linear.n, kStep<A>);
+  const int64_t panels = ceil_div(n, kPanel), ldc = panels * kPanel;
   float* band = (float*)scratch;
   float* sums = band + p.rows_per_band * f.width * ldc;
-  clear(band, (bottom - top) * f.width * ldc);
-  for (int64_t cy = 0; cy < step && cy < f.kernel; ++cy)
+  const int64_t pixels = (bottom - top) * f.width, start = (image * f.height + top) * f.width;
+  // One tap without a stride is a linear layer.
+  const bool linear = f.kernel == 1 && step == 1 && f.padding == 0;
+  if (linear)
+    products((const A*)p.slopes + slope_offset(p, image, top, 0), p.slope_stride, pixels,
+             panels_of<A>(p.taps[0], 0, panels), band, ldc, kPanel, false);
+  else
+    clear(band, pixels * ldc);
+  for (int64_t cy = 0; !linear && cy < step && cy < f.kernel; ++cy)
     for (int64_t cx = 0; cx < step && cx < f.kernel; ++cx) {
       const int64_t first_y = next_of_class(top, cy - f.padding % step, step);
       const int64_t first_x = next_of_class(0, cx - f.padding % step, step);
@@ -142,8 +149,7 @@ FK_INLINE void embedding_input_task(const struct fk_patch_embedding_backward& p,
       for (int64_t c = 0; c < panels; ++c)
         for (int64_t ky = cy; ky < f.kernel; ky += step)
           for (int64_t kx = cx; kx < f.kernel; kx += step) {
-            const A* panel = (const A*)p.taps[ky * f.kernel + kx] + c * depth * kPanel;
-            const Panels<A> w = {panel, 0, 1, depth, nullptr};
+            const Panels<A> w = panels_of<A>(p.taps[ky * f.kernel + kx], c, c + 1);
             for (int64_t y = first_y; y < bottom; y += step)
               products((const A*)p.slopes +
                            slope_offset(p, image, (y + f.padding - ky) / step, (first_x + f.padding - kx) / step),
@@ -151,7 +157,6 @@ FK_INLINE void embedding_input_task(const struct fk_patch_embedding_backward& p,
                        step * ldc, 0, true);
           }
     }
-  const int64_t pixels = (bottom - top) * f.width, start = (image * f.height + top) * f.width;
   float* total = p.in_affine ? p.in_affine + task * round_up(2 * n, kPanel) : nullptr;
   if (total) clear(total, round_up(2 * n, kPanel));
   const RowSums affine = RowSums::over(sums, 2 * n, total);
