@@ -232,12 +232,14 @@ Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p) {
   sums.project = steps && p->wants_project ? b->memory.take<float>(hidden * out) : p->project_sums;
   // Adds the groups up, in order, for the hidden channels that there are sums of.
   auto add_channels = [&](int64_t rows) {
-    for (int64_t kind = 0; kind < kinds; ++kind)
-      for (int64_t c = 0; c < rows; ++c) {
-        double total = 0.0;
-        for (int64_t g = 0; g < p->groups; ++g) total += p->sums[(g * kinds + kind) * p->rows + c];
-        sums.channels[kind * hidden + p->first + c] = total;
+    for (int64_t kind = 0; kind < kinds; ++kind) {
+      double* to = sums.channels.data() + kind * hidden + p->first;
+      std::fill(to, to + rows, 0.0);
+      for (int64_t g = 0; g < p->groups; ++g) {
+        const double* from = p->sums + (g * kinds + kind) * p->rows;
+        for (int64_t c = 0; c < rows; ++c) to[c] += from[c];
       }
+    }
   };
   auto add_matrix = [&](const float* partial, int64_t columns, int64_t rows, float* whole) {
     if (!partial) return;

@@ -203,11 +203,11 @@ void Packer::fill() {
   for (Fold& f : folds_) fold(&f);
   for (const Norm& m : norms_) fill_norm(m);
   for (const Table& t : tables_)
-    for (int64_t h = 0; h < t.heads; ++h)
-      for (int64_t k = 0; k < t.keys; ++k)
-        for (int64_t q = 0; q < t.stride; ++q)
-          t.to[(h * t.keys + k) * t.stride + q] =
-              q < t.queries ? in_log2(element(t.source, (h * t.queries + q) * t.keys + k)) : 0.0f;
+    run_tasks(t.heads * t.keys, 0, [&](int64_t task, void*) {
+      const int64_t h = task / t.keys, k = task % t.keys;
+      for (int64_t q = 0; q < t.stride; ++q)
+        t.to[task * t.stride + q] = q < t.queries ? in_log2(element(t.source, (h * t.queries + q) * t.keys + k)) : 0.0f;
+    });
   for (const Vector& v : vectors_)
     for (int64_t i = 0; i < v.padded; ++i) v.to[i] = i < v.n && v.source.data ? element(v.source, i) : v.fill;
   for (const Depthwise& d : filters_) fill_filter(d);

@@ -322,13 +322,17 @@ FK_INLINE void amx_each_tile(const float* a, int64_t lda, int64_t rows, const Pa
   const int64_t group = made ? tiles : min64(tiles, max64(1, kAmxGroup / (blocks * a_block)));
   char* const own_columns = (char*)fk_block_memory(blocks * (kAmxPanelBlock + (made ? 0 : group * a_block)));
   char* const a_blocks = own_columns + blocks * kAmxPanelBlock;
-  const int64_t fetched = w.after && !w.parts ? w.k * kPanel * (int64_t)sizeof(float) : 0;
+  const int64_t bytes = w.parts ? blocks * kAmxPanelBlock : w.k * kPanel * (int64_t)sizeof(float);
   for (int64_t begin = 0; begin < tiles; begin += group) {
     const int64_t end = min64(begin + group, tiles);
     if (!made) amx_blocks<Transposed>(a, lda, begin * kAmxRows, end * kAmxRows, rows, w.k, a_blocks);
     for (int64_t n = 0; n < w.count; ++n) {
       const float* panel = w.first + n * w.step;
-      const float* next = n + 1 < w.count ? panel + w.step : w.after;
+      const bool last = n + 1 == w.count;
+      const void* next = w.parts ? last ? w.parts_after : w.parts + (n + 1) * w.parts_step
+                         : last  ? (const void*)w.after
+                                 : panel + w.step;
+      const int64_t fetched = w.after && next ? bytes : 0;
       const char* columns = w.parts ? w.parts + n * w.parts_step : own_columns;
       if (!w.parts) amx_panel_blocks(panel, w.row, w.k, own_columns);
       for (int64_t t = begin; t < end; ++t) {
@@ -359,13 +363,13 @@ FK_INLINE void amx_each_tile(const float* a, int64_t lda, int64_t rows, const Pa
 // Whether products of fp32 are made in parts: where that takes fewer cycles, of products of blocks, of placing their
 // sums and of making blocks (of panels only where they are not `split`), than the vectors' multiply-adds, if a task has
 // a hundred rows. How many it has depends on the number of threads, and results must not. A close call is the vectors',
-// whose operands take less of the cache.
+// whose operands take less of the cache, the more so where it holds weights in parts.
 FK_INLINE bool amx_pays(int64_t panels, int64_t k, bool split = false) {
   constexpr int64_t rows = 96, tiles = rows / kAmxRows;
   const int64_t blocks = ceil_div(k, kAmxDepth);
   const int64_t products = tiles * panels * (250 * blocks + 120),
                 making = (tiles * 300 + (split ? 0 : panels * 500)) * blocks;
-  return 11 * (products + making) < 10 * rows * panels * k;
+  return (split ? 12 : 11) * (products + making) < 10 * rows * panels * k;
 }
 
 }  // namespace

@@ -122,6 +122,9 @@ static __attribute__((noinline)) void mlp_backward_block(const struct fk_pointwi
     expand.after = to_hidden.first;
     to_hidden.after = to_input.first;
     to_input.after = (const A*)p.expand.panels;
+    expand.parts_after = to_hidden.parts;
+    to_hidden.parts_after = to_input.parts;
+    if (h_end < end) to_input.parts_after = panels_of<A>(p.expand, h_end, end).parts;
     product(
         s.normed, s.lda, rows, expand, h,
         [&](int64_t row, int64_t height, int64_t c, const float* tile) {
