@@ -163,9 +163,9 @@ void choose_tiles(fk_depthwise_mlp_backward* p, int64_t hidden) {
   const int64_t stacks = blocks(p->batch, p->stack), rows = p->stack * p->height;
   const int64_t padded = (p->stack * (p->height + reach) + reach) * (p->width + 2 * reach);
   const bool steps = p->stores;
-  // Splitting rows into parts pays the better the more panels they meet; but between steps the maps wait in the cache.
-  const bool wide = p->expand.parts && (!steps || padded * 128 * 4 <= 512 * 1024);
-  p->chunk = std::max<int64_t>(panel, wide ? 128 : 64);
+  // Between steps the maps wait in the cache.
+  const bool wide = p->expand.parts && (!steps || padded * kHiddenChunkInParts * 4 <= 512 * 1024);
+  p->chunk = std::max(panel, wide ? kHiddenChunkInParts : kHiddenChunk);
   while (!steps && p->chunk < 256 && padded * p->chunk * 2 * 4 <= 128 * 1024) p->chunk *= 2;
   p->chunk = std::min(p->chunk, hidden);
   // The arrays of a band and of what it reads, in an L2 cache.

@@ -18,6 +18,9 @@ void take_kept(const Mlp& m, const Options& o, const Tensor& kept, fk_depthwise_
 // The branch in front of its batch norm [B, H * W, N], checked.
 fk_array branch_view(const Tensor& branch, const Mlp& m, int64_t pixels);
 
+// Hidden channels at a time. Splitting rows into parts pays the better the more panels they meet.
+constexpr int64_t kHiddenChunk = 64, kHiddenChunkInParts = 128;
+
 // Memory for each image or stack of them.
 std::vector<char*> take_stores(int64_t count, int64_t bytes, Memory* memory);
 

@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::string norm, double no
   ChannelNorm norm1(m.bn[0], m.hidden, padded, true, &memory), norm2(m.bn[1], m.hidden, padded, true, &memory);
   p.norm1 = norm1.vectors;
   p.norm2 = norm2.vectors;
-  p.chunk = std::min(padded, std::max<int64_t>(panel, p.expand.parts ? 128 : 64));
+  p.chunk = std::min(padded, std::max(panel, p.expand.parts ? kHiddenChunkInParts : kHiddenChunk));
   p.rows = std::max(p.chunk, padded_out);
   p.rows_per_band = std::max<int64_t>(1, kBandPixels / width);
   const std::vector<char*> stores = take_stores(m.batch, k.store_depthwise_mlp_statistics(&p), &memory);

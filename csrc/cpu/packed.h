@@ -157,8 +157,8 @@ Tensor pack(const std::optional<Tensor>& packed, uint64_t mark, const Describe& 
 
 // The block for this call alone, as a backward has it: its weights change from call to call.
 template <class Describe>
-Tensor pack_once(const Describe& describe) {
-  return pack(std::nullopt, 0, describe, true);
+Tensor pack_once(const Describe& describe, bool splits = true) {
+  return pack(std::nullopt, 0, describe, splits);
 }
 
 // The norm in front of an operator; absent affine parameters become ones and zeros.
