@@ -25,22 +25,24 @@ template <int Register>
 void amx_clear() {
   memset(amx_registers[Register], 0, sizeof amx_registers[Register]);
 }
-// Numbers below 2^-126 are taken for zeros.
+// Numbers below 2^-126 are taken for zeros. The first numbers of all pairs and the second ones are summed apart from
+// what the sum was before (Intel's manual of instructions, TDPBF16PS).
 static float flushed(float x) { return __builtin_fabsf(x) < 0x1p-126f ? 0.0f : x; }
 template <int Sums, int A, int B>
 void amx_multiply() {
   if (!amx_users) __builtin_trap();
   for (int row = 0; row < 16; ++row)
     for (int column = 0; column < 16; ++column) {
-      float sum;
+      float sum, halves[2] = {};
       memcpy(&sum, amx_registers[Sums][row] + 4 * column, 4);
       for (int pair = 0; pair < 16; ++pair)
         for (int i = 0; i < 2; ++i) {
           bf16 a, b;
           memcpy(&a, amx_registers[A][row] + 4 * pair + 2 * i, 2);
           memcpy(&b, amx_registers[B][pair] + 4 * column + 2 * i, 2);
-          sum = flushed(sum + flushed(to_float(a)) * flushed(to_float(b)));
+          halves[i] = flushed(__builtin_fmaf(flushed(to_float(a)), flushed(to_float(b)), halves[i]));
         }
+      sum = flushed(sum + flushed(halves[0] + halves[1]));
       memcpy(amx_registers[Sums][row] + 4 * column, &sum, 4);
     }
 }
