@@ -3,7 +3,8 @@ if(NOT cpu_sources)
   message(FATAL_ERROR "csrc/cpu holds no sources: the source tree is incomplete.")
 endif()
 
-set(FASTVIT_CXX_FLAGS -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra)
+set(FASTVIT_CXX_FLAGS -ffp-contract=fast -fno-math-errno -fno-trapping-math -fno-tree-loop-distribute-patterns
+    -Wall -Wextra)
 
 # One source per instruction set; everything else is compiled for the baseline, since it runs before the choice is made.
 set(avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma)

@@ -94,15 +94,18 @@ void set_bands(const Projection& p, bool reduces, fk_conv_projection* to) {
   to->tasks_per_image = blocks(to->height, to->rows_per_task);
 }
 
-Tensor prepare(const Projection& p, const std::optional<Tensor>& packed, fk_conv_projection* to) {
-  return pack(packed, p.mark, [&](Packer& packer) {
-    to->norm = norm_of(packer, p.norm_weight, p.norm_bias, p.norm_eps, p.channels);
-    for (int i = 0; i < kBranches; ++i) {
-      const Branch& b = p.branch[i];
-      describe_filter(packer, p, i, true, &to->branch[i]);
-      to->branch[i].linear = packer.linear(b.weight, b.bias, b.out, p.channels, p.low_precision);
-    }
-  });
+Tensor prepare(const Projection& p, const std::optional<Tensor>& packed, fk_conv_projection* to, bool kept = false) {
+  return pack_call(
+      packed, p.mark,
+      [&](Packer& packer) {
+        to->norm = norm_of(packer, p.norm_weight, p.norm_bias, p.norm_eps, p.channels);
+        for (int i = 0; i < kBranches; ++i) {
+          const Branch& b = p.branch[i];
+          describe_filter(packer, p, i, true, &to->branch[i]);
+          to->branch[i].linear = packer.linear(b.weight, b.bias, b.out, p.channels, p.low_precision);
+        }
+      },
+      kept);
 }
 
 std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::optional<Tensor> packed, std::optional<double> norm_eps,
@@ -162,7 +165,7 @@ Tensor pack_only(TensorList t, std::optional<double> norm_eps, std::vector<doubl
                  ScalarType dtype) {
   fk_conv_projection c = {};
   return prepare(check(t, std::nullopt, {norm_eps, bn_eps, height, width, prefix, stride, padding, dtype}),
-                 std::nullopt, &c);
+                 std::nullopt, &c, true);
 }
 
 }  // namespace

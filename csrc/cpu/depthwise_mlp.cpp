@@ -62,23 +62,28 @@ Mlp check(TensorList& t, const std::optional<Tensor>& packed, const Options& o) 
 namespace {
 
 // What is laid out: the kernel's weights, and the norm of the branch.
-Tensor prepare(const Mlp& m, const std::optional<Tensor>& packed, fk_depthwise_mlp* to, fk_norm* out_norm) {
-  return pack(packed, m.mark, [&](Packer& p) {
-    const int64_t panel = kernels().panel, padded = (m.hidden + panel - 1) / panel * panel;
-    to->norm = norm_of(p, m.norm, m.norm_weight, m.norm_bias, m.norm_eps, m.channels);
-    to->expand = p.folded(m.expand, m.expand_bias, m.hidden, m.channels, m.low_precision, BatchNorm{},
-                          m.before_hidden_activation());
-    const Affine affine = p.affine(m.after_hidden_activation(), m.hidden, padded);
-    to->scale = affine.scale;
-    to->shift = affine.shift;
-    const Filter filter = p.depthwise(m.filter, m.filter_bias, m.before_activation(), m.hidden, m.kernel * m.kernel,
-                                      padded, m.adds_input);
-    to->filter = filter.taps;
-    to->filter_bias = filter.shift;
-    to->project = p.folded(m.project, m.project_bias, m.out, m.hidden, m.low_precision, m.after_activation(), m.bn[2]);
-    *out_norm = norm_of(p, m.out_norm_eps.has_value() ? FK_GROUP_NORM : FK_NO_NORM, m.out_norm_weight, m.out_norm_bias,
-                        m.out_norm_eps.value_or(0.0), m.out);
-  });
+Tensor prepare(const Mlp& m, const std::optional<Tensor>& packed, fk_depthwise_mlp* to, fk_norm* out_norm,
+               bool kept = false) {
+  return pack_call(
+      packed, m.mark,
+      [&](Packer& p) {
+        const int64_t panel = kernels().panel, padded = (m.hidden + panel - 1) / panel * panel;
+        to->norm = norm_of(p, m.norm, m.norm_weight, m.norm_bias, m.norm_eps, m.channels);
+        to->expand = p.folded(m.expand, m.expand_bias, m.hidden, m.channels, m.low_precision, BatchNorm{},
+                              m.before_hidden_activation());
+        const Affine affine = p.affine(m.after_hidden_activation(), m.hidden, padded);
+        to->scale = affine.scale;
+        to->shift = affine.shift;
+        const Filter filter = p.depthwise(m.filter, m.filter_bias, m.before_activation(), m.hidden, m.kernel * m.kernel,
+                                          padded, m.adds_input);
+        to->filter = filter.taps;
+        to->filter_bias = filter.shift;
+        to->project =
+            p.folded(m.project, m.project_bias, m.out, m.hidden, m.low_precision, m.after_activation(), m.bn[2]);
+        *out_norm = norm_of(p, m.out_norm_eps.has_value() ? FK_GROUP_NORM : FK_NO_NORM, m.out_norm_weight,
+                            m.out_norm_bias, m.out_norm_eps.value_or(0.0), m.out);
+      },
+      kept);
 }
 
 // Hidden channels that a task takes at a time: all of them, in equal parts.
@@ -271,7 +276,7 @@ Tensor pack_only(TensorList t, std::string norm, double norm_eps, std::string hi
   return prepare(check(t, std::nullopt,
                        {norm, norm_eps, hidden_activation, activation, inner_residual, bn_after_activation, bn_eps,
                         out_norm_eps, height, width, prefix, summary, dtype}),
-                 std::nullopt, &p, &out_norm);
+                 std::nullopt, &p, &out_norm, true);
 }
 
 }  // namespace

@@ -56,15 +56,18 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, int64_t head
 
 namespace {
 
-Tensor prepare(const Attention& a, const std::optional<Tensor>& packed, fk_global_attention* to) {
+Tensor prepare(const Attention& a, const std::optional<Tensor>& packed, fk_global_attention* to, bool kept = false) {
   // A panel of queries may start anywhere and reads a whole panel of biases.
   to->bias_stride = a.queries + kernels().panel;
-  return pack(packed, a.mark, [&](Packer& p) {
-    to->norm = norm_of(p, a.norm, a.norm_weight, a.norm_bias, a.norm_eps, a.q_channels);
-    if (a.query.data) to->query = p.linear(a.query, a.query_bias, a.channels, a.q_channels, a.low_precision);
-    if (a.proj.data) to->projection = p.linear(a.proj, a.proj_bias, a.out, a.value_channels, a.low_precision);
-    if (a.bias.data) to->bias = p.table(a.bias, a.heads, a.queries, a.keys, to->bias_stride);
-  });
+  return pack_call(
+      packed, a.mark,
+      [&](Packer& p) {
+        to->norm = norm_of(p, a.norm, a.norm_weight, a.norm_bias, a.norm_eps, a.q_channels);
+        if (a.query.data) to->query = p.linear(a.query, a.query_bias, a.channels, a.q_channels, a.low_precision);
+        if (a.proj.data) to->projection = p.linear(a.proj, a.proj_bias, a.out, a.value_channels, a.low_precision);
+        if (a.bias.data) to->bias = p.table(a.bias, a.heads, a.queries, a.keys, to->bias_stride);
+      },
+      kept);
 }
 
 }  // namespace
@@ -141,7 +144,7 @@ namespace {
 Tensor pack_only(TensorList t, int64_t heads, double, std::string norm, double norm_eps, bool add_query_input, bool,
                  ScalarType dtype) {
   fk_global_attention p = {};
-  return prepare(check(t, std::nullopt, heads, norm, norm_eps, add_query_input, dtype), std::nullopt, &p);
+  return prepare(check(t, std::nullopt, heads, norm, norm_eps, add_query_input, dtype), std::nullopt, &p, true);
 }
 
 }  // namespace

@@ -535,7 +535,8 @@ struct fk_table {
   int64_t (*scratch_attention_backward)(const struct fk_attention_backward*);
   void (*attention_backward)(const struct fk_attention_backward*, int64_t task, void* scratch);
   void (*pack_panel)(const struct fk_pack_linear*, int64_t panel);
-  int64_t (*part_bytes)(int64_t k);  // of a panel in parts; 0 where products take fp32 as it is
+  // Of a weight's panels in parts; 0 where products take fp32 as it is.
+  int64_t (*part_bytes)(int64_t panels, int64_t k);
   void (*norm_backward_totals)(const struct fk_norm_backward*, int64_t task);
   void (*norm_backward)(const struct fk_norm_backward*, int64_t task);
   void (*statistics_backward)(const struct fk_statistics_backward*, int64_t task);

@@ -71,14 +71,17 @@ Attention check(TensorList& t, const std::optional<Tensor>& packed, const std::s
 
 namespace {
 
-Tensor prepare(const Attention& a, const std::optional<Tensor>& packed, fk_local_attention* to) {
+Tensor prepare(const Attention& a, const std::optional<Tensor>& packed, fk_local_attention* to, bool kept = false) {
   to->bias_stride = a.area + kernels().panel;
-  return pack(packed, a.mark, [&](Packer& p) {
-    to->norm = norm_of(p, a.norm, a.norm_weight, a.norm_bias, a.norm_eps, a.in_channels);
-    if (a.qkv.data) to->qkv = p.linear(a.qkv, a.qkv_bias, 3 * a.channels, a.in_channels, a.low_precision);
-    if (a.proj.data) to->projection = p.linear(a.proj, a.proj_bias, a.out, a.value_channels, a.low_precision);
-    if (a.bias.data) to->bias = p.table(a.bias, a.heads, a.area, a.area, to->bias_stride);
-  });
+  return pack_call(
+      packed, a.mark,
+      [&](Packer& p) {
+        to->norm = norm_of(p, a.norm, a.norm_weight, a.norm_bias, a.norm_eps, a.in_channels);
+        if (a.qkv.data) to->qkv = p.linear(a.qkv, a.qkv_bias, 3 * a.channels, a.in_channels, a.low_precision);
+        if (a.proj.data) to->projection = p.linear(a.proj, a.proj_bias, a.out, a.value_channels, a.low_precision);
+        if (a.bias.data) to->bias = p.table(a.bias, a.heads, a.area, a.area, to->bias_stride);
+      },
+      kept);
 }
 
 }  // namespace
@@ -144,7 +147,8 @@ namespace {
 Tensor pack_only(TensorList t, std::string norm, double norm_eps, int64_t height, int64_t width, int64_t window,
                  int64_t heads, double, std::string pad, bool, ScalarType dtype) {
   fk_local_attention p = {};
-  return prepare(check(t, std::nullopt, norm, norm_eps, height, width, window, heads, pad, dtype), std::nullopt, &p);
+  return prepare(check(t, std::nullopt, norm, norm_eps, height, width, window, heads, pad, dtype), std::nullopt, &p,
+                 true);
 }
 
 }  // namespace

@@ -107,7 +107,7 @@ fk_linear Packer::add(fk_pack_linear linear) {
   const int64_t depth = linear.low_precision ? (linear.k + 1) / 2 * 2 : linear.k;
   linear.panels = take(panels * panel * depth * (linear.low_precision ? 2 : 4));
   linear.packed_bias = reinterpret_cast<float*>(take(panels * panel * 4));
-  const int64_t parts = splits_ && !linear.low_precision ? panels * kernels().part_bytes(linear.k) : 0;
+  const int64_t parts = splits_ && !linear.low_precision ? kernels().part_bytes(panels, linear.k) : 0;
   if (parts) linear.parts = take(parts);
   if (fills_) linears_.push_back(linear);
   return {linear.panels, linear.packed_bias, linear.n, linear.k, linear.low_precision, linear.parts};

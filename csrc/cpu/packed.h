@@ -155,6 +155,13 @@ Tensor pack(const std::optional<Tensor>& packed, uint64_t mark, const Describe& 
   return block;
 }
 
+// The block of an operator's call, or to be `kept` for many. Weights that are packed for one call alone are split, as
+// each task would have to do otherwise; those that are kept take less memory as they are.
+template <class Describe>
+Tensor pack_call(const std::optional<Tensor>& packed, uint64_t mark, const Describe& describe, bool kept) {
+  return pack(packed, mark, describe, !kept && !packed.has_value());
+}
+
 // The block for this call alone, as a backward has it: its weights change from call to call.
 template <class Describe>
 Tensor pack_once(const Describe& describe, bool splits = true) {

@@ -63,22 +63,25 @@ Embedding check(TensorList& t, const std::optional<Tensor>& packed, const Option
   return e;
 }
 
-Tensor prepare(const Embedding& e, const std::optional<Tensor>& packed, Weights* w) {
-  return pack(packed, e.mark, [&](Packer& p) {
-    const int64_t taps = e.kernel * e.kernel;
-    const int64_t panel = kernels().panel, padded = (e.out + panel - 1) / panel * panel;
-    const BatchNorm none = {};
-    w->linear = p.folded(e.weight, e.bias, e.out, taps * e.channels, e.low_precision, none,
-                         e.bn_after_activation ? none : e.bn, taps);
-    // Without its epsilon a norm is only its weight and bias.
-    const bool normed = e.norm_eps.has_value();
-    w->affine = p.affine(e.bn_after_activation ? e.bn : none, e.out, padded, normed ? absent() : e.norm_weight,
-                         normed ? absent() : e.norm_bias);
-    const bool in_affine = !e.in_norm_eps.has_value() && (e.in_norm_weight.data || e.in_norm_bias.data);
-    w->in_norm = in_affine ? norm_of(p, FK_AFFINE, e.in_norm_weight, e.in_norm_bias, 0.0, e.channels)
-                           : norm_of(p, e.in_norm_weight, e.in_norm_bias, e.in_norm_eps, e.channels);
-    w->norm = norm_of(p, e.norm_weight, e.norm_bias, e.norm_eps, e.out);
-  });
+Tensor prepare(const Embedding& e, const std::optional<Tensor>& packed, Weights* w, bool kept = false) {
+  return pack_call(
+      packed, e.mark,
+      [&](Packer& p) {
+        const int64_t taps = e.kernel * e.kernel;
+        const int64_t panel = kernels().panel, padded = (e.out + panel - 1) / panel * panel;
+        const BatchNorm none = {};
+        w->linear = p.folded(e.weight, e.bias, e.out, taps * e.channels, e.low_precision, none,
+                             e.bn_after_activation ? none : e.bn, taps);
+        // Without its epsilon a norm is only its weight and bias.
+        const bool normed = e.norm_eps.has_value();
+        w->affine = p.affine(e.bn_after_activation ? e.bn : none, e.out, padded, normed ? absent() : e.norm_weight,
+                             normed ? absent() : e.norm_bias);
+        const bool in_affine = !e.in_norm_eps.has_value() && (e.in_norm_weight.data || e.in_norm_bias.data);
+        w->in_norm = in_affine ? norm_of(p, FK_AFFINE, e.in_norm_weight, e.in_norm_bias, 0.0, e.channels)
+                               : norm_of(p, e.in_norm_weight, e.in_norm_bias, e.in_norm_eps, e.channels);
+        w->norm = norm_of(p, e.norm_weight, e.norm_bias, e.norm_eps, e.out);
+      },
+      kept);
 }
 
 fk_patch_embedding geometry(const Embedding& e, const TensorList& t, int64_t stride, int64_t padding) {
@@ -145,7 +148,7 @@ Tensor pack_only(TensorList t, std::optional<double> norm_eps, std::optional<dou
   Weights w;
   return prepare(
       check(t, std::nullopt, {norm_eps, in_norm_eps, stride, padding, activation, bn_after_activation, bn_eps, dtype}),
-      std::nullopt, &w);
+      std::nullopt, &w, true);
 }
 
 // Rows of a block: their neighbourhoods stay in L2, and each block adds to all of the weight's partial sum.

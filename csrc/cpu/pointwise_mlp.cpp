@@ -38,12 +38,15 @@ Mlp check(TensorList& t, const std::optional<Tensor>& packed, std::optional<doub
   return m;
 }
 
-Tensor prepare(const Mlp& m, const std::optional<Tensor>& packed, Weights* w) {
-  return pack(packed, m.mark, [&](Packer& p) {
-    w->norm = norm_of(p, m.norm_weight, m.norm_bias, m.norm_eps, m.channels);
-    w->expand = p.linear(m.weight1, m.bias1, m.hidden, m.channels, m.low_precision);
-    w->project = p.linear(m.weight2, m.bias2, m.out, m.hidden, m.low_precision);
-  });
+Tensor prepare(const Mlp& m, const std::optional<Tensor>& packed, Weights* w, bool kept = false) {
+  return pack_call(
+      packed, m.mark,
+      [&](Packer& p) {
+        w->norm = norm_of(p, m.norm_weight, m.norm_bias, m.norm_eps, m.channels);
+        w->expand = p.linear(m.weight1, m.bias1, m.hidden, m.channels, m.low_precision);
+        w->project = p.linear(m.weight2, m.bias2, m.out, m.hidden, m.low_precision);
+      },
+      kept);
 }
 
 fk_activation activation_of(const std::string& name) {
@@ -90,7 +93,7 @@ Tensor run(TensorList t, std::optional<Tensor> packed, std::optional<double> nor
 
 Tensor pack_only(TensorList t, std::optional<double> norm_eps, std::string, ScalarType dtype) {
   Weights w;
-  return prepare(check(t, std::nullopt, norm_eps, dtype), std::nullopt, &w);
+  return prepare(check(t, std::nullopt, norm_eps, dtype), std::nullopt, &w, true);
 }
 
 // A chunk of hidden channels: what the rows of a block need of it stays in the cache.

@@ -36,14 +36,17 @@ Projection check(TensorList& t, const std::optional<Tensor>& packed, std::option
   return e;
 }
 
-Tensor prepare(const Projection& e, const std::optional<Tensor>& packed, fk_pooled_projection* to) {
+Tensor prepare(const Projection& e, const std::optional<Tensor>& packed, fk_pooled_projection* to, bool kept) {
   auto kind = [](std::optional<double> eps) { return eps.has_value() ? FK_GROUP_NORM : FK_NO_NORM; };
-  return pack(packed, e.mark, [&](Packer& p) {
-    to->in_norm =
-        norm_of(p, kind(e.in_norm_eps), e.in_norm_weight, e.in_norm_bias, e.in_norm_eps.value_or(0.0), e.channels);
-    to->norm = norm_of(p, kind(e.norm_eps), e.norm_weight, e.norm_bias, e.norm_eps.value_or(0.0), e.channels);
-    to->linear = p.linear(e.weight, e.bias, e.out, e.channels, e.low_precision);
-  });
+  return pack_call(
+      packed, e.mark,
+      [&](Packer& p) {
+        to->in_norm =
+            norm_of(p, kind(e.in_norm_eps), e.in_norm_weight, e.in_norm_bias, e.in_norm_eps.value_or(0.0), e.channels);
+        to->norm = norm_of(p, kind(e.norm_eps), e.norm_weight, e.norm_bias, e.norm_eps.value_or(0.0), e.channels);
+        to->linear = p.linear(e.weight, e.bias, e.out, e.channels, e.low_precision);
+      },
+      kept);
 }
 
 void set_geometry(const Projection& e, const Tensor& x, int64_t height, int64_t width, int64_t kernel, bool ceil_mode,
@@ -122,7 +125,7 @@ Tensor pack_only(TensorList t, std::optional<double> in_norm_eps, std::optional<
                  int64_t width, int64_t kernel, bool ceil_mode, ScalarType dtype) {
   fk_pooled_projection p = {};
   return prepare(check(t, std::nullopt, in_norm_eps, norm_eps, height, width, kernel, ceil_mode, dtype), std::nullopt,
-                 &p);
+                 &p, true);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ struct Projection {
 Projection check(TensorList& t, const std::optional<Tensor>& packed, std::optional<double> in_norm_eps,
                  std::optional<double> norm_eps, int64_t height, int64_t width, int64_t kernel, bool ceil_mode,
                  ScalarType dtype);
-Tensor prepare(const Projection& e, const std::optional<Tensor>& packed, fk_pooled_projection* to);
+Tensor prepare(const Projection& e, const std::optional<Tensor>& packed, fk_pooled_projection* to, bool kept = false);
 
 // Everything about the map and its pooled pixels but the weights.
 void set_geometry(const Projection& e, const Tensor& x, int64_t height, int64_t width, int64_t kernel, bool ceil_mode,

@@ -90,9 +90,9 @@ bool check(bool large) {
       for (int64_t n = 0; n < count; ++n)
         amx_panel_blocks(panels.data() + n * step, ldb, k, parts.get() + n * w.parts_step);
     }
-    in_parts += amx_pays(w.count, w.k, w.parts);
-    split_ahead += w.parts && amx_pays(w.count, w.k, true);
-    as_they_lie += lies && amx_pays(w.count, w.k, w.parts);
+    in_parts += amx_pays(w.count, w.k);
+    split_ahead += w.parts && amx_pays(w.count, w.k);
+    as_they_lie += lies && amx_pays(w.count, w.k);
   }
   amx_acquire();
   const std::unique_ptr<char, void (*)(void*)> memory(

@@ -134,96 +134,125 @@ FK_INLINE void amx_panel_block(const bf16* panel, int64_t depth, char* block) {
                        i < depth ? _mm512_loadu_si512((const char*)panel + i * 64) : _mm512_setzero_si512());
 }
 
-// Blocks along K: `count` of them `step` bytes apart with rows of `stride` bytes, then perhaps a last one in rows of 64
-// bytes (of a panel: as in a panel).
+// Blocks along K: `count` of them `step` bytes apart with rows of `stride` bytes, then perhaps a last one. Those of the
+// next 16 rows or columns lie `other` bytes behind them.
 struct AmxOperand {
   const char* blocks;
-  int64_t stride, step, count;
+  int64_t stride, step, count, other;
   const char* last;
+  int64_t last_stride, last_other;
 };
 
-// sums[16][kPanel], of which the first NV vectors are computed.
-template <int NV>
-static __attribute__((noinline)) void amx_sums(const AmxOperand& a, const AmxOperand& panel, float* sums, int64_t ldo) {
+// Adds the products of a block of each of `Rows` times 16 rows and `NV` vectors of columns to registers 0 to 3.
+template <int Rows, int NV>
+FK_INLINE void amx_multiply_blocks(const char* rows, int64_t row_stride, int64_t other_rows, const char* columns,
+                                   int64_t column_stride, int64_t other_columns) {
+  amx_load<4>(rows, row_stride);
+  amx_load<6>(columns, column_stride);
+  amx_multiply<0, 4, 6>();
+  if (NV == 2) amx_load<7>(columns + other_columns, column_stride);
+  if (NV == 2) amx_multiply<1, 4, 7>();
+  if (Rows == 2) amx_load<5>(rows + other_rows, row_stride);
+  if (Rows == 2) amx_multiply<2, 5, 6>();
+  if (Rows == 2 && NV == 2) amx_multiply<3, 5, 7>();
+}
+
+template <int Rows, int NV>
+FK_INLINE void amx_clear_sums() {
   amx_clear<0>();
   if (NV == 2) amx_clear<1>();
-  const char *rows = a.blocks, *columns = panel.blocks;
-  for (int64_t i = 0; i < a.count; ++i, rows += a.step, columns += panel.step) {
-    amx_load<4>(rows, a.stride);
-    amx_load<5>(columns, panel.stride);
-    amx_multiply<0, 4, 5>();
-    if (NV == 2) {
-      amx_load<6>(columns + 64, panel.stride);
-      amx_multiply<1, 4, 6>();
-    }
-  }
-  if (a.last) {
-    amx_load<4>(a.last, 64);
-    amx_load<5>(panel.last, kPanel * 4);
-    amx_multiply<0, 4, 5>();
-    if (NV == 2) {
-      amx_load<6>(panel.last + 64, kPanel * 4);
-      amx_multiply<1, 4, 6>();
-    }
-  }
+  if (Rows == 2) amx_clear<2>();
+  if (Rows == 2 && NV == 2) amx_clear<3>();
+}
+template <int Rows, int NV>
+FK_INLINE void amx_store_sums(float* sums, int64_t ldo) {
   amx_store<0>(sums, ldo * 4);
   if (NV == 2) amx_store<1>(sums + FK_VL, ldo * 4);
+  if (Rows == 2) amx_store<2>(sums + kAmxRows * ldo, ldo * 4);
+  if (Rows == 2 && NV == 2) amx_store<3>(sums + kAmxRows * ldo + FK_VL, ldo * 4);
 }
 
-// Adds the products of A's parts in registers 4 to 6 with those of one vector of columns: the first parts' to `Large`,
-// the other five to `Small`.
-template <int Large, int Small>
-FK_INLINE void amx_multiply_parts(const char* columns) {
-  amx_load<7>(columns, 64);
-  amx_multiply<Large, 4, 7>();
-  amx_multiply<Small, 5, 7>();
-  amx_multiply<Small, 6, 7>();
-  amx_load<7>(columns + kAmxBlock, 64);
-  amx_multiply<Small, 4, 7>();
-  amx_multiply<Small, 5, 7>();
-  amx_load<7>(columns + 2 * kAmxBlock, 64);
-  amx_multiply<Small, 4, 7>();
+// sums[16 Rows][kPanel], of which the first NV vectors are computed. Two by two blocks are loaded for four products;
+// one by two would wait for three loads for two.
+template <int Rows, int NV>
+static __attribute__((noinline)) void amx_sums(const AmxOperand& a, const AmxOperand& panel, float* sums, int64_t ldo) {
+  amx_clear_sums<Rows, NV>();
+  const char *rows = a.blocks, *columns = panel.blocks;
+  for (int64_t i = 0; i < a.count; ++i, rows += a.step, columns += panel.step)
+    amx_multiply_blocks<Rows, NV>(rows, a.stride, a.other, columns, panel.stride, panel.other);
+  if (a.last)
+    amx_multiply_blocks<Rows, NV>(a.last, a.last_stride, a.last_other, panel.last, panel.last_stride, panel.last_other);
+  amx_store_sums<Rows, NV>(sums, ldo);
 }
 
-// The same from `count` blocks in parts. The small products are summed apart from the large ones: among those each
-// would be rounded as if it were large.
-template <int NV>
-static __attribute__((noinline)) void amx_sums_of_parts(const char* rows, const char* columns, int64_t count,
-                                                        float* sums) {
-  float small[kAmxRows * kPanel] __attribute__((aligned(64)));
-  amx_clear<0>();
-  amx_clear<1>();
-  if (NV == 2) amx_clear<2>();
-  if (NV == 2) amx_clear<3>();
+// Adds the products of what registers 4 to 7 hold.
+template <int Rows, int NV>
+FK_INLINE void amx_multiply_loaded() {
+  amx_multiply<0, 4, 6>();
+  if (NV == 2) amx_multiply<1, 4, 7>();
+  if (Rows == 2) amx_multiply<2, 5, 6>();
+  if (Rows == 2 && NV == 2) amx_multiply<3, 5, 7>();
+}
+
+// The same from `count` blocks in parts, `other` bytes from those of the next 16 rows.
+template <int Rows, int NV>
+static __attribute__((noinline)) void amx_sums_of_parts(const char* rows, int64_t other, const char* columns,
+                                                        int64_t count, float* sums, int64_t ldo) {
+  const auto load_rows = [&](int part) __attribute__((always_inline)) {
+    amx_load<4>(rows + part * kAmxBlock, 64);
+    if (Rows == 2) amx_load<5>(rows + other + part * kAmxBlock, 64);
+  };
+  const auto load_columns = [&](int part) __attribute__((always_inline)) {
+    amx_load<6>(columns + part * kAmxBlock, 64);
+    if (NV == 2) amx_load<7>(columns + (kAmxParts + part) * kAmxBlock, 64);
+  };
+  amx_clear_sums<Rows, NV>();
   for (int64_t i = 0; i < count; ++i, rows += kAmxParts * kAmxBlock, columns += 2 * kAmxParts * kAmxBlock) {
-    amx_load<4>(rows, 64);
-    amx_load<5>(rows + kAmxBlock, 64);
-    amx_load<6>(rows + 2 * kAmxBlock, 64);
-    amx_multiply_parts<0, 1>(columns);
-    if (NV == 2) amx_multiply_parts<2, 3>(columns + kAmxParts * kAmxBlock);
+    load_columns(0);
+    load_rows(2);
+    amx_multiply_loaded<Rows, NV>();
+    load_rows(0);
+    amx_multiply_loaded<Rows, NV>();
+    load_rows(1);
+    amx_multiply_loaded<Rows, NV>();
+    load_columns(1);
+    amx_multiply_loaded<Rows, NV>();
+    load_rows(0);
+    amx_multiply_loaded<Rows, NV>();
+    load_columns(2);
+    amx_multiply_loaded<Rows, NV>();
   }
-  amx_store<0>(sums, kPanel * 4);
-  amx_store<1>(small, kPanel * 4);
-  if (NV == 2) amx_store<2>(sums + FK_VL, kPanel * 4);
-  if (NV == 2) amx_store<3>(small + FK_VL, kPanel * 4);
-  for (int64_t i = 0; i < kAmxRows * kPanel; i += NV == 2 ? FK_VL : kPanel)
-    store(sums + i, load(sums + i) + load(small + i));
+  amx_store_sums<Rows, NV>(sums, ldo);
 }
 
 // The rows, as bits, with a sum that parts may not have given: it is no number or infinite, or so small that parts of
 // its terms may have been taken for zeros.
-FK_INLINE uint32_t doubtful_rows(const float* sums, int64_t rows, int64_t width) {
-  const __m512i sign = _mm512_set1_epi32((int)0x80000000);
-  const __m512i least = _mm512_set1_epi32(31 << 23);  // 2^-96
-  const __m512i range = _mm512_set1_epi32((255 << 23) - (31 << 23));
+FK_INLINE uint32_t doubtful_rows(const float* sums, int64_t stride, int64_t rows, int64_t width) {
+  // Twice a number's bits are those of its size. Less one, a zero is above all; the least is 2^-96.
+  const __m512i one = _mm512_set1_epi32(1), least = _mm512_set1_epi32((31 << 24) - 1);
+  const __m512i infinite = _mm512_set1_epi32((int)(255u << 24));
+  struct Range {
+    __m512i low, high;
+  };
+  const Range none = {_mm512_set1_epi32(-1), _mm512_setzero_si512()};
+  const auto see = [&](int64_t row, Range& r) {
+    for (int64_t j = 0; j < min64(width, kPanel); j += FK_VL) {
+      const __m512i bits = _mm512_loadu_si512(sums + row * stride + j), twice = _mm512_add_epi32(bits, bits);
+      r.low = _mm512_min_epu32(r.low, _mm512_sub_epi32(twice, one));
+      r.high = _mm512_max_epu32(r.high, twice);
+    }
+  };
+  const auto doubts = [&](const Range& r) {
+    return (_mm512_cmplt_epu32_mask(r.low, least) | _mm512_cmpge_epu32_mask(r.high, infinite)) != 0;
+  };
+  Range all = none;
+  for (int64_t i = 0; i < rows; ++i) see(i, all);
+  if (!doubts(all)) return 0;
   uint32_t doubtful = 0;
   for (int64_t i = 0; i < rows; ++i) {
-    uint32_t found = 0;
-    for (int64_t j = 0; j < min64(width, kPanel); j += FK_VL) {
-      const __m512i size = _mm512_andnot_si512(sign, _mm512_load_si512(sums + i * kPanel + j));
-      found |= _mm512_mask_cmpge_epu32_mask(_mm512_test_epi32_mask(size, size), _mm512_sub_epi32(size, least), range);
-    }
-    doubtful |= (uint32_t)(found != 0) << i;
+    Range own = none;
+    see(i, own);
+    doubtful |= (uint32_t)doubts(own) << i;
   }
   return doubtful;
 }
@@ -236,6 +265,20 @@ FK_INLINE void place_tile(const float* sums, int64_t rows, int64_t width, float*
       const vf x = load(sums + i * kPanel + j);
       store(to, accumulate ? load(to) + x : x);
     }
+}
+
+// Calls `compute` with how many blocks of rows and vectors of columns of a tile are wanted.
+template <int Rows, int NV>
+struct AmxShape {
+  static constexpr int rows = Rows, vectors = NV;
+};
+template <class Compute>
+FK_INLINE void with_amx_shape(int64_t rows, int64_t width, Compute compute) {
+  const bool pair = rows > kAmxRows;
+  if (width <= kPanel - FK_VL)
+    pair ? compute(AmxShape<2, FK_NV - 1>()) : compute(AmxShape<1, FK_NV - 1>());
+  else
+    pair ? compute(AmxShape<2, FK_NV>()) : compute(AmxShape<1, FK_NV>());
 }
 
 // Bytes of blocks of A that stay in L2.
@@ -260,10 +303,10 @@ static __attribute__((noinline)) void amx_blocks(const A* a, int64_t lda, int64_
   }
 }
 
-// Asks for the share of tile `t` of `tiles` in what will be read next.
-FK_INLINE void amx_fetch(const void* next, int64_t bytes, int64_t t, int64_t tiles) {
+// Asks for the share of tiles [first, last) of `tiles` in what will be read next.
+FK_INLINE void amx_fetch(const void* next, int64_t bytes, int64_t first, int64_t last, int64_t tiles) {
   const int64_t share = round_up(ceil_div(bytes, tiles), 64);
-  for (int64_t i = t * share; i < min64((t + 1) * share, bytes); i += 64)
+  for (int64_t i = first * share; i < min64(last * share, bytes); i += 64)
     __builtin_prefetch((const char*)next + i, 0, 2);
 }
 
@@ -275,8 +318,9 @@ FK_INLINE void amx_each_tile(const bf16* a, int64_t lda, int64_t rows, const Pan
   constexpr int64_t kFewPanels = 3, panel_block = 2 * kAmxBlock;
   const bool direct = !made && !Transposed && w.count <= kFewPanels;
   const int64_t blocks = ceil_div(w.k, kAmxDepth), whole = w.k / kAmxDepth, tiles = ceil_div(rows, kAmxRows);
-  const int64_t group = direct || made ? tiles : min64(tiles, max64(1, kAmxGroup / (blocks * kAmxBlock)));
-  char* const rest = (char*)fk_block_memory(panel_block + (made ? 0 : group * blocks * kAmxBlock));
+  const int64_t other = blocks * kAmxBlock;
+  const int64_t group = direct || made ? tiles : min64(tiles, max64(2, kAmxGroup / other / 2 * 2));
+  char* const rest = (char*)fk_block_memory(panel_block + (made ? 0 : group * other));
   char* const a_blocks = rest + panel_block;
   const int64_t fetched = w.after ? w.k * kPanel * (int64_t)sizeof(bf16) : 0;
   for (int64_t begin = 0; begin < tiles; begin += group) {
@@ -287,25 +331,29 @@ FK_INLINE void amx_each_tile(const bf16* a, int64_t lda, int64_t rows, const Pan
       const bf16* panel = w.first + n * w.step;
       const bf16* next = n + 1 < w.count ? panel + w.step : w.after;
       if (whole < blocks) amx_panel_block(panel + whole * kAmxDepth * kPanel, w.k - whole * kAmxDepth, rest);
-      const AmxOperand right = {(const char*)panel, kPanel * 4, panel_block, whole, rest};
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t row = t * kAmxRows, height = min64(kAmxRows, rows - row);
-        const char* own = (made ? made : a_blocks) + (t - begin) * blocks * kAmxBlock;
-        AmxOperand left = {own, 64, kAmxBlock, whole, whole < blocks ? own + whole * kAmxBlock : nullptr};
-        if (direct && height == kAmxRows) {
+      const AmxOperand right = {(const char*)panel, kPanel * 4, panel_block, whole,
+                                FK_VL * 4,          rest,       kPanel * 4,  FK_VL * 4};
+      int64_t height;
+      for (int64_t row = begin * kAmxRows; row < min64(end * kAmxRows, rows); row += height) {
+        const int64_t left_over = min64(end * kAmxRows, rows) - row, t = row / kAmxRows - begin;
+        // Rows that are read where they lie are whole blocks.
+        height = min64(left_over, direct && left_over < kTileRows ? kAmxRows : kTileRows);
+        const char* own = (made ? made : a_blocks) + t * other;
+        const char* last = whole < blocks ? own + whole * kAmxBlock : nullptr;
+        AmxOperand left = {own, 64, kAmxBlock, whole, other, last, 64, other};
+        if (direct && height % kAmxRows == 0) {
           left.blocks = (const char*)(a + row * lda);
           left.stride = lda * 2;
           left.step = kAmxDepth * 2;
+          left.other = kAmxRows * lda * 2;
         }
-        amx_fetch(next, fetched, t - begin, end - begin);
+        amx_fetch(next, fetched, t, t + ceil_div(height, kAmxRows), end - begin);
         body(n, row, height, [&](float* out, int64_t ldo, bool accumulate, int64_t width) {
-          float sums[kAmxRows * kPanel] __attribute__((aligned(64)));
-          const bool at_once = height == kAmxRows && !accumulate;
-          float* to = at_once ? out : sums;
-          if (width > kPanel - FK_VL)
-            amx_sums<FK_NV>(left, right, to, at_once ? ldo : kPanel);
-          else
-            amx_sums<FK_NV - 1>(left, right, to, at_once ? ldo : kPanel);
+          float sums[kTileRows * kPanel] __attribute__((aligned(64)));
+          const bool at_once = height % kAmxRows == 0 && !accumulate;
+          with_amx_shape(height, width, [&](auto shape) {
+            amx_sums<shape.rows, shape.vectors>(left, right, at_once ? out : sums, at_once ? ldo : kPanel);
+          });
           if (!at_once) place_tile(sums, height, width, out, ldo, accumulate);
         });
       }
@@ -318,42 +366,35 @@ template <bool Transposed, class Body>
 FK_INLINE void amx_each_tile(const float* a, int64_t lda, int64_t rows, const Panels<float>& w, const char* made,
                              Body body) {
   constexpr int64_t a_block = kAmxRowBlock<float>;
-  const int64_t blocks = ceil_div(w.k, kAmxDepth), tiles = ceil_div(rows, kAmxRows);
-  const int64_t group = made ? tiles : min64(tiles, max64(1, kAmxGroup / (blocks * a_block)));
-  char* const own_columns = (char*)fk_block_memory(blocks * (kAmxPanelBlock + (made ? 0 : group * a_block)));
+  const int64_t blocks = ceil_div(w.k, kAmxDepth), tiles = ceil_div(rows, kAmxRows), other = blocks * a_block;
+  const int64_t group = made ? tiles : min64(tiles, max64(2, kAmxGroup / other / 2 * 2));
+  char* const own_columns = (char*)fk_block_memory(blocks * kAmxPanelBlock + (made ? 0 : group * other));
   char* const a_blocks = own_columns + blocks * kAmxPanelBlock;
-  const int64_t bytes = w.parts ? blocks * kAmxPanelBlock : w.k * kPanel * (int64_t)sizeof(float);
   for (int64_t begin = 0; begin < tiles; begin += group) {
     const int64_t end = min64(begin + group, tiles);
     if (!made) amx_blocks<Transposed>(a, lda, begin * kAmxRows, end * kAmxRows, rows, w.k, a_blocks);
     for (int64_t n = 0; n < w.count; ++n) {
       const float* panel = w.first + n * w.step;
-      const bool last = n + 1 == w.count;
-      const void* next = w.parts ? last ? w.parts_after : w.parts + (n + 1) * w.parts_step
-                         : last  ? (const void*)w.after
-                                 : panel + w.step;
-      const int64_t fetched = w.after && next ? bytes : 0;
       const char* columns = w.parts ? w.parts + n * w.parts_step : own_columns;
       if (!w.parts) amx_panel_blocks(panel, w.row, w.k, own_columns);
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t row = t * kAmxRows, height = min64(kAmxRows, rows - row);
-        amx_fetch(next, fetched, t - begin, end - begin);
+      for (int64_t t = begin; t < end; t += kTileRows / kAmxRows) {
+        const int64_t row = t * kAmxRows, height = min64(kTileRows, min64(end * kAmxRows, rows) - row);
+        const char* own = (made ? made : a_blocks) + (t - begin) * other;
         body(n, row, height, [&](float* out, int64_t ldo, bool accumulate, int64_t width) {
-          float sums[kAmxRows * kPanel] __attribute__((aligned(64)));
-          const char* own = (made ? made : a_blocks) + (t - begin) * blocks * a_block;
-          if (width > kPanel - FK_VL)
-            amx_sums_of_parts<FK_NV>(own, columns, blocks, sums);
-          else
-            amx_sums_of_parts<FK_NV - 1>(own, columns, blocks, sums);
-          const uint32_t doubtful = doubtful_rows(sums, height, width);
-          if (!doubtful) return place_tile(sums, height, width, out, ldo, accumulate);
+          float buffer[kTileRows * kPanel] __attribute__((aligned(64)));
+          const bool at_once = height % kAmxRows == 0 && !accumulate;
+          float* sums = at_once ? out : buffer;
+          const int64_t stride = at_once ? ldo : kPanel;
+          with_amx_shape(height, width, [&](auto shape) {
+            amx_sums_of_parts<shape.rows, shape.vectors>(own, other, columns, blocks, sums, stride);
+          });
           const Ahead nothing = {(const char*)panel, 0};
-          for (int64_t i = 0; i < height; ++i)
-            if (doubtful >> i & 1)
-              tile<Transposed>(1, a + (row + i) * (Transposed ? 1 : lda), lda, panel, w.row, w.k, out + i * ldo, ldo,
-                               accumulate, nothing, width);
-            else
-              place_tile(sums + i * kPanel, 1, width, out + i * ldo, ldo, accumulate);
+          if (const uint32_t doubtful = doubtful_rows(sums, stride, height, width))
+            for (int64_t i = 0; i < height; ++i)
+              if (doubtful >> i & 1)
+                tile<Transposed>(1, a + (row + i) * (Transposed ? 1 : lda), lda, panel, w.row, w.k, sums + i * stride,
+                                 stride, false, nothing, width);
+          if (!at_once) place_tile(sums, height, width, out, ldo, accumulate);
         });
       }
     }
@@ -361,15 +402,14 @@ FK_INLINE void amx_each_tile(const float* a, int64_t lda, int64_t rows, const Pa
 }
 
 // Whether products of fp32 are made in parts: where that takes fewer cycles, of products of blocks, of placing their
-// sums and of making blocks (of panels only where they are not `split`), than the vectors' multiply-adds, if a task has
-// a hundred rows. How many it has depends on the number of threads, and results must not. A close call is the vectors',
-// whose operands take less of the cache, the more so where it holds weights in parts.
-FK_INLINE bool amx_pays(int64_t panels, int64_t k, bool split = false) {
+// sums and of making blocks, than the vectors' multiply-adds, if a task has a hundred rows. How many it has depends on
+// the number of threads, and results must not; nor on whether panels are in parts already. A close call is the
+// vectors', whose operands take less of the cache, and so are short sums.
+FK_INLINE bool amx_pays(int64_t panels, int64_t k) {
   constexpr int64_t rows = 96, tiles = rows / kAmxRows;
   const int64_t blocks = ceil_div(k, kAmxDepth);
-  const int64_t products = tiles * panels * (250 * blocks + 120),
-                making = (tiles * 300 + (split ? 0 : panels * 500)) * blocks;
-  return (split ? 12 : 11) * (products + making) < 10 * rows * panels * k;
+  const int64_t products = tiles * panels * (180 * blocks + 85), making = (tiles * 215 + panels * 360) * blocks;
+  return k > kAmxDepth && 11 * (products + making) < 10 * rows * panels * k;
 }
 
 }  // namespace

@@ -180,11 +180,14 @@ FK_INLINE void projection_task(const struct fk_conv_projection& p, int64_t task,
         copy_row(s.rows + row * s.lda, p.channels, p.channels, (A*)b.out + (start + row) * p.channels);
       continue;
     }
-    const A* after = (const A*)p.branch[(i + 1) % kBranches].linear.panels;
-    product(s.rows, s.lda, rows, (const A*)b.linear.panels, b.linear.k, 0, ceil_div(b.linear.n, kPanel), after,
-            [&](int64_t row, int64_t height, int64_t column, const float* tile_sums) {
-              write_tile(tile_sums, kPanel, height, start + row, column, b.linear, b.out, p.out_dtype, no_residual);
-            });
+    const void* after = p.branch[(i + 1) % kBranches].linear.panels;
+    const int64_t panels = ceil_div(b.linear.n, kPanel);
+    product(
+        s.rows, s.lda, rows, b.linear, 0, panels,
+        [&](int64_t row, int64_t height, int64_t column, const float* tile_sums) {
+          write_tile(tile_sums, kPanel, height, start + row, column, b.linear, b.out, p.out_dtype, no_residual);
+        },
+        INT64_MAX, panels, nullptr, after);
   }
 }
 

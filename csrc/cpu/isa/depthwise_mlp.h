@@ -259,33 +259,30 @@ FK_INLINE void depthwise_task(const struct fk_depthwise_mlp& p, int64_t task, vo
     any_norm_row(p.x, (start + b.top * p.width + i) * p.channels, p.channels, round_up(p.channels, 2), p.norm, b.image,
                  s.normed + i * s.lda);
   clear_border(p, b, s);
-  const int64_t depth = round_up(p.expand.k, kStep<A>), hidden_depth = round_up(p.project.k, kStep<A>);
+  const int64_t depth = round_up(p.expand.k, kStep<A>);
   const int64_t hidden_panels = ceil_div(p.expand.n, kPanel), out_panels = ceil_div(p.project.n, kPanel);
   const int64_t chunk = p.chunk / kPanel;
   const int64_t share = ceil_div(hidden_panels, p.slices), begin = b.slice * share;
   const int64_t end = min64(begin + share, hidden_panels), first_pixel = b.first * p.width;
   float* sums =
       p.slices > 1 ? p.partial + ((b.slice * p.batch + b.image) * p.height * p.width + first_pixel) * s.lds : s.sums;
-  const A* expand = (const A*)p.expand.panels;
   const char* prepared = prepare(s.normed, s.lda, in_pixels, depth, end - begin, s.prepared);
   for (int64_t h = begin; h < end; h += chunk) {
     const int64_t h_end = min64(h + chunk, end), column = h * kPanel;
-    const A* project = (const A*)p.project.panels + column * kPanel;
+    // Hidden channels past the end meet no weights: the depth stops at the last real one.
+    Panels<A> project = panels_of<A>(p.project, 0, out_panels, column, (h_end - h) * kPanel);
+    project.after = (const A*)p.expand.panels + h_end % hidden_panels * depth * kPanel;
     with_activation(p.hidden_activation, [&](auto activation) {
       product(
-          s.normed, s.lda, in_pixels, expand, depth, h, h_end, project,
+          s.normed, s.lda, in_pixels, p.expand, h, h_end,
           [&](int64_t row, int64_t height, int64_t n, const float* tile) {
             place_hidden<A, activation.value>(p, b, s, tile, row, height, n, n - column);
           },
-          INT64_MAX, 0, prepared);
+          INT64_MAX, 0, prepared, project.first);
     });
     with_activation(p.activation,
                     [&](auto activation) { filter_band<activation.value>(p, b, s, column, (h_end - h) * kPanel); });
-    // Hidden channels past the end meet no weights: the depth stops at the last real one.
-    const int64_t k = min64(h_end * kPanel, hidden_depth) - column;
-    const Panels<A> w = {project, hidden_depth * kPanel, out_panels, k,
-                         expand + h_end % hidden_panels * depth * kPanel};
-    products(s.activated, s.ldh, pixels, w, sums, s.lds, kPanel, h > begin);
+    products(s.activated, s.ldh, pixels, project, sums, s.lds, kPanel, h > begin);
   }
   if (p.slices == 1) finish_pixels(p, b.image, first_pixel, pixels, sums, task);
 }

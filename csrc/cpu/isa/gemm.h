@@ -175,6 +175,16 @@ FK_INLINE void vector_each_tile(const A* a, int64_t lda, int64_t rows, const Pan
   }
 }
 
+// Bytes of a panel in parts, `k` values deep; none without parts.
+FK_INLINE int64_t part_bytes(int64_t k) {
+#if FK_AMX
+  return ceil_div(k, kAmxDepth) * kAmxPanelBlock;
+#else
+  (void)k;
+  return 0;
+#endif
+}
+
 // Rows of A that several products meet can be made ready for them once: `prepared_bytes` of memory at 64 bytes, for all
 // the panels that they will meet. Null where products take rows as they are.
 template <class A>
@@ -206,7 +216,7 @@ template <bool Transposed, class A, class Body>
 FK_INLINE void each_tile(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, int64_t counted,
                          const char* prepared, Body body) {
 #if FK_AMX
-  if (sizeof(A) == 2 || prepared || amx_pays(counted, w.k, w.parts))
+  if (sizeof(A) == 2 || prepared || amx_pays(counted, w.k))
     return amx_each_tile<Transposed>(a, lda, rows, w, prepared, body);
 #endif
   (void)counted, (void)prepared;
@@ -223,35 +233,6 @@ FK_INLINE void products(const A* a, int64_t lda, int64_t rows, const Panels<A>& 
   });
 }
 
-// Panels [first, last) of rows x panels; `epilogue(row, rows, column, tile)` sees each finished tile [rows][kPanel],
-// whose columns from `width` on, counted from the first panel of all, may be anything finite. `after` is what will be
-// read next.
-template <class A, class Epilogue>
-FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, int64_t first, Epilogue epilogue,
-                       int64_t width, int64_t counted, const char* prepared) {
-  float out[kTileRows * kPanel] __attribute__((aligned(64)));
-  if (width < (first + w.count) * kPanel)
-    for (int i = 0; i < kTileRows * kPanel; i += FK_VL) store(out + i, splat(0.0f));
-  each_tile<false>(a, lda, rows, w, counted, prepared, [&](int64_t n, int64_t row, int64_t height, auto run) {
-    const int64_t column = (first + n) * kPanel;
-    run(out, kPanel, false, width - column);
-    epilogue(row, height, column, out);
-  });
-}
-template <class A, class Epilogue>
-FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, int64_t k, int64_t first, int64_t last,
-                       const A* after, Epilogue epilogue, int64_t width, int64_t counted,
-                       const char* prepared = nullptr) {
-  const int64_t depth = round_up(k, kStep<A>), step = depth * kPanel;
-  const Panels<A> w = {panels + first * step, step, last - first, depth, after};
-  product(a, lda, rows, w, first, epilogue, width, counted, prepared);
-}
-template <class A, class Epilogue>
-FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const A* panels, int64_t k, int64_t first, int64_t last,
-                       const A* after, Epilogue epilogue, int64_t width = INT64_MAX) {
-  product(a, lda, rows, panels, k, first, last, after, epilogue, width, last - first);
-}
-
 // Panels [first, last) of a weight, and of their values of K at most `k` from the `from`-th on, which is a multiple of
 // kPanel.
 template <class A>
@@ -260,19 +241,38 @@ FK_INLINE Panels<A> panels_of(const struct fk_linear& w, int64_t first, int64_t 
   const int64_t depth = round_up(w.k, kStep<A>), step = depth * kPanel;
   Panels<A> p = {(const A*)w.panels + first * step + from * kPanel, step, last - first, min64(k, depth - from),
                  nullptr};
-#if FK_AMX
-  p.parts_step = ceil_div(w.k, kAmxDepth) * kAmxPanelBlock;
-  if (w.parts) p.parts = (const char*)w.parts + first * p.parts_step + from / kAmxDepth * kAmxPanelBlock;
-#endif
+  p.parts_step = part_bytes(w.k);
+  if (w.parts) p.parts = (const char*)w.parts + first * p.parts_step + part_bytes(from);
   return p;
 }
-// Rows times panels [first, last) of a weight; those are read again and again.
+
+// Rows times panels; `epilogue(row, rows, column, tile)` sees each finished tile [rows][kPanel]. The first panel's
+// columns begin with `column`; those from `width` on may be anything finite.
+template <class A, class Epilogue>
+FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const Panels<A>& w, int64_t column, Epilogue epilogue,
+                       int64_t width, int64_t counted, const char* prepared) {
+  float out[kTileRows * kPanel] __attribute__((aligned(64)));
+  if (width < column + w.count * kPanel)
+    for (int i = 0; i < kTileRows * kPanel; i += FK_VL) store(out + i, splat(0.0f));
+  each_tile<false>(a, lda, rows, w, counted, prepared, [&](int64_t n, int64_t row, int64_t height, auto run) {
+    run(out, kPanel, false, width - column - n * kPanel);
+    epilogue(row, height, column + n * kPanel, out);
+  });
+}
+// Rows times panels [first, last) of a weight. `after` is what will be read next; nothing else known, they are read
+// again.
+template <class A, class Epilogue>
+FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const struct fk_linear& w, int64_t first, int64_t last,
+                       Epilogue epilogue, int64_t width, int64_t counted, const char* prepared = nullptr,
+                       const void* after = nullptr) {
+  Panels<A> panels = panels_of<A>(w, first, last);
+  panels.after = after ? (const A*)after : panels.first;
+  product(a, lda, rows, panels, first * kPanel, epilogue, width, counted, prepared);
+}
 template <class A, class Epilogue>
 FK_INLINE void product(const A* a, int64_t lda, int64_t rows, const struct fk_linear& w, int64_t first, int64_t last,
                        Epilogue epilogue, int64_t width = INT64_MAX) {
-  Panels<A> panels = panels_of<A>(w, first, last);
-  panels.after = panels.first;
-  product(a, lda, rows, panels, first, epilogue, width, last - first, nullptr);
+  product(a, lda, rows, w, first, last, epilogue, width, last - first);
 }
 
 // Write a finished tile to a row-major tensor: bias, optional residual, conversion; columns past n are dropped.

@@ -62,9 +62,8 @@ FK_INLINE void attention_task(const struct fk_global_attention& p, int64_t task,
     q_stride = s.ldn;
   }
   if (p.query.panels) {
-    const A* panels = (const A*)p.query.panels;
     product(
-        s.normed, s.ldn, rows, panels, p.query.k, 0, ceil_div(p.query.n, kPanel), panels,
+        s.normed, s.ldn, rows, p.query, 0, ceil_div(p.query.n, kPanel),
         [&](int64_t row, int64_t height, int64_t column, const float* sums) {
           for (int64_t i = 0; i < height; ++i)
             for (int64_t j = 0; j < kPanel; j += FK_VL)
@@ -98,9 +97,8 @@ FK_INLINE void attention_task(const struct fk_global_attention& p, int64_t task,
   if (p.projection.panels) {
     if (p.value_channels % 2)
       for (int64_t i = 0; i < rows; ++i) from_float(s.rows + i * s.lda + p.value_channels, 0.0f);
-    const A* panels = (const A*)p.projection.panels;
     product(
-        s.rows, s.lda, rows, panels, p.projection.k, 0, ceil_div(p.projection.n, kPanel), panels,
+        s.rows, s.lda, rows, p.projection, 0, ceil_div(p.projection.n, kPanel),
         [&](int64_t row, int64_t height, int64_t column, const float* sums) {
           write_tile(sums, kPanel, height, start + row, column, p.projection, p.out, p.out_dtype, p.residual);
         },

@@ -86,9 +86,8 @@ FK_INLINE void make_head_tokens(const struct fk_head_tokens& p, int64_t image, c
     store(s.mean + c, total * share);
   }
   for (int64_t h = 0; h < p.heads; ++h) copy_row(s.mean + h * d, d, round_up(d, 2), s.means + h * s.lda);
-  const A* panels = (const A*)p.linear.panels;
   product(
-      s.means, s.lda, p.heads, panels, d, 0, ceil_div(n, kPanel), panels,
+      s.means, s.lda, p.heads, p.linear, 0, ceil_div(n, kPanel),
       [&](int64_t row, int64_t height, int64_t column, const float* tile) {
         for (int64_t i = 0; i < height; ++i)
           for (int64_t j = 0; j < kPanel; j += FK_VL)

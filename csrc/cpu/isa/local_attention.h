@@ -88,9 +88,8 @@ FK_INLINE void fill_qkv(const struct fk_local_attention& p, int64_t image, int64
     else
       any_norm_row(p.x, (start + s.pixels[i]) * p.in_channels, p.in_channels, padded, p.norm, image,
                    s.normed + i * s.ldn);
-  const A* panels = (const A*)p.qkv.panels;
   product(
-      s.normed, s.ldn, rows, panels, p.qkv.k, 0, ceil_div(p.qkv.n, kPanel), panels,
+      s.normed, s.ldn, rows, p.qkv, 0, ceil_div(p.qkv.n, kPanel),
       [&](int64_t row, int64_t height, int64_t column, const float* tile) {
         for (int64_t i = 0; i < height; ++i)
           for (int64_t j = 0; j < kPanel; j += FK_VL)
@@ -143,9 +142,8 @@ FK_INLINE void local_attention_task(const struct fk_local_attention& p, int64_t 
   if (p.projection.panels) {
     if (p.value_channels % 2)
       for (int64_t i = 0; i < rows; ++i) from_float(s.rows + i * s.lda + p.value_channels, 0.0f);
-    const A* panels = (const A*)p.projection.panels;
     product(
-        s.rows, s.lda, rows, panels, p.projection.k, 0, ceil_div(p.projection.n, kPanel), panels,
+        s.rows, s.lda, rows, p.projection, 0, ceil_div(p.projection.n, kPanel),
         [&](int64_t row, int64_t height, int64_t column, const float* tile) {
           for (int64_t i = 0; i < height; ++i)
             if (s.pixels[row + i] >= 0)

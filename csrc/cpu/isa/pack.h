@@ -123,13 +123,12 @@ FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
     for (int64_t j = 0; j < kPanel; ++j) to[k * kPanel + j] = j < rows ? weight_at<T>(p, first + j, k) : 0.0f;
 }
 
-int64_t part_bytes(int64_t k) {
+// Bytes of the parts of a weight of so many panels, none where products with it are not made of those.
+int64_t weight_part_bytes(int64_t panels, int64_t k) {
 #if FK_AMX
-  return ceil_div(k, kAmxDepth) * kAmxPanelBlock;
-#else
-  (void)k;
-  return 0;
+  if (!amx_pays(panels, k)) return 0;
 #endif
+  return panels * part_bytes(k);
 }
 
 void pack_panel(const struct fk_pack_linear* p, int64_t panel) {

@@ -194,13 +194,12 @@ FK_INLINE void gather_rows(const struct fk_patch_embedding& p, const EmbeddingSc
 template <class A, class Out>
 FK_INLINE void embed_rows(const struct fk_patch_embedding& p, const A* a, int64_t lda, int64_t rows, int64_t group,
                           Out* out, int64_t ldo) {
-  const A* panels = (const A*)p.linear.panels;
   const int64_t begin = group * p.panels_per_task;
   const int64_t all = ceil_div(p.linear.n, kPanel), end = min64(begin + p.panels_per_task, all);
   const int64_t counted = p.batch * p.out_h * p.out_w <= kTileRows ? 0 : all;
   with_activation(p.activation, [&](auto activation) {
     product(
-        a, lda, rows, panels, p.linear.k, begin, end, panels,
+        a, lda, rows, p.linear, begin, end,
         [&](int64_t row, int64_t height, int64_t column, const float* tile) {
           place_result<A, activation.value>(p, tile, height, column, out + row * ldo + column, ldo);
         },

@@ -51,32 +51,30 @@ static __attribute__((noinline)) void mlp_block(const struct fk_pointwise_mlp& p
                                                 const MlpScratch<A>& s) {
   for (int64_t i = 0; i < rows; ++i)
     normalize_row(p.x, first + i, p.channels, round_up(p.channels, 2), p.norm, s.normed + i * s.lda);
-  const int64_t depth = round_up(p.expand.k, kStep<A>), hidden_depth = round_up(p.project.k, kStep<A>);
+  const int64_t depth = round_up(p.expand.k, kStep<A>);
   const int64_t hidden_panels = ceil_div(p.expand.n, kPanel), out_panels = ceil_div(p.project.n, kPanel);
   const int64_t chunk = kHiddenChunk / kPanel;
-  const A* expand = (const A*)p.expand.panels;
   const char* prepared = prepare(s.normed, s.lda, rows, depth, hidden_panels, s.prepared);
   for (int64_t h = 0; h < hidden_panels; h += chunk) {
     const int64_t h_end = min64(h + chunk, hidden_panels);
     const int64_t k_first = h * kPanel;
-    const A* project = (const A*)p.project.panels + k_first * kPanel;
+    // Hidden channels past the end are act(0) = 0 against no weights: the depth stops at the last real one.
+    Panels<A> project = panels_of<A>(p.project, 0, out_panels, k_first, (h_end - h) * kPanel);
+    project.after = (const A*)p.expand.panels + h_end % hidden_panels * depth * kPanel;
     product(
-        s.normed, s.lda, rows, expand, depth, h, h_end, project,
+        s.normed, s.lda, rows, p.expand, h, h_end,
         [&](int64_t row, int64_t height, int64_t column, const float* tile) {
           activate_tile<A, Activation>(tile, height, p.expand.bias + column,
                                        s.hidden + row * s.ldh + column - h * kPanel, s.ldh);
         },
-        INT64_MAX, 0, prepared);
-    // Hidden channels past the end are act(0) = 0 against no weights: the depth stops at the last real one.
-    const int64_t k = min64(h_end * kPanel, hidden_depth) - k_first;
+        INT64_MAX, 0, prepared, project.first);
     const bool last = h_end == hidden_panels;
-    const Panels<A> w = {project, hidden_depth * kPanel, out_panels, k,
-                         expand + h_end % hidden_panels * depth * kPanel};
-    each_tile<false>(s.hidden, s.ldh, rows, w, w.count, nullptr, [&](int64_t n, int64_t row, int64_t height, auto run) {
+    const auto add = [&](int64_t n, int64_t row, int64_t height, auto run) {
       float* sums = s.sums + row * s.lds + n * kPanel;
       run(sums, s.lds, h > 0, kPanel);
       if (last) write_tile(sums, s.lds, height, first + row, n * kPanel, p.project, p.out, p.out_dtype, p.residual);
-    });
+    };
+    each_tile<false>(s.hidden, s.ldh, rows, project, out_panels, nullptr, add);
   }
 }
 

@@ -122,11 +122,8 @@ static __attribute__((noinline)) void mlp_backward_block(const struct fk_pointwi
     expand.after = to_hidden.first;
     to_hidden.after = to_input.first;
     to_input.after = (const A*)p.expand.panels;
-    expand.parts_after = to_hidden.parts;
-    to_hidden.parts_after = to_input.parts;
-    if (h_end < end) to_input.parts_after = panels_of<A>(p.expand, h_end, end).parts;
     product(
-        s.normed, s.lda, rows, expand, h,
+        s.normed, s.lda, rows, expand, column,
         [&](int64_t row, int64_t height, int64_t c, const float* tile) {
           float* to = hidden_at(row, c);
           for (int64_t i = 0; i < height; ++i)
@@ -137,7 +134,7 @@ static __attribute__((noinline)) void mlp_backward_block(const struct fk_pointwi
     if (wants_slopes) {
       if (p.bias1) clear(block_sums, panels * kPanel);
       product(
-          s.grad, s.ldg, rows, to_hidden, h,
+          s.grad, s.ldg, rows, to_hidden, column,
           [&](int64_t row, int64_t height, int64_t c, const float* tile) {
             activation_backward<A, Activation>(tile, height, hidden_at(row, c), s.slopes + row * s.ldh + c - column,
                                                s.ldh, p.bias1 ? block_sums + c - column : nullptr);

@@ -101,14 +101,13 @@ FK_INLINE void project_task(const struct fk_pooled_projection& p, int64_t task, 
   const struct fk_array pooled = {p.pooled, FK_F32, 0};
   for (int64_t i = 0; i < height; ++i)
     any_norm_row(pooled, (start + i) * n, n, round_up(n, 2), p.norm, image, rows + i * lda);
-  const A* all_panels = (const A*)p.linear.panels;
   const struct fk_array no_residual = {nullptr, FK_F32, 0};
   product(
-      rows, lda, height, all_panels, p.linear.k, from, to, all_panels,
+      rows, lda, height, p.linear, from, to,
       [&](int64_t row, int64_t tile_rows, int64_t column, const float* sums) {
         write_tile(sums, kPanel, tile_rows, start + row, column, p.linear, p.out, p.out_dtype, no_residual);
       },
-      p.linear.n, panels);
+      p.linear.n, panels, nullptr, p.linear.panels);
 }
 
 int64_t scratch_pooled_projection(const struct fk_pooled_projection* p) {

@@ -97,7 +97,7 @@ struct AmxTask<void (*)(Args...), task> {
       scratch_attention_backward,                     \
       FK_TASK(attention_backward),                    \
       FK_TASK(pack_panel),                            \
-      part_bytes,                                     \
+      weight_part_bytes,                              \
       FK_TASK(norm_backward_totals),                  \
       FK_TASK(norm_backward),                         \
       FK_TASK(statistics_backward),                   \
