@@ -164,8 +164,8 @@ Tensor pack_call(const std::optional<Tensor>& packed, uint64_t mark, const Descr
 
 // The block for this call alone, as a backward has it: its weights change from call to call.
 template <class Describe>
-Tensor pack_once(const Describe& describe, bool splits = true) {
-  return pack(std::nullopt, 0, describe, splits);
+Tensor pack_once(const Describe& describe) {
+  return pack(std::nullopt, 0, describe, true);
 }
 
 // The norm in front of an operator; absent affine parameters become ones and zeros.

@@ -165,18 +165,13 @@ InputStep prepare_input_step(const Embedding& e, fk_patch_embedding_backward* p)
   const fk_patch_embedding& f = p->forward;
   const int64_t area = e.kernel * e.kernel, value = e.weight.dtype == FK_F32 ? 4 : 2;
   InputStep step;
-  // Of several taps each meets a row of pixels at a time, which parts are not worth while for.
-  const bool splits = area == 1;
-  step.weights = pack_once(
-      [&](Packer& packer) {
-        step.taps.clear();
-        for (int64_t tap = 0; tap < area; ++tap) {
-          const fk_array weight = {static_cast<const char*>(e.weight.data) + tap * value, e.weight.dtype,
-                                   e.weight.size};
-          step.taps.push_back(packer.transposed(weight, e.channels, e.out, e.low_precision, area));
-        }
-      },
-      splits);
+  step.weights = pack_once([&](Packer& packer) {
+    step.taps.clear();
+    for (int64_t tap = 0; tap < area; ++tap) {
+      const fk_array weight = {static_cast<const char*>(e.weight.data) + tap * value, e.weight.dtype, e.weight.size};
+      step.taps.push_back(packer.transposed(weight, e.channels, e.out, e.low_precision, area));
+    }
+  });
   p->taps = step.taps.data();
   // The first and the last output pixels that a pixel of the map asks for, whether or not they exist.
   p->border_top = p->border_left = (std::max<int64_t>(0, e.kernel - 1 - f.padding) + f.stride - 1) / f.stride;

@@ -31,6 +31,8 @@ FK_INLINE void prepare_stack(const struct fk_depthwise_mlp_backward& p, const Ml
       take_grad_row(p, grad + pixel * p.out, out, m.grad + row * m.ldg);
     }
   }
+  fill_ready(p, m.normed_ready, images, hidden_band);
+  fill_ready(p, m.grad_ready, images, front_band);
   if (p.wants_expand) fill_panels(p, m.normed_panels, images, back_band);
   if (p.wants_project) fill_panels(p, m.grad_panels, images, front_band);
   clear_border(p, m.hidden, m.bordered, images);
@@ -57,31 +59,35 @@ FK_INLINE vf hidden_value(const MlpChunk<A>& c, const NormVectors& norm, vf v, i
   return v;
 }
 
-// Rows [from, to) of the hidden map.
+// Rows of the hidden map.
 template <class A, fk_activation Activation>
-static __attribute__((noinline)) void expand_rows(const MlpChunk<A>& c, int64_t from, int64_t to) {
+static __attribute__((noinline)) void expand_rows(const MlpChunk<A>& c, int64_t band) {
   const struct fk_depthwise_mlp_backward& p = c.p;
   const MlpMaps<A>& m = c.m;
   const int64_t line = mlp_line(p), reach = p.kernel / 2;
   const int64_t first = c.column / kPanel, last = first + c.channels / kPanel;
-  product(m.normed + from * p.width * m.lda, m.lda, (to - from) * p.width, p.expand, first, last,
-          [&](int64_t row, int64_t height, int64_t n, const float* tile) {
-            for (int j = 0; j < FK_NV; ++j) {
-              const int64_t at = n + j * FK_VL, plane = (at - c.column) / FK_VL;
-              const vf bias = load(p.expand.bias + at);
-              const NormVectors norm = norm_vectors(p.norm1, at);
-              const int64_t pixel = from * p.width + row;
-              int64_t dense = plane * m.dense + pixel * FK_VL, y = pixel / p.width, x = pixel % p.width;
-              float* to = m.hidden + plane * m.bordered + (mlp_top(p, y) + reach) * line + (x + reach) * FK_VL;
-              for (int64_t i = 0; i < height; ++i, dense += FK_VL, to += FK_VL) {
-                store(to, hidden_value<A, Activation>(c, norm, load(tile + i * kPanel + j * FK_VL) + bias, dense));
-                if (++x < p.width) continue;
-                x = 0;
-                to += (mlp_top(p, y + 1) - mlp_top(p, y)) * line - p.width * FK_VL;
-                ++y;
-              }
-            }
-          });
+  const BlockRange rows = hidden_band(p, c.rows, band);
+  const int64_t from = rows.first;
+  product(
+      m.normed + from * p.width * m.lda, m.lda, (rows.last - from) * p.width, p.expand, first, last,
+      [&](int64_t row, int64_t height, int64_t n, const float* tile) {
+        for (int j = 0; j < FK_NV; ++j) {
+          const int64_t at = n + j * FK_VL, plane = (at - c.column) / FK_VL;
+          const vf bias = load(p.expand.bias + at);
+          const NormVectors norm = norm_vectors(p.norm1, at);
+          const int64_t pixel = from * p.width + row;
+          int64_t dense = plane * m.dense + pixel * FK_VL, y = pixel / p.width, x = pixel % p.width;
+          float* to = m.hidden + plane * m.bordered + (mlp_top(p, y) + reach) * line + (x + reach) * FK_VL;
+          for (int64_t i = 0; i < height; ++i, dense += FK_VL, to += FK_VL) {
+            store(to, hidden_value<A, Activation>(c, norm, load(tile + i * kPanel + j * FK_VL) + bias, dense));
+            if (++x < p.width) continue;
+            x = 0;
+            to += (mlp_top(p, y + 1) - mlp_top(p, y)) * line - p.width * FK_VL;
+            ++y;
+          }
+        }
+      },
+      INT64_MAX, last - first, MlpReady<A>::of(m.normed_ready, band));
 }
 
 // The same from what the forward kept.
@@ -109,20 +115,24 @@ FK_INLINE int64_t middle_origin(const MlpChunk<A>& c, int64_t from) {
   return c.p.adds_hidden ? 0 : from * c.p.width;
 }
 
-// Rows [from, to) of the gradient of the second linear's input.
+// Rows of the gradient of the second linear's input.
 template <class A>
-static __attribute__((noinline)) void project_back_rows(const MlpChunk<A>& c, int64_t from, int64_t to) {
+static __attribute__((noinline)) void project_back_rows(const MlpChunk<A>& c, int64_t band) {
   const struct fk_depthwise_mlp_backward& p = c.p;
+  const BlockRange front = front_band(p, c.rows, band);
+  const int64_t from = front.first;
   const int64_t first = c.column / kPanel, last = first + c.channels / kPanel;
   const A* rows = c.m.grad + from * p.width * c.m.ldg;
   float* out = c.m.middle_grad + (from * p.width - middle_origin(c, from)) * FK_VL;
-  product(rows, c.m.ldg, (to - from) * p.width, p.project_back, first, last,
-          [&](int64_t row, int64_t height, int64_t n, const float* tile) {
-            for (int j = 0; j < FK_NV; ++j) {
-              float* to = out + ((n - c.column) / FK_VL + j) * c.m.middle + row * FK_VL;
-              for (int64_t i = 0; i < height; ++i) store(to + i * FK_VL, load(tile + i * kPanel + j * FK_VL));
-            }
-          });
+  product(
+      rows, c.m.ldg, (front.last - from) * p.width, p.project_back, first, last,
+      [&](int64_t row, int64_t height, int64_t n, const float* tile) {
+        for (int j = 0; j < FK_NV; ++j) {
+          float* to = out + ((n - c.column) / FK_VL + j) * c.m.middle + row * FK_VL;
+          for (int64_t i = 0; i < height; ++i) store(to + i * FK_VL, load(tile + i * kPanel + j * FK_VL));
+        }
+      },
+      INT64_MAX, last - first, MlpReady<A>::of(c.m.grad_ready, band));
 }
 
 // Sums over pixels of the gradient behind a norm, alone and times the normalised value, and of this and its square.
@@ -440,20 +450,21 @@ static __attribute__((noinline)) void expand_grad_rows(const MlpChunk<A>& c, int
 template <class A, int Kernel>
 FK_INLINE void front_rows(const MlpChunk<A>& c, int64_t band) {
   const BlockRange front = front_band(c.p, c.rows, band);
-  project_back_rows(c, front.first, front.last);
+  project_back_rows(c, band);
   with_activation(c.p.activation,
                   [&](auto activation) { middle_rows<A, Kernel, activation.value>(c, front.first, front.last); });
   if (c.p.wants_project) sum_over_pixels(c, c.b.middle, c.m.grad_panels, c.p.project_sums, band, front);
 }
 
 template <class A>
-FK_INLINE void expand_rows(const MlpChunk<A>& c, int64_t from, int64_t to) {
-  if (from >= to) return;
+FK_INLINE void expand_rows(const MlpChunk<A>& c, int64_t band) {
+  const BlockRange rows = hidden_band(c.p, c.rows, band);
+  if (rows.first >= rows.last) return;
   with_activation(c.p.hidden_activation, [&](auto activation) {
     if (c.p.kept)
-      take_rows<A, activation.value>(c, from, to);
+      take_rows<A, activation.value>(c, rows.first, rows.last);
     else
-      expand_rows<A, activation.value>(c, from, to);
+      expand_rows<A, activation.value>(c, band);
   });
 }
 
@@ -461,12 +472,9 @@ FK_INLINE void expand_rows(const MlpChunk<A>& c, int64_t from, int64_t to) {
 template <class A, int Kernel>
 FK_INLINE void whole_chunk(const MlpChunk<A>& c) {
   const struct fk_depthwise_mlp_backward& p = c.p;
-  int64_t expanded = 0;
   for (int64_t band = 0; band < band_count(p, c.rows); ++band) {
     const BlockRange front = front_band(p, c.rows, band), back = back_band(p, c.rows, band);
-    const int64_t next = min64(c.rows, front.last + p.kernel / 2);
-    expand_rows(c, expanded, next);
-    expanded = next;
+    expand_rows(c, band);
     if (front.first < front.last) {
       front_rows<A, Kernel>(c, band);
       if (p.wants_filter) filter_grad_rows<A, Kernel>(c, front.first, front.last);
@@ -482,14 +490,12 @@ template <class A, int Kernel>
 FK_INLINE void chunk_step(const MlpChunk<A>& c, int64_t step) {
   const struct fk_depthwise_mlp_backward& p = c.p;
   const int64_t reach = p.kernel / 2;
-  int64_t expanded = 0, finished = 0;
+  int64_t finished = 0;
   for (int64_t band = 0; band < band_count(p, c.rows); ++band) {
     const BlockRange back = back_band(p, c.rows, band);
     const int64_t from = back.first, to = back.last;
     if (step == 0) {
-      const int64_t next = min64(c.rows, to + reach);
-      expand_rows(c, expanded, next);
-      expanded = next;
+      expand_rows(c, band);
       front_rows<A, Kernel>(c, band);
     } else if (step == 1) {
       const int64_t next = min64(c.rows, to + reach);

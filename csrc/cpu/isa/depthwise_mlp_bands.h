@@ -37,6 +37,42 @@ FK_INLINE BlockRange front_band(const struct fk_depthwise_mlp_backward& p, int64
   return {band ? min64(rows, back.first + mlp_lead(p)) : 0, min64(rows, back.last + mlp_lead(p))};
 }
 
+// The band of the hidden map: ahead of what comes behind the filter by its reach.
+FK_INLINE BlockRange hidden_band(const struct fk_depthwise_mlp_backward& p, int64_t rows, int64_t band) {
+  const auto last = [&](int64_t of) { return min64(rows, front_band(p, rows, of).last + p.kernel / 2); };
+  return {band ? last(band - 1) : 0, last(band)};
+}
+
+// The rows of a stack made ready for products with the weights of every chunk, band by band. bf16 meets so few panels
+// at a time that it is read where it lies.
+template <class A>
+struct MlpReady {
+  const A* rows;
+  char* blocks;  // null: nothing is ready
+  int64_t stride, k, panels, step;
+
+  FK_INLINE MlpReady make(const struct fk_depthwise_mlp_backward& p, char** at, bool wanted, const A* rows,
+                          int64_t stride, int64_t k) {
+    MlpReady m = {rows, nullptr, stride, k, p.chunk / kPanel, 0};
+    if (!wanted || sizeof(A) == 2 || !prepares<A>(m.panels, k)) return m;
+    m.step = prepared_bytes<A>((p.rows_per_band + mlp_lead(p) + p.kernel / 2) * p.width, k);
+    m.blocks = take<char>(at, band_count(p, p.stack * p.height) * m.step);
+    return m;
+  }
+  FK_INLINE const char* of(const MlpReady& m, int64_t band) { return m.blocks ? m.blocks + band * m.step : nullptr; }
+};
+template <class A, class BandOf>
+FK_INLINE void fill_ready(const struct fk_depthwise_mlp_backward& p, const MlpReady<A>& m, int64_t images,
+                          BandOf band_of) {
+  const int64_t height = images * p.height;
+  for (int64_t band = 0; m.blocks && band < band_count(p, height); ++band) {
+    const BlockRange rows = band_of(p, height, band);
+    if (rows.first < rows.last)
+      prepare(m.rows + rows.first * p.width * m.stride, m.stride, (rows.last - rows.first) * p.width, m.k, m.panels,
+              m.blocks + band * m.step);
+  }
+}
+
 // The rows of a stack as panels of products that sum over the pixels of a band: fp32 as it lies, bf16 in pairs. Where
 // products are made in parts, and that pays, those of each band once for all chunks.
 template <class A>

@@ -14,7 +14,8 @@ template <class A>
 struct MlpMaps {
   A* normed;  // [H * W][lda]: normalised x
   A* grad;    // [H * W][ldg]: gradient of the second linear's result
-  // The same as panels of a product that sums over a band's pixels, see `MlpPanels`.
+  // The same for products with the linears' weights, and as panels of a product that sums over a band's pixels.
+  MlpReady<A> normed_ready, grad_ready;
   MlpPanels<A> normed_panels, grad_panels;
   float *hidden, *filtered_grad;  // bordered: the filter's input, the gradient of its result
   float *slope1, *hat1;           // dense: derivative of the hidden activation, what the first batch norm scales
@@ -50,6 +51,8 @@ FK_INLINE MlpMaps<A> mlp_maps(const struct fk_depthwise_mlp_backward& p, void* b
   m.ldg = out + kRowPad;
   m.normed = take<A>(&at, pixels * m.lda);
   m.grad = take<A>(&at, pixels * m.ldg);
+  m.normed_ready = MlpReady<A>::make(p, &at, !p.kept, m.normed, m.lda, p.channels);
+  m.grad_ready = MlpReady<A>::make(p, &at, true, m.grad, m.ldg, p.out);
   m.normed_panels = MlpPanels<A>::make(p, &at, p.wants_expand, m.normed, m.lda, channels);
   m.grad_panels = MlpPanels<A>::make(p, &at, p.wants_project, m.grad, m.ldg, out);
   m.hidden = take<float>(&at, bordered);

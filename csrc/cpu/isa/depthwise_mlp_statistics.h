@@ -11,6 +11,7 @@ namespace {
 template <class A>
 struct BatchMaps {
   A* normed;                 // [H * W][lda]
+  char* ready;               // the same for products with every chunk's weights; null: nothing is ready
   float *hidden, *filtered;  // the filter's input, and its result
   float* branch;             // [H * W][ldb]: the second linear's result, of the chunks so far
   int64_t lda, ldb, bordered, bytes;
@@ -24,6 +25,8 @@ FK_INLINE BatchMaps<A> batch_maps(const struct fk_depthwise_mlp_backward& p, voi
   m.ldb = round_up(p.out, kPanel) + kRowPad;
   m.bordered = (p.height + 2 * reach) * mlp_line(p);
   m.normed = take<A>(&at, pixels * m.lda);
+  const bool ready = sizeof(A) == 4 && prepares<A>(p.chunk / kPanel, p.channels);
+  m.ready = ready ? take<char>(&at, prepared_bytes<A>(pixels, p.channels)) : nullptr;
   m.hidden = take<float>(&at, p.chunk / FK_VL * m.bordered);
   m.filtered = take<float>(&at, p.chunk / FK_VL * m.bordered);
   m.branch = take<float>(&at, p.branch ? pixels * m.ldb : 0);
@@ -96,28 +99,31 @@ static __attribute__((noinline)) void expand_unnormed(const BatchChunk<A>& c) {
   constexpr bool kLow = sizeof(A) == 2;
   const struct fk_depthwise_mlp_backward& p = c.p;
   const int64_t first = p.first / kPanel;
-  product(c.m.normed, c.m.lda, p.height * p.width, p.expand, first, first + c.channels / kPanel,
-          [&](int64_t row, int64_t height, int64_t n, const float* tile) {
-            for (int j = 0; j < FK_NV; ++j) {
-              const int64_t channel = n + j * FK_VL, plane = (channel - p.first) / FK_VL;
-              const vf bias = load(p.expand.bias + channel);
-              int64_t y = row / p.width, x = row % p.width;
-              const Kept kept = p.kept ? kept_row(p, c.image, channel, 0) : Kept{};
-              float* map = c.m.hidden + plane * c.m.bordered + c.corner;
-              for (int64_t i = 0; i < height; ++i) {
-                vf v = load(tile + i * kPanel + j * FK_VL) + bias;
-                if (p.kept) {
-                  kept.set((row + i) * FK_VL, v);
-                  v = kept.at((row + i) * FK_VL);  // as the backward will read it
-                }
-                store(map + y * c.line + x * FK_VL, activate<kLow, Activation>(v));
-                if (++x == p.width) {
-                  x = 0;
-                  ++y;
-                }
-              }
+  const int64_t panels = c.channels / kPanel;
+  product(
+      c.m.normed, c.m.lda, p.height * p.width, p.expand, first, first + panels,
+      [&](int64_t row, int64_t height, int64_t n, const float* tile) {
+        for (int j = 0; j < FK_NV; ++j) {
+          const int64_t channel = n + j * FK_VL, plane = (channel - p.first) / FK_VL;
+          const vf bias = load(p.expand.bias + channel);
+          int64_t y = row / p.width, x = row % p.width;
+          const Kept kept = p.kept ? kept_row(p, c.image, channel, 0) : Kept{};
+          float* map = c.m.hidden + plane * c.m.bordered + c.corner;
+          for (int64_t i = 0; i < height; ++i) {
+            vf v = load(tile + i * kPanel + j * FK_VL) + bias;
+            if (p.kept) {
+              kept.set((row + i) * FK_VL, v);
+              v = kept.at((row + i) * FK_VL);  // as the backward will read it
             }
-          });
+            store(map + y * c.line + x * FK_VL, activate<kLow, Activation>(v));
+            if (++x == p.width) {
+              x = 0;
+              ++y;
+            }
+          }
+        }
+      },
+      INT64_MAX, panels, c.m.ready);
 }
 
 // The first norm, and the activation behind it, in place.
@@ -239,6 +245,7 @@ FK_INLINE void statistics_step(const struct fk_depthwise_mlp_backward& p, int64_
     for (int64_t i = 0; i < pixels; ++i)
       any_norm_row(p.x, x + i * p.channels, p.channels, round_up(p.channels, kPanel), p.norm, image,
                    m.normed + i * m.lda);
+    if (m.ready) prepare(m.normed, m.lda, pixels, p.channels, p.chunk / kPanel, m.ready);
     return clear_border(p, m.hidden, m.bordered, 1);
   }
   if (step == 4) return finish_branch(p, m, image);

@@ -197,15 +197,23 @@ FK_INLINE int64_t prepared_bytes(int64_t rows, int64_t k) {
 #endif
 }
 template <class A>
-FK_INLINE const char* prepare(const A* a, int64_t lda, int64_t rows, int64_t k, int64_t panels, char* memory) {
+FK_INLINE bool prepares(int64_t panels, int64_t k) {
 #if FK_AMX
-  if (sizeof(A) == 4 && !amx_pays(panels, k)) return nullptr;
-  amx_blocks<false>(a, lda, 0, rows, rows, k, memory);
-  return memory;
+  return sizeof(A) == 2 || amx_pays(panels, k);
 #else
-  (void)a, (void)lda, (void)rows, (void)k, (void)panels, (void)memory;
-  return nullptr;
+  (void)panels, (void)k;
+  return false;
 #endif
+}
+template <class A>
+FK_INLINE const char* prepare(const A* a, int64_t lda, int64_t rows, int64_t k, int64_t panels, char* memory) {
+  if (!prepares<A>(panels, k)) return nullptr;
+#if FK_AMX
+  amx_blocks<false>(a, lda, 0, rows, rows, k, memory);
+#else
+  (void)a, (void)lda, (void)rows;
+#endif
+  return memory;
 }
 
 // The tiles of A times panels, each seen by `body(panel, row, rows, run)`, where run(out, ldo, accumulate, width)

@@ -19,6 +19,7 @@ struct MlpBackwardScratch {
   A* slope_columns;  // bf16: the same paired along the rows
   float* inputs;     // [rows][ldi] gradients of the normalised rows
   float* sums;       // for sums over rows
+  char *ready, *grad_ready;  // normed and grad for products with every chunk's weights; bf16 is read where it lies
   int64_t lda, ldg, ldh, ldi, depth, bytes;
 
   FK_INLINE MlpBackwardScratch layout(const struct fk_pointwise_mlp_backward& p, void* base) {
@@ -51,6 +52,10 @@ struct MlpBackwardScratch {
     at += s.depth * s.ldi * 4;
     s.sums = (float*)at;
     at += round_up((4 * p.channels + 2 * p.out + chunk) * 4, 64);
+    s.ready = at;
+    at += kLow ? 0 : prepared_bytes<A>(s.depth, p.channels);
+    s.grad_ready = at;
+    at += kLow ? 0 : prepared_bytes<A>(s.depth, p.out);
     s.bytes = at - (char*)base;
     return s;
   }
@@ -113,6 +118,11 @@ static __attribute__((noinline)) void mlp_backward_block(const struct fk_pointwi
   float* block_sums = s.sums + 2 * p.out;
 
   const int64_t begin = slice * p.slice_panels, end = min64(begin + p.slice_panels, hidden_panels);
+  const char *ready = nullptr, *grad_ready = nullptr;
+  if (sizeof(A) == 4 && end - begin > p.chunk_panels) {
+    ready = prepare(s.normed, s.lda, rows, p.channels, p.chunk_panels, s.ready);
+    if (wants_slopes) grad_ready = prepare(s.grad, s.ldg, rows, p.out, p.chunk_panels, s.grad_ready);
+  }
   for (int64_t h = begin; h < end; h += p.chunk_panels) {
     const int64_t h_end = min64(h + p.chunk_panels, end), panels = h_end - h, column = h * kPanel;
     const int64_t width = min64(h_end * kPanel, p.hidden) - column;
@@ -130,7 +140,7 @@ static __attribute__((noinline)) void mlp_backward_block(const struct fk_pointwi
             for (int64_t j = 0; j < kPanel; j += FK_VL)
               store(to + i * kPanel + j, load(tile + i * kPanel + j) + load(p.expand.bias + c + j));
         },
-        INT64_MAX, panels, nullptr);
+        INT64_MAX, panels, ready);
     if (wants_slopes) {
       if (p.bias1) clear(block_sums, panels * kPanel);
       product(
@@ -139,7 +149,7 @@ static __attribute__((noinline)) void mlp_backward_block(const struct fk_pointwi
             activation_backward<A, Activation>(tile, height, hidden_at(row, c), s.slopes + row * s.ldh + c - column,
                                                s.ldh, p.bias1 ? block_sums + c - column : nullptr);
           },
-          INT64_MAX, panels, nullptr);
+          INT64_MAX, panels, grad_ready);
       if (p.bias1) add_values(block_sums, panels * kPanel, p.bias1 + partial * hidden_width + column);
     } else {
       for (int64_t n = 0; n < panels; ++n)
