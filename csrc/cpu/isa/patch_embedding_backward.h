@@ -125,38 +125,51 @@ FK_INLINE int64_t next_of_class(int64_t from, int64_t remainder, int64_t modulus
 
 // A band of the map's rows. Pixel (y, x) took part, by tap (ky, kx), in output pixel ((y + padding - ky) / stride,
 // ...).
+// What a tap adds to the gradient of a band's pixels: of every `stride`th row and column from the first ones on that it
+// reaches. The slopes of all these rows are one operand, with those between them that none of the columns asks for.
+template <class A>
+FK_INLINE void add_tap(const struct fk_patch_embedding_backward& p, int64_t image, int64_t top, int64_t bottom,
+                       int64_t ky, int64_t kx, float* band, int64_t ldc) {
+  const struct fk_patch_embedding& f = p.forward;
+  const int64_t step = f.stride, panels = ldc / kPanel;
+  const int64_t first_y = next_of_class(top, ky % step - f.padding % step, step);
+  const int64_t first_x = next_of_class(0, kx % step - f.padding % step, step);
+  if (first_y >= bottom || first_x >= f.width) return;
+  const int64_t lines = ceil_div(bottom - first_y, step), columns = ceil_div(f.width - first_x, step);
+  const A* slopes =
+      (const A*)p.slopes + slope_offset(p, image, (first_y + f.padding - ky) / step, (first_x + f.padding - kx) / step);
+  float* const first = band + ((first_y - top) * f.width + first_x) * ldc;
+  product(
+      slopes, p.slope_stride, (lines - 1) * p.slope_w + columns, panels_of<A>(p.taps[ky * f.kernel + kx], 0, panels), 0,
+      [&](int64_t row, int64_t height, int64_t column, const float* tile) {
+        int64_t y = row / p.slope_w, x = row % p.slope_w;
+        for (int64_t i = 0; i < height; ++i) {
+          if (x < columns) add_values(tile + i * kPanel, kPanel, first + (y * f.width + x) * step * ldc + column);
+          if (++x < p.slope_w) continue;
+          x = 0;
+          ++y;
+        }
+      },
+      INT64_MAX, panels, nullptr);
+}
+
 template <class A>
 FK_INLINE void embedding_input_task(const struct fk_patch_embedding_backward& p, int64_t task, void* scratch) {
   const struct fk_patch_embedding& f = p.forward;
   const int64_t image = task / p.bands, top = task % p.bands * p.rows_per_band;
-  const int64_t bottom = min64(top + p.rows_per_band, f.height), step = f.stride, n = f.channels;
+  const int64_t bottom = min64(top + p.rows_per_band, f.height), n = f.channels;
   const int64_t panels = ceil_div(n, kPanel), ldc = panels * kPanel;
   float* band = (float*)scratch;
   float* sums = band + p.rows_per_band * f.width * ldc;
   const int64_t pixels = (bottom - top) * f.width, start = (image * f.height + top) * f.width;
-  // One tap without a stride is a linear layer.
-  const bool linear = f.kernel == 1 && step == 1 && f.padding == 0;
-  if (linear)
+  if (f.kernel == 1 && f.stride == 1 && f.padding == 0) {  // a linear layer
     products((const A*)p.slopes + slope_offset(p, image, top, 0), p.slope_stride, pixels,
              panels_of<A>(p.taps[0], 0, panels), band, ldc, kPanel, false);
-  else
+  } else {
     clear(band, pixels * ldc);
-  for (int64_t cy = 0; !linear && cy < step && cy < f.kernel; ++cy)
-    for (int64_t cx = 0; cx < step && cx < f.kernel; ++cx) {
-      const int64_t first_y = next_of_class(top, cy - f.padding % step, step);
-      const int64_t first_x = next_of_class(0, cx - f.padding % step, step);
-      const int64_t columns = first_x < f.width ? ceil_div(f.width - first_x, step) : 0;
-      for (int64_t c = 0; c < panels; ++c)
-        for (int64_t ky = cy; ky < f.kernel; ky += step)
-          for (int64_t kx = cx; kx < f.kernel; kx += step) {
-            const Panels<A> w = panels_of<A>(p.taps[ky * f.kernel + kx], c, c + 1);
-            for (int64_t y = first_y; y < bottom; y += step)
-              products((const A*)p.slopes +
-                           slope_offset(p, image, (y + f.padding - ky) / step, (first_x + f.padding - kx) / step),
-                       p.slope_stride, columns, w, band + ((y - top) * f.width + first_x) * ldc + c * kPanel,
-                       step * ldc, 0, true);
-          }
-    }
+    for (int64_t ky = 0; ky < f.kernel; ++ky)
+      for (int64_t kx = 0; kx < f.kernel; ++kx) add_tap<A>(p, image, top, bottom, ky, kx, band, ldc);
+  }
   float* total = p.in_affine ? p.in_affine + task * round_up(2 * n, kPanel) : nullptr;
   if (total) clear(total, round_up(2 * n, kPanel));
   const RowSums affine = RowSums::over(sums, 2 * n, total);
