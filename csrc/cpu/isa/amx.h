@@ -194,8 +194,8 @@ FK_INLINE void amx_multiply_loaded() {
   if (Rows == 2 && NV == 2) amx_multiply<3, 5, 7>();
 }
 
-// The same from `count` blocks in parts, `other` bytes from those of the next 16 rows. All six products go to one sum: an
-// instruction adds its 32 terms among themselves first, so that 32 values of K round the sum six times, where
+// The same from `count` blocks in parts, `other` bytes from those of the next 16 rows. All six products go to one sum:
+// an instruction adds its 32 terms among themselves first, so that 32 values of K round the sum six times, where
 // multiply-adds round it 32 times.
 template <int Rows, int NV>
 static __attribute__((noinline)) void amx_sums_of_parts(const char* rows, int64_t other, const char* columns,
