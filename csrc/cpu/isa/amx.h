@@ -321,6 +321,8 @@ FK_INLINE void amx_each_tile(const bf16* a, int64_t lda, int64_t rows, const Pan
   const bool direct = !made && !Transposed && w.count <= kFewPanels;
   const int64_t blocks = ceil_div(w.k, kAmxDepth), whole = w.k / kAmxDepth, tiles = ceil_div(rows, kAmxRows);
   const int64_t other = blocks * kAmxBlock;
+  // A panel stays in L1 beside the rows that it meets: of a deep one, beside half as many.
+  const bool pairs = blocks * 4 * kAmxBlock <= 40 << 10;
   const int64_t group = direct || made ? tiles : min64(tiles, max64(2, kAmxGroup / other / 2 * 2));
   char* const rest = (char*)fk_block_memory(panel_block + (made ? 0 : group * other));
   char* const a_blocks = rest + panel_block;
@@ -339,7 +341,7 @@ FK_INLINE void amx_each_tile(const bf16* a, int64_t lda, int64_t rows, const Pan
       for (int64_t row = begin * kAmxRows; row < min64(end * kAmxRows, rows); row += height) {
         const int64_t left_over = min64(end * kAmxRows, rows) - row, t = row / kAmxRows - begin;
         // Rows that are read where they lie are whole blocks.
-        height = min64(left_over, direct && left_over < kTileRows ? kAmxRows : kTileRows);
+        height = min64(left_over, pairs && (!direct || left_over >= kTileRows) ? kTileRows : kAmxRows);
         const char* own = (made ? made : a_blocks) + t * other;
         const char* last = whole < blocks ? own + whole * kAmxBlock : nullptr;
         AmxOperand left = {own, 64, kAmxBlock, whole, other, last, 64, other};
