@@ -9,6 +9,7 @@
 #pragma once
 
 #include "panels.h"
+#include "transpose.h"
 #ifdef FK_AMX_REGISTERS  // a test's, which need no such processor
 #include FK_AMX_REGISTERS
 #else
@@ -24,45 +25,11 @@ constexpr int64_t kAmxRows = 16, kAmxDepth = 32;
 constexpr int64_t kAmxBlock = kAmxRows * kAmxDepth * 2;  // bytes
 static_assert(FK_VL == 16 && FK_NV == 2, "");
 
-// to[c][r] = from[r][c] for 16 x 16 words, of which the first `rows` rows and `columns` columns are read; the other
-// rows are taken for zeros.
-FK_INLINE void transpose16(const uint32_t* from, int64_t stride, int64_t rows, int64_t columns, uint32_t* to) {
-  const __mmask16 mask = (__mmask16)lanes_mask(columns);
-  __m512i a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i)
-    a[i] = i < rows ? _mm512_maskz_loadu_epi32(mask, from + i * stride) : _mm512_setzero_si512();
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  // Now a[4 i + j] holds, in its quarter q, column 4 q + j of rows [4 i, 4 i + 4).
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i low01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88),
-                  high01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-    const __m512i low23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-    const __m512i high23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-    _mm512_store_si512(to + j * 16, _mm512_shuffle_i32x4(low01, low23, 0x88));
-    _mm512_store_si512(to + (8 + j) * 16, _mm512_shuffle_i32x4(low01, low23, 0xdd));
-    _mm512_store_si512(to + (4 + j) * 16, _mm512_shuffle_i32x4(high01, high23, 0x88));
-    _mm512_store_si512(to + (12 + j) * 16, _mm512_shuffle_i32x4(high01, high23, 0xdd));
-  }
-}
-
 // A block of A, zeros where it has no values: rows of 64 bytes. Rows from `rows` on are left as they were: nobody wants
 // their sums.
 template <bool Transposed>
 FK_INLINE void amx_block(const bf16* a, int64_t lda, int64_t rows, int64_t depth, char* block) {
-  if (Transposed) return transpose16((const uint32_t*)a, lda / 2, depth / 2, rows, (uint32_t*)block);
+  if (Transposed) return transpose16((const uint32_t*)a, lda / 2, depth / 2, rows, (uint32_t*)block, 16);
   const __mmask16 mask = (__mmask16)lanes_mask(depth / 2);
   for (int64_t i = 0; i < rows; ++i) _mm512_store_si512(block + i * 64, _mm512_maskz_loadu_epi32(mask, a + i * lda));
 }
@@ -101,8 +68,8 @@ FK_INLINE void amx_block(const float* a, int64_t lda, int64_t rows, int64_t dept
   uint32_t turned[2 * kAmxRows * FK_VL] __attribute__((aligned(64)));
   const int64_t rest = max64(depth - FK_VL, 0);
   if (Transposed) {
-    transpose16((const uint32_t*)a, lda, min64(depth, FK_VL), rows, turned);
-    transpose16((const uint32_t*)a + FK_VL * lda, lda, rest, rows, turned + kAmxRows * FK_VL);
+    transpose16((const uint32_t*)a, lda, min64(depth, FK_VL), rows, turned, FK_VL);
+    transpose16((const uint32_t*)a + FK_VL * lda, lda, rest, rows, turned + kAmxRows * FK_VL, FK_VL);
   }
   const __mmask16 first = (__mmask16)lanes_mask(min64(depth, FK_VL)), second = (__mmask16)lanes_mask(rest);
   for (int64_t i = 0; i < rows; ++i) {

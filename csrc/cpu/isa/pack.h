@@ -51,6 +51,14 @@ FK_INLINE vf load_every(const float* from, int64_t step) {
 }
 #endif
 
+// Columns of a panel that are packed at a time. As many rows of the weight are read as a panel has, or a few values of
+// each of its rows: more than the hardware follows, so that what comes next is asked for beforehand.
+constexpr int64_t kPackedColumns = 32, kFetchedRows = 16;
+FK_INLINE void fetch_columns(const float* weight, int64_t row, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < columns; k += 16) __builtin_prefetch(weight + i * row + k);
+}
+
 #if FK_NATIVE_BF16
 constexpr int64_t kPackedTaps = 64;
 // A panel of a weight with taps in pairs of channels, of which there is an even number.
@@ -68,10 +76,10 @@ FK_INLINE void pack_tap_pairs(const struct fk_pack_linear& p, const float* weigh
 
 // A panel in pairs of columns, a few columns at a time.
 FK_INLINE void pack_pairs(const struct fk_pack_linear& p, const float* weight, int64_t rows, bf16* to) {
-  constexpr int64_t kColumns = 16;
-  float columns[kColumns * kPanel] __attribute__((aligned(64)));
-  for (int64_t k = 0; k < p.k; k += kColumns) {
-    const int64_t count = min64(kColumns, p.k - k);
+  float columns[kPackedColumns * kPanel] __attribute__((aligned(64)));
+  for (int64_t k = 0; k < p.k; k += kPackedColumns) {
+    const int64_t count = min64(kPackedColumns, p.k - k);
+    fetch_columns(weight + k + count, p.k, rows, min64(kPackedColumns, p.k - k - count));
     transpose((const uint32_t*)weight + k, p.k, rows, count, (uint32_t*)columns, kPanel, kPanel);
     for (int64_t i = 0; i < count; i += 2)
       for (int64_t j = 0; j < kPanel; j += FK_VL) {
@@ -81,6 +89,35 @@ FK_INLINE void pack_pairs(const struct fk_pack_linear& p, const float* weight, i
   }
 }
 #endif
+
+// Columns [begin, end) of an fp32 panel of a weight as it lies, or of a whole panel of a transposed one.
+template <class T>
+FK_INLINE void pack_columns(const struct fk_pack_linear& p, int64_t first, int64_t begin, int64_t end, float* to) {
+  if (!p.transposed) {
+    const float* weight = (const float*)p.weight.data + first * p.k;
+    const int64_t rows = min64(kPanel, p.n - first);
+    fetch_columns(weight + end, p.k, rows, min64(kPackedColumns, p.k - end));
+    transpose((const uint32_t*)weight + begin, p.k, rows, end - begin, (uint32_t*)to + begin * kPanel, kPanel, kPanel);
+    return;
+  }
+  for (int64_t k = begin; k < end; ++k)
+    for (int64_t j = 0; j < kPanel; j += FK_VL) {
+      const T* from = (const T*)p.weight.data + (k * p.n + first + j) * p.step;
+      __builtin_prefetch(from + kFetchedRows * p.n * p.step);
+      store(to + k * kPanel + j, load_every(from, p.step));
+    }
+}
+
+// Of a panel in fp32 the parts, where there is room for them.
+FK_INLINE void pack_parts(const struct fk_pack_linear& p, int64_t panel, int64_t begin, int64_t end) {
+#if FK_AMX
+  if (p.parts)
+    amx_panel_blocks((const float*)p.panels + (panel * p.k + begin) * kPanel, kPanel, end - begin,
+                     (char*)p.parts + panel * part_bytes(p.k) + part_bytes(begin));
+#else
+  (void)p, (void)panel, (void)begin, (void)end;
+#endif
+}
 
 template <class T>
 FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
@@ -93,6 +130,7 @@ FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
       for (int64_t k = 0; k < depth; k += 2)
         for (int64_t j = 0; j < kPanel; j += FK_VL) {
           const T* from = (const T*)p.weight.data + (k * p.n + first + j) * p.step;
+          for (int64_t i = 0; i < 2; ++i) __builtin_prefetch(from + (kFetchedRows + i) * p.n * p.step);
           const vf next = k + 1 < p.k ? load_every(from + p.n * p.step, p.step) : splat(0.0f);
           *(vu*)(to + k * kPanel + 2 * j) = pair_bf16(load_every(from, p.step), next);
         }
@@ -110,17 +148,20 @@ FK_INLINE void pack_rows(const struct fk_pack_linear& p, int64_t panel) {
   }
 #endif
   float* to = (float*)p.panels + panel * kPanel * p.k;
-  if (p.transposed && rows == kPanel) {
-    for (int64_t k = 0; k < p.k; ++k)
-      for (int64_t j = 0; j < kPanel; j += FK_VL)
-        store(to + k * kPanel + j, load_every((const T*)p.weight.data + (k * p.n + first + j) * p.step, p.step));
+  if (p.transposed ? rows == kPanel : sizeof(T) == 4 && p.taps == 1) {
+    for (int64_t k = 0; k < p.k; k += kPackedColumns) {
+      const int64_t end = min64(p.k, k + kPackedColumns);
+      pack_columns<T>(p, first, k, end, to);
+      pack_parts(p, panel, k, end);
+    }
     return;
   }
-  if (sizeof(T) == 4 && p.taps == 1 && !p.transposed)
-    return transpose((const uint32_t*)p.weight.data + first * p.k, p.k, rows, p.k, (uint32_t*)to, kPanel, kPanel);
-  if (sizeof(T) == 4 && !p.transposed) return pack_taps(p, (const float*)p.weight.data + first * p.k, rows, to);
-  for (int64_t k = 0; k < p.k; ++k)
-    for (int64_t j = 0; j < kPanel; ++j) to[k * kPanel + j] = j < rows ? weight_at<T>(p, first + j, k) : 0.0f;
+  if (sizeof(T) == 4 && !p.transposed)
+    pack_taps(p, (const float*)p.weight.data + first * p.k, rows, to);
+  else
+    for (int64_t k = 0; k < p.k; ++k)
+      for (int64_t j = 0; j < kPanel; ++j) to[k * kPanel + j] = j < rows ? weight_at<T>(p, first + j, k) : 0.0f;
+  pack_parts(p, panel, 0, p.k);
 }
 
 // Bytes of the parts of a weight of so many panels, none where products with it are not made of those.
@@ -136,11 +177,6 @@ void pack_panel(const struct fk_pack_linear* p, int64_t panel) {
     pack_rows<float>(*p, panel);
   else
     pack_rows<bf16>(*p, panel);
-#if FK_AMX
-  if (p->parts)
-    amx_panel_blocks((const float*)p->panels + panel * kPanel * p->k, kPanel, p->k,
-                     (char*)p->parts + panel * part_bytes(p->k));
-#endif
   for (int64_t j = 0; j < kPanel; ++j) {
     int64_t i = panel * kPanel + j;
     bool present = p->bias.data && i < p->n;

@@ -1,7 +1,8 @@
-// Rows on their way into a product: LayerNorm, conversion, 4 x 4 transposition.
+// Rows on their way into a product: LayerNorm, conversion.
 #pragma once
 
 #include "gemm.h"
+#include "transpose.h"
 
 namespace {
 
@@ -138,37 +139,6 @@ FK_INLINE void any_norm_row(const struct fk_array& x, int64_t offset, int64_t n,
     if (norm.kind == FK_GROUP_NORM) return apply_norm_row(row, n, padded, norm, group_statistics(norm, image), out);
     normalize_widened_row(row, n, padded, norm, out);
   }
-}
-
-typedef uint32_t v4 __attribute__((vector_size(16), aligned(4), may_alias));
-
-// to[c * to_stride + r] = from[r * from_stride + c] for 4 x 4 words of 32 bits.
-FK_INLINE void transpose4(const uint32_t* from, int64_t from_stride, uint32_t* to, int64_t to_stride) {
-  v4 a = *(const v4*)from, b = *(const v4*)(from + from_stride);
-  v4 c = *(const v4*)(from + 2 * from_stride), d = *(const v4*)(from + 3 * from_stride);
-  v4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  v4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  *(v4*)to = __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5);
-  *(v4*)(to + to_stride) = __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7);
-  *(v4*)(to + 2 * to_stride) = __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5);
-  *(v4*)(to + 3 * to_stride) = __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7);
-}
-
-// to[c][r] = from[r][c] for a rows x columns matrix of 32-bit words; rows in [rows, padded_rows) of `to` become zero.
-FK_INLINE void transpose(const uint32_t* from, int64_t from_stride, int64_t rows, int64_t columns, uint32_t* to,
-                         int64_t to_stride, int64_t padded_rows) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    int64_t c = 0;
-    for (; c + 4 <= columns; c += 4)
-      transpose4(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
-    for (; c < columns; ++c)
-      for (int64_t i = r; i < r + 4; ++i) to[c * to_stride + i] = from[i * from_stride + c];
-  }
-  for (; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
-  for (; r < padded_rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = 0;
 }
 
 }  // namespace
