@@ -70,15 +70,18 @@ float* gather(Backward* b, const fk_array& grad, const fk_array& summary,
     return map;
   }
   const double n = static_cast<double>(rows * width);
+  std::vector<float> of_means(static_cast<size_t>(summary.data && !results ? m.batch * width : 0));
+  for (size_t i = 0; i < of_means.size(); ++i)
+    of_means[i] = element(summary, static_cast<int64_t>(i)) / static_cast<float>(rows);
   for_rows(m.batch * rows, [&](int64_t row) {
     const int64_t image = row / rows, at = (image * m.tokens + b->o.prefix + row % rows) * width;
     float* to = map + row * width;
     read_values(grad, at, width, to);
-    if (!summary.data) return;
-    if (!results) {
-      for (int64_t c = 0; c < width; ++c) to[c] += element(summary, image * width + c) / static_cast<float>(rows);
-      return;
+    if (!of_means.empty()) {
+      const float* more = of_means.data() + image * width;
+      for (int64_t c = 0; c < width; ++c) to[c] += more[c];
     }
+    if (!results || !summary.data) return;
     const float mean = element(statistics, 2 * image);
     const float base = static_cast<float>(element(summary, 2 * image) / n);
     const float slope = static_cast<float>(2.0 * element(summary, 2 * image + 1) / n);
