@@ -151,16 +151,18 @@ class HIMHSA(nn.Module):
             **fused.layer_norm_arguments(norm),
         )
         qkv, proj = modules["qkv"]._parameters, modules["proj"]._parameters
-        dim, bias = self.dim, qkv["bias"]
-        key_bias = None if bias is None else bias[dim:]
-        keys = linear(tokens, qkv["weight"][dim:], key_bias, self._packing("keys"), self.backend)
+        # Split, not sliced: the gradients of slices are summed as tensors of the whole weight's size.
+        sizes, bias = [self.dim, 2 * self.dim], qkv["bias"]
+        query_weight, key_weight = qkv["weight"].split(sizes)
+        query_bias, key_bias = (None, None) if bias is None else bias.split(sizes)
+        keys = linear(tokens, key_weight, key_bias, self._packing("keys"), self.backend)
         out = ops.global_attention(
             tokens,
             keys,
             num_heads=self.num_heads,
             scale=self.scale,
-            query_weight=qkv["weight"][:dim],
-            query_bias=None if bias is None else bias[:dim],
+            query_weight=query_weight,
+            query_bias=query_bias,
             proj_weight=proj["weight"],
             proj_bias=proj["bias"],
             packed=self._packing("global_attention"),

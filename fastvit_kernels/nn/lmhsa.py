@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastvit_kernels import ops
@@ -165,18 +166,8 @@ class LMHSA(nn.Module):
             packed = self._packing("depthwise_conv")
             rows = fused.depthwise_conv(x, (h, w), conv, bn, norm=norm, packed=packed, backend=self.backend)
             rows_norm = None
-        weights = {name: modules[name]._parameters for name in ("q", "k", "v", "proj")}
-        key, value = (
-            linear(
-                rows,
-                weights[name]["weight"],
-                weights[name]["bias"],
-                self._packing(packing),
-                self.backend,
-                norm=rows_norm,
-            )
-            for name, packing in (("k", "key"), ("v", "value"))
-        )
+        weights = {name: modules[name]._parameters for name in ("q", "proj")}
+        key, value = self._keys_and_values(rows, rows_norm)
         out = ops.global_attention(
             x,
             key,
@@ -196,6 +187,22 @@ class LMHSA(nn.Module):
         )
         assert isinstance(out, Tensor)
         return out
+
+    def _keys_and_values(self, rows: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor | None]:
+        """Of the rows behind the norm; while gradients are recorded as one linear, the values behind the keys."""
+        modules: dict[str, Any] = self._modules
+        k, v = modules["k"]._parameters, modules["v"]._parameters
+        alike = k["weight"].shape == v["weight"].shape and (k["bias"] is None) == (v["bias"] is None)
+        alike = alike and k["weight"].requires_grad == v["weight"].requires_grad  # what is frozen gets no gradient
+        if alike and torch.is_grad_enabled() and self._packed is None:
+            weight = torch.cat([k["weight"], v["weight"]])
+            bias = None if k["bias"] is None else torch.cat([k["bias"], v["bias"]])
+            return linear(rows, weight, bias, None, self.backend, norm=norm), None
+        key, value = (
+            linear(rows, own["weight"], own["bias"], self._packing(packing), self.backend, norm=norm)
+            for own, packing in ((k, "key"), (v, "value"))
+        )
+        return key, value
 
     def _compose(self, u: Tensor, h: int, w: int, relative_pos: Tensor) -> Tensor:
         """Attention to rows that are normalised already, by calling the submodules."""
