@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.suites import (
+    batch_norm_act,
     cmt,
     conv_projection,
     cvt,
@@ -73,6 +74,10 @@ def _pooled_projection(batch: int) -> list[Case]:
     return [pooled_projection.case(shape, batch) for shape in hat_net.poolings()]
 
 
+def _batch_norm_act(batch: int) -> list[Case]:
+    return [batch_norm_act.case(shape, batch) for shape in batch_norm_act.SHAPES]
+
+
 def _head_tokens(batch: int) -> list[Case]:
     return [head_tokens.case(shape, batch) for shape in _distinct(dhvt.heads())]
 
@@ -95,5 +100,6 @@ SUITES: dict[str, Suite] = {
     "depthwise_mlp": _depthwise_mlp,
     "pooled_projection": _pooled_projection,
     "head_tokens": _head_tokens,
+    "batch_norm_act": _batch_norm_act,
 }
 """Suite name -> the cases for a batch size. Cases build their modules and inputs when first asked for them."""

@@ -4,10 +4,13 @@
 
 namespace fk {
 
-ChannelNorm::ChannelNorm(const BatchNorm& bn, int64_t n, int64_t padded, bool of_batch, Memory* memory) : eps(bn.eps) {
+constexpr int64_t kVectors = 7;
+
+ChannelNorm::ChannelNorm(const BatchNorm& bn, int64_t n, int64_t padded, bool of_batch, Memory* memory)
+    : eps(bn.eps), padded(padded) {
   if (!bn.present()) return;
-  float* values = memory->take<float>(7 * padded);
-  std::fill(values, values + 7 * padded, 0.0f);
+  float* values = memory->take<float>(kVectors * padded);
+  std::fill(values, values + kVectors * padded, 0.0f);
   mean = values;
   rstd = values + padded;
   rest = values + 6 * padded;
@@ -38,6 +41,11 @@ void ChannelNorm::set_gradients(const std::vector<double>& alone, const std::vec
     grad_mean[c] = static_cast<float>(alone[c] / count - centre * slope);
     grad_slope[c] = static_cast<float>(slope);
   }
+}
+
+void ChannelNorm::repeat(int64_t n, int64_t columns) {
+  for (float* vector = mean; vector < mean + kVectors * padded; vector += padded)
+    for (int64_t c = n; c < columns; ++c) vector[c] = vector[c - n];
 }
 
 }  // namespace fk

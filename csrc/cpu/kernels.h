@@ -253,6 +253,21 @@ struct fk_batch_norm_backward {
   double* sums;  // per task [2][columns]
 };
 
+// Batch norm and activation of rows of channels; the norm's vectors are padded.
+enum fk_norm_act_step { FK_NORM_ACT_MOMENTS, FK_NORM_ACT_RESULT, FK_NORM_ACT_SUMS, FK_NORM_ACT_INPUT };
+struct fk_batch_norm_act {
+  struct fk_array x, grad;  // [rows, columns]; of the result's gradient `out_dtype`
+  struct fk_channel_norm norm;
+  enum fk_activation activation;
+  int32_t activation_first;
+  int64_t rows, columns, rows_per_task;
+  fk_dtype out_dtype;  // of the result, also where only its gradient is read
+  void* out;           // [rows, columns]: the result, or the gradient of x in x's dtype
+  // Per task: of what the norm meets the sums and the squares around their mean [2][columns]; or the gradient behind
+  // the norm, alone and times the normalised value, and the latter [3][columns].
+  double* sums;
+};
+
 // A weight matrix [n, k] to be packed; columns of the source may be permuted by `channels` (see pack.h).
 struct fk_pack_linear {
   struct fk_array weight, bias;
@@ -549,6 +564,8 @@ struct fk_table {
   void (*batch_norm_rows)(const struct fk_batch_norm_rows*, int64_t task, void* scratch);
   void (*channel_moments)(const struct fk_channel_moments*, int64_t image);
   void (*batch_norm_backward)(const struct fk_batch_norm_backward*, int64_t step, int64_t task);
+  int64_t (*scratch_batch_norm_act)(const struct fk_batch_norm_act*);
+  void (*batch_norm_act)(const struct fk_batch_norm_act*, enum fk_norm_act_step, int64_t task, void* scratch);
   void (*depthwise_mlp_backward_step)(const struct fk_depthwise_mlp_backward*, int64_t step, int64_t task,
                                       void* scratch);
   double (*peak)(int32_t low_precision, int64_t iterations);  // floating-point operations done

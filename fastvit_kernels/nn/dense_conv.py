@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fastvit_kernels import ops
 from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.nn.fused_depthwise import activation_name
+from fastvit_kernels.ops import dispatch
 from fastvit_kernels.ops.arguments import check_flag
 from fastvit_kernels.ops.packing import PackedWeights
 
@@ -20,7 +23,8 @@ class DenseConv2d(nn.Conv2d):
 
     At batch 1 the small maps behind a few strided convolutions cost PyTorch less than bringing the filters into its
     layout, which it does at every call. Only that case is fused: while training, and on filters that the operator does
-    not know (`fusion_obstacles` lists why), this is the convolution it derives from.
+    not know (`fusion_obstacles` lists why), this is the convolution it derives from; a batch norm and an activation
+    behind it are one operator, `ops.batch_norm_act`, where gradients are recorded on a CPU.
 
     Args: those of `nn.Conv2d`.
 
@@ -56,8 +60,8 @@ class DenseConv2d(nn.Conv2d):
         # PyTorch takes a map without a batch as well.
         usable = self._packed is not None and isinstance(input, Tensor) and input.ndim == 4
         if not usable or torch.is_grad_enabled() or self.fusion_obstacles(act, bn):
-            maps = _behind(super().forward(_scaled(input, before)), act, bn, bn_after_activation)
-            return _scaled(maps, behind)
+            maps = super().forward(_in_front(input, before, self.backend))
+            return _scaled(_behind(maps, act, bn, bn_after_activation, self.backend), behind)
         checks.check_map("input", input, self.in_channels)
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None and isinstance(self.padding[0], int)
@@ -82,15 +86,9 @@ class DenseConv2d(nn.Conv2d):
 
     def fusion_obstacles(self, act: nn.Module | None = None, bn: nn.BatchNorm2d | None = None) -> list[str]:
         """Every reason why `forward` would call PyTorch's modules even when prepared for inference."""
-        reasons = fused.dense_conv_obstacles(self)
-        if act is not None and activation_name(act) is None:
-            reasons.append(f"the activation is {act}, the fused ones are GELU (exact), QuickGELU, SiLU and ReLU")
-        elif act is not None and fused.has_hooks(act):
-            reasons.append("the activation has hooks")
-        if bn is not None:
-            reasons += fused.about("the batch norm", fused.batch_norm_obstacles(bn))
-            if not reasons and fused.uses_batch_statistics(bn):
-                reasons.append("the batch norm is training")
+        reasons = fused.dense_conv_obstacles(self) + _obstacles_behind(act, bn)
+        if not reasons and bn is not None and fused.uses_batch_statistics(bn):
+            reasons.append("the batch norm is training")
         return reasons
 
     def prepare_inference(self, enabled: bool) -> None:
@@ -111,7 +109,7 @@ def convolve(
     """A convolution and what stands around it, handed to the convolution where nobody can tell the difference."""
     if isinstance(conv, DenseConv2d) and not fused.has_hooks(conv):
         return conv(input, act=act, bn=bn, bn_after_activation=bn_after_activation, before=before, behind=behind)
-    return _scaled(_behind(conv(_scaled(input, before)), act, bn, bn_after_activation), behind)
+    return _scaled(_behind(conv(_in_front(input, before)), act, bn, bn_after_activation), behind)
 
 
 def _scaled(maps: Tensor, affine: Affine | None) -> Tensor:
@@ -121,7 +119,60 @@ def _scaled(maps: Tensor, affine: Affine | None) -> Tensor:
     return torch.addcmul(shift.view(-1, 1, 1), maps, scale.view(-1, 1, 1))
 
 
-def _behind(maps: Tensor, act: nn.Module | None, bn: nn.BatchNorm2d | None, bn_after_activation: bool) -> Tensor:
+def _in_front(maps: Tensor, affine: Affine | None, backend: str | None = None) -> Tensor:
+    if affine is None or maps.dtype is not affine[0].dtype or not _has_kernels(maps, backend):
+        return _scaled(maps, affine)
+    scale, shift = affine
+    # A batch norm by statistics that change nothing. PyTorch takes long for sums over the pixels of a few channels.
+    bn = ops.BatchNorm(scale, shift, torch.zeros_like(scale), torch.ones_like(scale), eps=0.0)
+    return _of_pixels(maps, bn, backend=backend)
+
+
+def _of_pixels(maps: Tensor, bn: ops.BatchNorm, **options: Any) -> Tensor:
+    """`ops.batch_norm_act` of a map."""
+    rows = maps.permute(0, 2, 3, 1)
+    return ops.batch_norm_act(rows.flatten(1, 2), bn, **options).view(rows.shape).permute(0, 3, 1, 2)
+
+
+def _obstacles_behind(act: nn.Module | None, bn: nn.BatchNorm2d | None) -> list[str]:
+    """Why an operator would not compute what calling this activation and this batch norm computes."""
+    reasons = []
+    if act is not None and activation_name(act) is None:
+        reasons.append(f"the activation is {act}, the fused ones are GELU (exact), QuickGELU, SiLU and ReLU")
+    elif act is not None and fused.has_hooks(act):
+        reasons.append("the activation has hooks")
+    if bn is not None:
+        reasons += fused.about("the batch norm", fused.batch_norm_obstacles(bn))
+    return reasons
+
+
+def _has_kernels(maps: Tensor, backend: str | None) -> bool:
+    """Whether gradients are wanted where `ops.batch_norm_act` has kernels; elsewhere PyTorch's modules do as well."""
+    return (
+        torch.is_grad_enabled()
+        and maps.ndim == 4
+        and maps.device.type == "cpu"
+        and maps.dtype in (torch.float32, torch.bfloat16)
+        and dispatch.requested_backend(backend) in ("auto", "cpu")
+        and not dispatch.needs_plain_operators()
+    )
+
+
+def _behind(
+    maps: Tensor,
+    act: nn.Module | None,
+    bn: nn.BatchNorm2d | None,
+    bn_after_activation: bool,
+    backend: str | None = None,
+) -> Tensor:
+    if bn is not None and _has_kernels(maps, backend) and not _obstacles_behind(act, bn):
+        return _of_pixels(
+            maps,
+            fused.batch_norm_of(bn),
+            activation=None if act is None else activation_name(act),
+            bn_after_activation=bn_after_activation,
+            backend=backend,
+        )
     steps: list[nn.Module | None] = [act, bn] if bn_after_activation else [bn, act]
     for module in steps:
         if module is None:

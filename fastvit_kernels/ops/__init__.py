@@ -1,6 +1,7 @@
 """The fused operators."""
 
 from fastvit_kernels.ops.batch_norm import BatchNorm
+from fastvit_kernels.ops.batch_norm_act import batch_norm_act
 from fastvit_kernels.ops.conv_projection import Projection, conv_projection
 from fastvit_kernels.ops.depthwise_conv import depthwise_conv
 from fastvit_kernels.ops.depthwise_mlp import depthwise_mlp
@@ -15,6 +16,7 @@ from fastvit_kernels.ops.pooled_projection import pooled_projection
 __all__ = [
     "BatchNorm",
     "Projection",
+    "batch_norm_act",
     "conv_projection",
     "depthwise_conv",
     "depthwise_mlp",

@@ -173,6 +173,11 @@ def _transforming() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
+def needs_plain_operators() -> bool:
+    """Whether calls must be plain PyTorch operators now: exporting, tracing, a transform."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or _transforming()  # type: ignore[attr-defined,no-untyped-call]
+
+
 def repeatable() -> bool:
     """Whether operators do nothing now but compute, and no mode listens to them."""
     return (

@@ -20,7 +20,7 @@ that the autograd, fake and packing code below exists once for all operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -437,27 +437,30 @@ def row_major(grads: Sequence[Tensor]) -> list[Tensor]:
     return [_row_major(_signed(g)) for g in grads]
 
 
-def dense(tensors: Tensors, except_at: Sequence[int] = ()) -> list[Tensor | None]:
+def dense(tensors: Tensors, except_at: Collection[int] = ()) -> list[Tensor | None]:
     """The tensors as kernels read them: row-major, after one explicit copy where they are not.
 
     Those at `except_at` may have any layout. A sign that a view only notes (`z.conj().imag`) is written out everywhere.
     """
-    return [
-        t if t is None or index in except_at else _row_major(t)
-        for index, t in enumerate(None if t is None else _signed(t) for t in tensors)
-    ]
+    found = list(tensors)
+    for index, t in enumerate(found):
+        if t is not None:
+            t = _signed(t)
+            found[index] = t if index in except_at else _row_major(t)
+    return found
 
 
 def _row_major(t: Tensor) -> Tensor:
     """The tensor with the strides that its shape says: PyTorch calls any strides contiguous where a size is 1."""
     if not t.is_contiguous():
         return t.contiguous()
-    if 1 not in t.shape:
+    shape = t.shape
+    if 1 not in shape:
         return t
     expected = 1
-    for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+    for size, stride in zip(reversed(shape), reversed(t.stride()), strict=True):
         if size == 1 and stride != expected:
-            return t.view(-1).view(t.shape)
+            return t.view(-1).view(shape)
         expected *= max(size, 1)
     return t
 
@@ -499,7 +502,7 @@ def call(
         return outputs
     # The CPU kernels read weights only to pack them, and take them in any layout.
     on_cpu = chosen.name == "cpu"
-    tensors = dense(tensors, operator.parameters + operator.any_layout if on_cpu else operator.triton_any_layout)
+    tensors = dense(tensors, operator.loose_on_cpu if on_cpu else operator.triton_any_layout)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if torch.compiler.is_compiling():
             tensors = _distinct(tensors)

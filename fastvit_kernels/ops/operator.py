@@ -111,6 +111,8 @@ class Operator:
         unread: positions of tensors of which gradients take no more than shape and dtype: they are not kept for them.
         backends: the alternatives to the reference, most preferred first where no measurement says otherwise; `"sdpa"`
             last.
+        loose_on_cpu: positions of what the CPU kernels take in any layout: those activations, and the weights, which they
+            only read to pack them.
     """
 
     name: str
@@ -126,3 +128,7 @@ class Operator:
     residual: int | None = None
     unread: tuple[int, ...] = ()
     backends: list[Backend] = field(default_factory=list)
+    loose_on_cpu: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loose_on_cpu = frozenset(self.parameters + self.any_layout)

@@ -1050,7 +1050,57 @@ PATCH_EMBEDDING_TRAINING = [
     patch_embedding_case("bn_alone_training", vanishing=["bias"], bn=True, norm=False, bn_training=True),
 ]
 
+
+def _batch_norm_act(
+    maker: Maker,
+    *,
+    batch: int = 2,
+    tokens: int = 35,
+    channels: int = 24,
+    activation: str | None = "gelu",
+    after: bool = False,
+    affine: bool = True,
+    training: bool = False,
+    track: bool = True,
+) -> Call:
+    bn = BatchNorm(
+        maker.positive(channels) if affine else None,
+        maker.vector(channels) if affine else None,
+        maker.vector(channels) if track else None,
+        maker.positive(channels) if track else None,
+        training=training,
+    )
+    x = maker.activation(batch, tokens, channels, scale=1.5, shift=0.5)
+    return Call(ops.batch_norm_act, {"x": x, "bn": bn, "activation": activation, "bn_after_activation": after})
+
+
+def batch_norm_act_case(name: str, *tags: str, **options: Any) -> Case:
+    """A call of `batch_norm_act` with these options of `_batch_norm_act`."""
+    return Case(name, lambda maker: _batch_norm_act(maker, **options), frozenset(tags))
+
+
+BATCH_NORM_ACT = [
+    batch_norm_act_case("norm_first", "smallest", "inductor"),
+    batch_norm_act_case("activation_first", "smallest", after=True),
+    batch_norm_act_case("norm_alone", activation=None),
+    batch_norm_act_case("empty_batch", "empty", batch=0),
+    batch_norm_act_case("one_row", batch=1, tokens=1, channels=37, activation="silu"),
+    batch_norm_act_case("many_rows", batch=3, tokens=271, channels=5, activation="relu"),
+    batch_norm_act_case("odd_channels", channels=46, activation="quick_gelu", after=True),
+    batch_norm_act_case("without_affine", channels=1, affine=False, activation="silu", after=True),
+    batch_norm_act_case("dhvt_tiny_stem", "published", batch=1, tokens=56 * 56, channels=48),
+]
+BATCH_NORM_ACT_TRAINING = [
+    batch_norm_act_case("norm_first_training", "smallest", "inductor", training=True),
+    batch_norm_act_case("activation_first_training", "smallest", training=True, after=True),
+    batch_norm_act_case("norm_alone_training", activation=None, training=True, channels=37),
+    batch_norm_act_case("untracked", training=True, track=False, activation="silu", after=True, channels=5),
+    batch_norm_act_case("many_rows_training", batch=3, tokens=271, channels=17, training=True, affine=False),
+    batch_norm_act_case("relu_training", batch=1, tokens=512, training=True, activation="relu"),
+]
+
 CASES = {
+    "batch_norm_act": BATCH_NORM_ACT,
     "conv_projection": CONV_PROJECTION,
     "depthwise_conv": DEPTHWISE_CONV,
     "depthwise_mlp": DEPTHWISE_MLP,

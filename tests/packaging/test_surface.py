@@ -52,6 +52,7 @@ SURFACE = {
     "fastvit_kernels.ops": [
         "BatchNorm",
         "Projection",
+        "batch_norm_act",
         "conv_projection",
         "depthwise_conv",
         "depthwise_mlp",

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_backward.h"
+#include "batch_norm_act.h"
 #include "class_token.h"
 #include "conv_projection_backward.h"
 #include "depthwise_conv.h"
@@ -110,6 +111,8 @@ struct AmxTask<void (*)(Args...), task> {
       FK_TASK(batch_norm_rows),                       \
       FK_TASK(channel_moments),                       \
       FK_TASK(batch_norm_backward),                   \
+      scratch_batch_norm_act,                         \
+      FK_TASK(batch_norm_act),                        \
       FK_TASK(depthwise_mlp_backward_step),           \
       peak,                                           \
   };
