@@ -111,8 +111,8 @@ class Operator:
         unread: positions of tensors of which gradients take no more than shape and dtype: they are not kept for them.
         backends: the alternatives to the reference, most preferred first where no measurement says otherwise; `"sdpa"`
             last.
-        loose_on_cpu: positions of what the CPU kernels take in any layout: those activations, and the weights, which they
-            only read to pack them.
+        loose_on_cpu: positions of what the CPU kernels take in any layout: those activations, and the weights, which
+            they only read to pack them.
     """
 
     name: str
