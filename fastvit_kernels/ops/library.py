@@ -434,7 +434,8 @@ def _shape_of(t: Tensor | None) -> Tensor | None:
 
 def row_major(grads: Sequence[Tensor]) -> list[Tensor]:
     """The output gradients as kernels read them."""
-    return [_row_major(_signed(g)) for g in grads]
+    compiling = torch.compiler.is_compiling()
+    return [_row_major(_signed(g, compiling)) for g in grads]
 
 
 def dense(tensors: Tensors, except_at: Collection[int] = ()) -> list[Tensor | None]:
@@ -443,9 +444,10 @@ def dense(tensors: Tensors, except_at: Collection[int] = ()) -> list[Tensor | No
     Those at `except_at` may have any layout. A sign that a view only notes (`z.conj().imag`) is written out everywhere.
     """
     found = list(tensors)
+    compiling = torch.compiler.is_compiling()
     for index, t in enumerate(found):
         if t is not None:
-            t = _signed(t)
+            t = _signed(t, compiling)
             found[index] = t if index in except_at else _row_major(t)
     return found
 
@@ -465,10 +467,10 @@ def _row_major(t: Tensor) -> Tensor:
     return t
 
 
-def _signed(t: Tensor) -> Tensor:
+def _signed(t: Tensor, compiling: bool) -> Tensor:
     """The tensor with its sign in memory."""
     # torch.compile cannot look at it; in a graph, writing out what is written costs nothing.
-    return t.resolve_neg() if torch.compiler.is_compiling() or t.is_neg() else t
+    return t.resolve_neg() if compiling or t.is_neg() else t
 
 
 def _distinct(tensors: Tensors) -> list[Tensor | None]:
