@@ -28,9 +28,10 @@ OPERATORS_OF = {
     ),
 }
 MODELS = tuple(OPERATORS_OF)
-# Suites of operators, by the operator that they call.
+# Operators with kernels for a GPU, and their suites by the operator that they call.
+_ON_GPU = {name for name, operator in library.operators.items() if any(b.name != "cpu" for b in operator.backends)}
 OPERATORS = {name: "global_attention" if name == "query_attention" else name for name in SUITES}
-OPERATORS = {name: operator for name, operator in OPERATORS.items() if operator in library.operators}
+OPERATORS = {name: operator for name, operator in OPERATORS.items() if operator in _ON_GPU}
 # Peers that are ours by one backend.
 BY_NAME = {"triton": "triton", "cuda": "cuda", "fastvit_sdpa": "sdpa"}
 BATCHES = (1, 64, 256)

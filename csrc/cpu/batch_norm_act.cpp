@@ -27,11 +27,16 @@ struct Call {
   double rows() const { return static_cast<double>(shape[0] * shape[1]); }
   // One of the `kinds` of sums that tasks keep, over all of them.
   std::vector<double> total(const std::vector<double>& sums, int64_t kinds, int64_t kind) const {
-    std::vector<double> found(static_cast<size_t>(channels), 0.0);
+    std::vector<double> found(static_cast<size_t>(kernel.columns), 0.0);
     for (int64_t task = 0; task < tasks; ++task)
-      for (int64_t c = 0; c < kernel.columns; ++c)
-        found[c % channels] += sums[(task * kinds + kind) * kernel.columns + c];
-    return found;
+      for (int64_t c = 0; c < kernel.columns; ++c) found[c] += sums[(task * kinds + kind) * kernel.columns + c];
+    return folded(found);
+  }
+  // Those of a row's columns as those of the channels.
+  std::vector<double> folded(std::vector<double> sums) const {
+    for (int64_t c = channels; c < kernel.columns; ++c) sums[c % channels] += sums[c];
+    sums.resize(static_cast<size_t>(channels));
+    return sums;
   }
   ChannelNorm norm(bool of_batch, Memory* memory) {
     ChannelNorm found(bn, channels, padded_channels(kernel.columns), of_batch, memory);
@@ -46,12 +51,11 @@ Call check(TensorList& t, const std::string& activation, bool bn_after_activatio
   const Tensor& x = required(t, kX, "x");
   STD_TORCH_CHECK(x.dim() == 3, "x: expected 3 dimensions");
   const int64_t channels = x.size(2), rows = x.size(0) * x.size(1), lanes = kernels().lanes;
+  for (size_t i = kBn; i < kCount; ++i)
+    if (t[i].has_value() && !t[i]->is_contiguous()) t[i] = torch::stable::contiguous(*t[i]);
   Call call = {};
   call.bn = batch_norm(t, kBn, channels, bn_eps);
   STD_TORCH_CHECK(call.bn.present(), "bn: expected statistics");
-  for (size_t i = kBn; i < kCount; ++i)
-    if (t[i].has_value() && !t[i]->is_contiguous()) t[i] = torch::stable::contiguous(*t[i]);
-  call.bn = batch_norm(t, kBn, channels, bn_eps);
   call.shape = {x.size(0), x.size(1), channels};
   fk_batch_norm_act& p = call.kernel;
   p.x = view(x, "x");
@@ -62,20 +66,20 @@ Call check(TensorList& t, const std::string& activation, bool bn_after_activatio
   call.channels = channels;
   p.rows = rows / together;
   p.columns = channels * together;
-  p.rows_per_task = kRows / together;
+  p.rows_per_task = kRows;
   p.out_dtype = kernel_dtype(dtype);
   call.tasks = blocks(p.rows, p.rows_per_task);
   return call;
 }
 
 Tensor run(TensorList t, std::optional<Tensor> packed, std::string activation, bool bn_after_activation, double bn_eps,
-           bool, ScalarType dtype) {
+           bool training, ScalarType dtype) {
   STD_TORCH_CHECK(!packed.has_value(), "packed: nothing is packed");
   Call call = check(t, activation, bn_after_activation, bn_eps, dtype);
   // A plan would not see the norm change.
   if (recording()) give_up_recording();
   Memory memory;
-  call.norm(true, &memory);
+  call.norm(training, &memory);
   Tensor out = empty(call.shape, dtype);
   call.kernel.out = out.mutable_data_ptr();
   call.run(FK_NORM_ACT_RESULT);
@@ -92,19 +96,23 @@ Tensor statistics(TensorList t, std::string activation, bool bn_after_activation
   call.run(FK_NORM_ACT_MOMENTS);
   Tensor out = empty({2, channels}, ScalarType::Float);
   float* to = static_cast<float*>(out.mutable_data_ptr());
-  std::vector<double> mean = call.total(sums, 2, 0), squares = call.total(sums, 2, 1);
+  std::vector<double> mean = call.total(sums, 2, 0);
+  const std::vector<double> squares = call.total(sums, 2, 1);
   for (double& m : mean) m /= call.rows();
+  std::vector<double> apart(static_cast<size_t>(columns), 0.0), means(mean);
+  for (int64_t c = channels; c < columns; ++c) means.push_back(means[c - channels]);
   const int64_t rows = call.kernel.rows, per_task = call.kernel.rows_per_task;
   for (int64_t task = 0; task < call.tasks; ++task) {
     const double own = static_cast<double>(std::min(per_task, rows - task * per_task));
     for (int64_t c = 0; c < columns; ++c) {
-      const double delta = sums[task * 2 * columns + c] / own - mean[c % channels];
-      squares[c % channels] += own * delta * delta;
+      const double delta = sums[task * 2 * columns + c] / own - means[c];
+      apart[c] += own * delta * delta;
     }
   }
+  apart = call.folded(apart);
   for (int64_t c = 0; c < channels; ++c) {
     to[c] = static_cast<float>(mean[c]);
-    to[channels + c] = static_cast<float>(squares[c] / call.rows());
+    to[channels + c] = static_cast<float>((squares[c] + apart[c]) / call.rows());
   }
   return out;
 }

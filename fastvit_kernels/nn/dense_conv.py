@@ -11,7 +11,8 @@ from fastvit_kernels import ops
 from fastvit_kernels.nn import checks, fused
 from fastvit_kernels.nn.fused_depthwise import activation_name
 from fastvit_kernels.ops import dispatch
-from fastvit_kernels.ops.arguments import check_flag
+from fastvit_kernels.ops.arguments import check_flag, compute_dtype
+from fastvit_kernels.ops.native import cpu_reasons
 from fastvit_kernels.ops.packing import PackedWeights
 
 # Scale and shift of each channel, `[C]` both.
@@ -23,8 +24,9 @@ class DenseConv2d(nn.Conv2d):
 
     At batch 1 the small maps behind a few strided convolutions cost PyTorch less than bringing the filters into its
     layout, which it does at every call. Only that case is fused: while training, and on filters that the operator does
-    not know (`fusion_obstacles` lists why), this is the convolution it derives from; a batch norm and an activation
-    behind it are one operator, `ops.batch_norm_act`, where gradients are recorded on a CPU.
+    not know (`fusion_obstacles` lists why), this is the convolution it derives from. What stands around it goes through
+    `ops.batch_norm_act` where gradients are recorded on a CPU in fp32 or bf16, but for exports and torch.func: a batch
+    norm and an activation behind it as one operator, and a scale and shift in front.
 
     Args: those of `nn.Conv2d`.
 
@@ -109,7 +111,8 @@ def convolve(
     """A convolution and what stands around it, handed to the convolution where nobody can tell the difference."""
     if isinstance(conv, DenseConv2d) and not fused.has_hooks(conv):
         return conv(input, act=act, bn=bn, bn_after_activation=bn_after_activation, before=before, behind=behind)
-    return _scaled(_behind(conv(_in_front(input, before)), act, bn, bn_after_activation), behind)
+    backend = getattr(conv, "backend", None)
+    return _scaled(_behind(conv(_in_front(input, before, backend)), act, bn, bn_after_activation, backend), behind)
 
 
 def _scaled(maps: Tensor, affine: Affine | None) -> Tensor:
@@ -119,10 +122,12 @@ def _scaled(maps: Tensor, affine: Affine | None) -> Tensor:
     return torch.addcmul(shift.view(-1, 1, 1), maps, scale.view(-1, 1, 1))
 
 
-def _in_front(maps: Tensor, affine: Affine | None, backend: str | None = None) -> Tensor:
-    if affine is None or maps.dtype is not affine[0].dtype or not _has_kernels(maps, backend):
+def _in_front(maps: Tensor, affine: Affine | None, backend: str | None) -> Tensor:
+    if affine is None or not _has_kernels(maps, backend):
         return _scaled(maps, affine)
     scale, shift = affine
+    if not (maps.dtype is scale.dtype is shift.dtype and scale.shape == shift.shape == maps.shape[1:2]):
+        return _scaled(maps, affine)
     # A batch norm by statistics that change nothing. PyTorch takes long for sums over the pixels of a few channels.
     bn = ops.BatchNorm(scale, shift, torch.zeros_like(scale), torch.ones_like(scale), eps=0.0)
     return _of_pixels(maps, bn, backend=backend)
@@ -151,24 +156,31 @@ def _has_kernels(maps: Tensor, backend: str | None) -> bool:
     return (
         torch.is_grad_enabled()
         and maps.ndim == 4
-        and maps.device.type == "cpu"
-        and maps.dtype in (torch.float32, torch.bfloat16)
         and dispatch.requested_backend(backend) in ("auto", "cpu")
         and not dispatch.needs_plain_operators()
+        and not cpu_reasons([maps], compute_dtype(maps))
     )
 
 
+def _takes(bn: nn.BatchNorm2d, maps: Tensor) -> bool:
+    """Whether the operator takes what the module does: without any values, or with any momentum."""
+    usual = bn.momentum is None or (isinstance(bn.momentum, float) and 0.0 <= bn.momentum <= 1.0)
+    return not bn.training or (usual and maps.numel() > maps.shape[1])
+
+
 def _behind(
-    maps: Tensor,
-    act: nn.Module | None,
-    bn: nn.BatchNorm2d | None,
-    bn_after_activation: bool,
-    backend: str | None = None,
+    maps: Tensor, act: nn.Module | None, bn: nn.BatchNorm2d | None, bn_after_activation: bool, backend: str | None
 ) -> Tensor:
-    if bn is not None and _has_kernels(maps, backend) and not _obstacles_behind(act, bn):
+    if bn is not None and _has_kernels(maps, backend) and not _obstacles_behind(act, bn) and _takes(bn, maps):
+        norm = fused.batch_norm_of(bn)
+        if not norm.training:
+            # Kept for the gradients; a later call in training changes the module's own.
+            mean, var = bn.running_mean, bn.running_var
+            assert mean is not None and var is not None
+            norm = norm._replace(running_mean=mean.clone(), running_var=var.clone())
         return _of_pixels(
             maps,
-            fused.batch_norm_of(bn),
+            norm,
             activation=None if act is None else activation_name(act),
             bn_after_activation=bn_after_activation,
             backend=backend,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvit_kernels import explain
+from fastvit_kernels import explain, ops
 from fastvit_kernels.nn import LMHSA, LPU
 from fastvit_kernels.testing.numerics import relative_l2
 
@@ -126,3 +127,25 @@ def test_a_changed_reduction_is_called(change):
     )
     expected = ((q @ k.mT * attention.scale + table).softmax(-1) @ v).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attention(x, 4, 4, table), attention.proj(expected))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", ["", "k", "v", "kv"])
+def test_keys_and_values_are_one_linear_where_both_train_or_none(frozen, bias):
+    attention = enlivened(LMHSA(16, 2, qkv_bias=bias, sr_ratio=2)).train()
+    for name in frozen:
+        getattr(attention, name).requires_grad_(False)
+    x, table = torch.randn(2, 24, 16), torch.randn(2, 24, 6)
+    together = [d.operator for d in explain(attention, x, 4, 6, table, training=True).decisions].count(
+        "patch_embedding"
+    )
+    assert together == (1 if frozen in ("", "kv") else 2)
+    plain = hooked(attention)
+    results = []
+    for module in (attention, plain):
+        module(x, 4, 6, table).square().sum().backward()
+        results.append({name: parameter.grad for name, parameter in module.named_parameters()})
+    for name, gradient in results[0].items():
+        right = results[1][name]
+        assert (gradient is None) == (right is None) == (name.split(".")[0] in tuple(frozen))
+        assert right is None or right.norm() < 1e-3 or relative_l2(gradient, right) <= 2e-5

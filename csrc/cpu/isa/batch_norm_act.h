@@ -16,18 +16,23 @@ constexpr int64_t kSummedRows = 16;
 template <bool ActivationFirst, bool Low, fk_activation Activation>
 struct NormAct {
   NormVectors norm;
+  bool of_batch;
 
+  // Running statistics leave an infinite value as it is.
+  inline __attribute__((always_inline)) vf normed(vf x) const {
+    return of_batch ? normalized(norm, x) : (x - norm.mean) * norm.rstd;
+  }
   inline __attribute__((always_inline)) vf result(vf x) const {
-    if (ActivationFirst) return normalized(norm, activate<Low, Activation>(x)) * norm.weight + norm.bias;
-    return activate<Low, Activation>(normalized(norm, x) * norm.weight + norm.bias);
+    if (ActivationFirst) return normed(activate<Low, Activation>(x)) * norm.weight + norm.bias;
+    return activate<Low, Activation>(normed(x) * norm.weight + norm.bias);
   }
   // Takes a gradient of the result to right behind the norm; `slope` is the activation's, where that comes first.
   inline __attribute__((always_inline)) vf behind_norm(vf x, vf grad, vf* hat, vf* slope) const {
     if (ActivationFirst) {
-      *hat = normalized(norm, activate<Low, Activation>(x, slope));
+      *hat = normed(activate<Low, Activation>(x, slope));
       return grad;
     }
-    *hat = normalized(norm, x);
+    *hat = normed(x);
     activate<Low, Activation>(*hat * norm.weight + norm.bias, slope);
     return grad * *slope;
   }
@@ -110,7 +115,8 @@ FK_INLINE void norm_act_sums(const struct fk_batch_norm_act& p, int64_t task, co
 template <class X, class Out, bool ActivationFirst, fk_activation Activation>
 static __attribute__((noinline)) void norm_act_step(const struct fk_batch_norm_act& p, fk_norm_act_step step,
                                                     int64_t task, const NormActRows& r, int64_t n) {
-  const NormAct<ActivationFirst, sizeof(Out) == 2, Activation> value = {norm_vectors(p.norm, n)};
+  const NormAct<ActivationFirst, sizeof(Out) == 2, Activation> value = {norm_vectors(p.norm, n),
+                                                                        p.norm.grad_mean != nullptr};
   if (step == FK_NORM_ACT_RESULT) return norm_act_rows<X, Out>(p, r, n, value);
   if (step == FK_NORM_ACT_INPUT) return norm_act_input<X, Out>(p, r, n, value);
   norm_act_sums<X, Out>(p, task, r, n, value);

@@ -111,6 +111,7 @@ FK_INLINE void pack_columns(const struct fk_pack_linear& p, int64_t first, int64
 // Of a panel in fp32 the parts, where there is room for them.
 FK_INLINE void pack_parts(const struct fk_pack_linear& p, int64_t panel, int64_t begin, int64_t end) {
 #if FK_AMX
+  static_assert(kPackedColumns % kAmxDepth == 0, "");
   if (p.parts)
     amx_panel_blocks((const float*)p.panels + (panel * p.k + begin) * kPanel, kPanel, end - begin,
                      (char*)p.parts + panel * part_bytes(p.k) + part_bytes(begin));
