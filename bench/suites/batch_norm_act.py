@@ -11,6 +11,7 @@ from fastvit_kernels import ops
 from fastvit_kernels.bench import flops
 from fastvit_kernels.bench.cases import Case
 from fastvit_kernels.bench.suites.operators import OperatorModule, fuse
+from fastvit_kernels.nn.dense_conv import of_pixels
 
 
 class Shape(NamedTuple):
@@ -46,15 +47,8 @@ class BatchNormAct(OperatorModule):
         if self.backend == "reference":
             out: Tensor = bn(self.act(x)) if self.after else self.act(bn(x))
             return out
-        rows = x.permute(0, 2, 3, 1)
-        out = ops.batch_norm_act(
-            rows.flatten(1, 2),
-            ops.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, bn.training),
-            activation="gelu",
-            bn_after_activation=self.after,
-            backend=self.backend,
-        )
-        return out.view(rows.shape).permute(0, 3, 1, 2)
+        norm = ops.BatchNorm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, bn.training)
+        return of_pixels(x, norm, activation="gelu", bn_after_activation=self.after, backend=self.backend)
 
 
 def case(shape: Shape, batch: int) -> Case:

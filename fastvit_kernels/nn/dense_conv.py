@@ -130,10 +130,10 @@ def _in_front(maps: Tensor, affine: Affine | None, backend: str | None) -> Tenso
         return _scaled(maps, affine)
     # A batch norm by statistics that change nothing. PyTorch takes long for sums over the pixels of a few channels.
     bn = ops.BatchNorm(scale, shift, torch.zeros_like(scale), torch.ones_like(scale), eps=0.0)
-    return _of_pixels(maps, bn, backend=backend)
+    return of_pixels(maps, bn, backend=backend)
 
 
-def _of_pixels(maps: Tensor, bn: ops.BatchNorm, **options: Any) -> Tensor:
+def of_pixels(maps: Tensor, bn: ops.BatchNorm, **options: Any) -> Tensor:
     """`ops.batch_norm_act` of a map."""
     rows = maps.permute(0, 2, 3, 1)
     return ops.batch_norm_act(rows.flatten(1, 2), bn, **options).view(rows.shape).permute(0, 3, 1, 2)
@@ -157,7 +157,7 @@ def _has_kernels(maps: Tensor, backend: str | None) -> bool:
         torch.is_grad_enabled()
         and maps.ndim == 4
         and dispatch.requested_backend(backend) in ("auto", "cpu")
-        and not dispatch.needs_plain_operators()
+        and not dispatch.reasons_for_plain_operators()
         and not cpu_reasons([maps], compute_dtype(maps))
     )
 
@@ -178,7 +178,7 @@ def _behind(
             mean, var = bn.running_mean, bn.running_var
             assert mean is not None and var is not None
             norm = norm._replace(running_mean=mean.clone(), running_var=var.clone())
-        return _of_pixels(
+        return of_pixels(
             maps,
             norm,
             activation=None if act is None else activation_name(act),

@@ -173,9 +173,13 @@ def _transforming() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
-def needs_plain_operators() -> bool:
-    """Whether calls must be plain PyTorch operators now: exporting, tracing, a transform."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or _transforming()  # type: ignore[attr-defined,no-untyped-call]
+def reasons_for_plain_operators() -> list[str]:
+    """Why every call must be plain PyTorch operators now: exporting, tracing, a transform."""
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return ["exporting or tracing: the graph is kept to plain PyTorch operators"]
+    if _transforming():
+        return ["under torch.func or forward-mode differentiation, which see through plain PyTorch operators only"]
+    return []
 
 
 def repeatable() -> bool:
@@ -200,10 +204,8 @@ def _reasons(candidate: Backend, operator: Operator, tensors: Tensors, static: A
     """Why `candidate` cannot run this call, whether or not it was asked for."""
     if candidate.name == "reference":
         return []
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-        return ["exporting or tracing: the graph is kept to plain PyTorch operators"]
-    if _transforming():
-        return ["under torch.func or forward-mode differentiation, which see through plain PyTorch operators only"]
+    if plain := reasons_for_plain_operators():
+        return plain
     reasons = candidate.supports(tensors, static)
     if wanted == "auto" and _state.recompute is False and not reasons:
         reasons = [f"recompute is off: {reason}" for reason in _recomputed(candidate, operator, tensors, static)]

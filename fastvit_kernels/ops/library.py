@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.library import Library
 
 from fastvit_kernels.ops import dispatch
+from fastvit_kernels.ops.batch_norm import BatchNorm, update_running_statistics
 from fastvit_kernels.ops.dispatch import Decision
 from fastvit_kernels.ops.operator import (
     Backend,
@@ -171,6 +172,33 @@ def statistics_by_kernels(
         return BatchStatistics(kernels(tensors, *static))
     moments, kept, branch = kernels(tensors, *static, gradients and dispatch.keeps_maps())
     return BatchStatistics(moments, (kept, branch) if branch.numel() else ())
+
+
+def take_batch_statistics(
+    operator: Operator,
+    tensors: list[Tensor | None],
+    at: int,
+    static: Any,
+    bn: BatchNorm,
+    count: int,
+    backend: str | None,
+    composed: Callable[[Tensors, Any], tuple[Tensor, Tensor]],
+    by_kernels: bool = True,
+) -> None:
+    """Put a batch's mean and variance into `tensors` from `at` on, and update those of `bn`.
+
+    Args:
+        count: values per channel.
+        composed: finds them in plain PyTorch, where no kernels do.
+        by_kernels: False keeps a call from them that they do not take.
+    """
+    if count < 2:
+        raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
+    with torch.no_grad():
+        found = statistics_by_kernels(operator, tensors, static, backend) if by_kernels else None
+        mean, var = composed(tensors, static) if found is None else found.moments
+        tensors[at : at + 2] = mean, var
+        update_running_statistics(bn, mean, var, count)
 
 
 def register(

@@ -12,7 +12,6 @@ from fastvit_kernels.ops.batch_norm import (
     BatchNorm,
     batch_norm_tensors,
     check_batch_norm,
-    update_running_statistics,
 )
 from fastvit_kernels.ops.batch_norm_act import native
 from fastvit_kernels.ops.batch_norm_act.reference import STATIC_SCHEMA, Static, batch_statistics, reference
@@ -92,12 +91,5 @@ def batch_norm_act(
     static = Static(activation or "none", bn_after_activation, bn.eps, bn.training, compute_dtype(x))
     tensors = [x, *batch_norm_tensors(bn, channels, x)]
     if bn.training:
-        count = batch * tokens
-        if count < 2:
-            raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
-        with torch.no_grad():
-            found = library.statistics_by_kernels(OPERATOR, tensors, static, backend)
-            mean, var = batch_statistics(tensors, static) if found is None else found.moments
-            tensors[3:] = mean, var
-            update_running_statistics(bn, mean, var, count)
+        library.take_batch_statistics(OPERATOR, tensors, 3, static, bn, batch * tokens, backend, batch_statistics)
     return library.call(OPERATOR, tensors, static, backend=backend)[0]

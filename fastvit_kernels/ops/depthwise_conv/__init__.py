@@ -21,7 +21,6 @@ from fastvit_kernels.ops.batch_norm import (
     BatchNorm,
     batch_norm_tensors,
     check_batch_norm,
-    update_running_statistics,
 )
 from fastvit_kernels.ops.depthwise_conv import native, triton
 from fastvit_kernels.ops.depthwise_conv.reference import (
@@ -136,13 +135,6 @@ def depthwise_conv(
     tensors = [x, weight, bias, norm_weight, norm_bias, *batch_norm_tensors(bn, channels, x), residual]
     if bn is not None and training:
         check_packed(packed)
-        count = batch * out_height * out_width
-        if count < 2:
-            raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
-        with torch.no_grad():
-            by_kernels = padding <= native.MOST_PADDING
-            found = library.statistics_by_kernels(OPERATOR, tensors, static, backend) if by_kernels else None
-            mean, var = batch_statistics(tensors, static) if found is None else found.moments
-            tensors[7:9] = mean, var
-            update_running_statistics(bn, mean, var, count)
+        count, by_kernels = batch * out_height * out_width, padding <= native.MOST_PADDING
+        library.take_batch_statistics(OPERATOR, tensors, 7, static, bn, count, backend, batch_statistics, by_kernels)
     return library.call(OPERATOR, tensors, static, packed=None if training else packed, backend=backend)[0]

@@ -21,7 +21,6 @@ from fastvit_kernels.ops.batch_norm import (
     BatchNorm,
     batch_norm_tensors,
     check_batch_norm,
-    update_running_statistics,
 )
 from fastvit_kernels.ops.operator import Operator, Outputs, Tensors
 from fastvit_kernels.ops.packing import PackedWeights, check_packed
@@ -191,12 +190,6 @@ def patch_embedding(
         check_packed(packed)
         height, width = (output_size(size, kernel, static) for size in x.shape[2:])
         count = x.shape[0] * height * width
-        if count < 2:
-            raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
-        with torch.no_grad():
-            found = library.statistics_by_kernels(OPERATOR, tensors, static, backend)
-            mean, var = batch_statistics(tensors, static) if found is None else found.moments
-            tensors[9:] = mean, var
-            update_running_statistics(bn, mean, var, count)
+        library.take_batch_statistics(OPERATOR, tensors, 9, static, bn, count, backend, batch_statistics)
     packed = None if training else packed
     return library.call(OPERATOR, tensors, static, packed=packed, backend=backend)[0].permute(0, 3, 1, 2)
