@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastvit_kernels.models.checkpoints import Conversion
 from fastvit_kernels.models.cmt_tables import check_tables, resize_tables
@@ -49,7 +50,11 @@ class Block(nn.Module):
         self.proj = LPU(dim)
 
     def forward(self, x: Tensor, h: int, w: int, relative_pos: Tensor) -> Tensor:
-        x = _rows(self.proj(_map(x, h, w)))
+        # As tokens where nobody can tell: a map is the same memory, but eight views.
+        if type(self.proj) is LPU and not has_hooks(self.proj) and not _has_any_global_hook():
+            x = self.proj.forward_tokens(x, h, w)
+        else:
+            x = _rows(self.proj(_map(x, h, w)))
         x = self._residual(x, self.attn, self.norm1, h, w, relative_pos)
         return self._residual(x, self.mlp, self.norm2, h, w)
 

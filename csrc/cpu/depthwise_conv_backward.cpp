@@ -23,7 +23,7 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::option
   const int64_t pixels = b.out_h * b.out_w;
   const fk_array grad = grad_view(grads, 0, 1, {c.batch, pixels, c.channels}, promoted(dtype, t[kResidual]));
   view(t[kResidual], "residual", {c.batch, pixels, c.channels});
-  Gradients found(t, needs);
+  Gradients found(t, needs, true);
   found.copy(kResidual, grads[0]);
   const bool wants_input = found.wants(kX) || found.wants(kNormWeight) || found.wants(kNormBias);
   bool wants_rest = wants_input || found.wants(kWeight) || found.wants(kBias);
@@ -58,6 +58,7 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::option
     set_bias(c, false, alone, &found);
   }
   found.set(kWeight, sums.of_filter(0));
+  p.own = found.own(kX, grad);
   if (wants_input) map_gradients(&p, kX, kNormWeight, kNormBias, &found);
   return found.finish();
 }

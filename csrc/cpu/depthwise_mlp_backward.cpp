@@ -12,10 +12,17 @@ using Needs = std::vector<bool>;
 // products need.
 constexpr int64_t kTasks = 8, kStepTasks = 4, kMostGroups = 32, kFewPixels = 400;
 
-// Sums over all pixels, per hidden channel and per weight.
+// So few pixels that a chunk's maps of all images fit in L2, and chunks that may then be tasks: at so many times as
+// many hidden channels as pixels partial sums of the weights' gradients cost more than partial gradients of the input.
+constexpr int64_t kPixelsOfTask = 512, kMostChunks = 16, kManyChannels = 4;
+
+// Of the kernels' memory.
+constexpr int64_t kAlignment = 64;
+
+// Sums over all pixels.
 struct Sums {
-  std::vector<double> channels;                 // [FK_SUM_TAPS + taps][padded hidden]
-  float *expand = nullptr, *project = nullptr;  // [padded hidden][padded C], [padded hidden][padded N]
+  std::vector<double> channels;    // [FK_SUM_TAPS + taps][padded hidden]
+  const float* project = nullptr;  // [padded hidden][padded N]: of the second linear's weight, where a norm needs it
 };
 
 struct Backward {
@@ -27,6 +34,7 @@ struct Backward {
   Memory memory;
   std::vector<Tensor> found;  // by index; only those needed are set
   int64_t pixels, panel, hidden, taps;
+  fk_array own;  // the gradient of the result, where x's takes it: see Gradients
 
   bool needs_any(std::initializer_list<size_t> indices) const {
     for (size_t i : indices)
@@ -157,9 +165,24 @@ void batch_norm_gradients(Backward* b, float* grad, const fk_array& raw, int64_t
   run_tasks(tasks, 0, [&](int64_t task, void*) { k.batch_norm_backward(&p, 1, task); });
 }
 
+// Whether a task may do all steps of a chunk of hidden channels: nobody waits for anybody between them.
+bool chunks_are_tasks(const fk_depthwise_mlp_backward& p, int64_t hidden) {
+  const int64_t pixels = p.batch * p.height * p.width, chunks = blocks(hidden, kHiddenChunkInParts);
+  return pixels > 0 && pixels <= kPixelsOfTask && hidden >= kManyChannels * pixels && chunks > 1 &&
+         chunks <= kMostChunks;
+}
+
 // How a call is cut: hidden channels at a time, rows at a time, images and hidden channels that share partial sums.
 void choose_tiles(fk_depthwise_mlp_backward* p, int64_t hidden) {
   const int64_t panel = kernels().panel, reach = p->kernel / 2;
+  if (p->chunk_maps) {
+    p->stack = p->batch;
+    p->chunk = kHiddenChunkInParts;
+    p->rows_per_band = (p->batch * p->height + 1) / 2 * 2;
+    p->groups = 1;
+    p->slices = blocks(hidden, p->chunk);
+    return;
+  }
   // Steps have no slices: their stacks are all the tasks there are.
   const int64_t most = p->stores ? blocks(p->batch, kStepTasks) : p->batch;
   p->stack = std::max<int64_t>(1, std::min(most, kFewPixels / (p->height * p->width)));
@@ -167,7 +190,7 @@ void choose_tiles(fk_depthwise_mlp_backward* p, int64_t hidden) {
   const int64_t padded = (p->stack * (p->height + reach) + reach) * (p->width + 2 * reach);
   const bool steps = p->stores;
   // Between steps the maps wait in the cache.
-  const bool wide = p->expand.parts && (!steps || padded * kHiddenChunkInParts * 4 <= 512 * 1024);
+  const bool wide = p->project_back.parts && (!steps || padded * kHiddenChunkInParts * 4 <= 512 * 1024);
   p->chunk = std::max(panel, wide ? kHiddenChunkInParts : kHiddenChunk);
   while (!steps && p->chunk < 256 && padded * p->chunk * 2 * 4 <= 128 * 1024) p->chunk *= 2;
   p->chunk = std::min(p->chunk, hidden);
@@ -198,8 +221,45 @@ void choose_tiles(fk_depthwise_mlp_backward* p, int64_t hidden) {
   }
 }
 
-// The hidden part: sums for all weights around the hidden map, and the gradient of the normalised x.
-Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p) {
+// The gradients of both linears' weights from the partial sums that there are, those of `rows` hidden channels.
+// `scale`: of the second one's, per column, or null.
+// `run(tasks, task)` does the tasks.
+template <class Run>
+void write_weights(Backward* b, const fk_depthwise_mlp_backward& p, int64_t rows, const float* scale, const Run& run) {
+  const Mlp& m = b->m;
+  const int64_t channels = blocks(m.channels, b->panel) * b->panel, out = blocks(m.out, b->panel) * b->panel;
+  const int64_t present = std::min(rows, m.hidden - p.first), groups = std::max<int64_t>(1, p.groups);
+  if (present <= 0) return;
+  // `first`: the element of the gradient that belongs to the first of the rows.
+  const auto sums = [&](size_t index, const float* partials, int64_t columns, int64_t width, int64_t first) {
+    fk_weight_sums s = {};
+    if (!b->needs[index]) return s;
+    Tensor& to = b->found[index];
+    s.out_dtype = kernel_dtype(to.scalar_type());
+    s.out = static_cast<char*>(to.mutable_data_ptr()) + first * (s.out_dtype == FK_F32 ? 4 : 2);
+    s.partials = partials;
+    s.count = groups;
+    s.stride = p.rows * columns;
+    s.rows = present;
+    s.columns = columns;
+    s.width = width;
+    return s;
+  };
+  fk_weight_sums expand = sums(kExpand, p.expand_sums, channels, m.channels, p.first * m.channels);
+  expand.out_stride = m.channels;
+  fk_weight_sums project = sums(kProject, p.project_sums, out, m.out, p.first);
+  project.out_stride = m.hidden;
+  project.turned = true;
+  project.scale = scale;
+  const int64_t first = expand.out ? blocks(present, FK_WEIGHT_TASK) : 0;
+  run(first + (project.out ? blocks(m.out, FK_WEIGHT_TASK) : 0), [&](int64_t task, void*) {
+    kernels().add_weight_sums(task < first ? &expand : &project, task < first ? task : task - first);
+  });
+}
+
+// The hidden part: sums for all weights around the hidden map, the gradients of both linears' weights, and that of the
+// normalised x. `scale`: see write_weights.
+Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p, const float* scale) {
   const Mlp& m = b->m;
   const fk_table& k = kernels();
   const int64_t panel = b->panel, hidden = b->hidden, kinds = FK_SUM_TAPS + b->taps;
@@ -211,6 +271,7 @@ Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p) {
   p->norm2 = norm2.vectors;
   char* sizing = nullptr;
   p->stores = steps ? &sizing : nullptr;
+  p->chunk_maps = steps && chunks_are_tasks(*p, hidden) ? reinterpret_cast<char*>(&sizing) : nullptr;
   choose_tiles(p, hidden);
   p->first = 0;
   p->rows = steps ? p->chunk : hidden;
@@ -219,10 +280,12 @@ Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p) {
     stores = take_stores(blocks(m.batch, p->stack), k.store_depthwise_mlp_backward(p), &b->memory);
     p->stores = stores.data();
   }
-  p->expand_sums =
-      p->wants_expand ? b->memory.take<float>(std::max<int64_t>(1, p->groups) * p->rows * channels) : nullptr;
-  p->project_sums = p->wants_project ? b->memory.take<float>(std::max<int64_t>(1, p->groups) * p->rows * out) : nullptr;
-  p->sums = b->memory.take<double>(p->groups * kinds * p->rows);
+  if (!p->chunk_maps) {
+    const int64_t groups = std::max<int64_t>(1, p->groups);
+    p->expand_sums = p->wants_expand ? b->memory.take<float>(groups * p->rows * channels) : nullptr;
+    p->project_sums = p->wants_project ? b->memory.take<float>(groups * p->rows * out) : nullptr;
+    p->sums = b->memory.take<double>(groups * kinds * p->rows);
+  }
   p->normed_grad = p->wants_input ? b->memory.take<float>(p->slices * m.batch * b->pixels * channels) : nullptr;
   Sums sums;
   sums.channels.assign(static_cast<size_t>(kinds * hidden), 0.0);
@@ -230,49 +293,41 @@ Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p) {
     if (p->expand_sums) std::fill(p->expand_sums, p->expand_sums + p->rows * channels, 0.0f);
     if (p->project_sums) std::fill(p->project_sums, p->project_sums + p->rows * out, 0.0f);
   }
-  // The first group's partial sums become the whole ones; steps collect those of their chunks.
-  sums.expand = steps && p->wants_expand ? b->memory.take<float>(hidden * channels) : p->expand_sums;
-  sums.project = steps && p->wants_project ? b->memory.take<float>(hidden * out) : p->project_sums;
+  for (size_t index : {kExpand, kProject})
+    if (b->needs[index]) b->found[index] = gradient_of(*b->t[index]);
   // Adds the groups up, in order, for the hidden channels that there are sums of.
-  auto add_channels = [&](int64_t rows) {
+  auto add_channels = [&](const fk_depthwise_mlp_backward& of, int64_t rows) {
     for (int64_t kind = 0; kind < kinds; ++kind) {
-      double* to = sums.channels.data() + kind * hidden + p->first;
+      double* to = sums.channels.data() + kind * hidden + of.first;
       std::fill(to, to + rows, 0.0);
-      for (int64_t g = 0; g < p->groups; ++g) {
-        const double* from = p->sums + (g * kinds + kind) * p->rows;
+      for (int64_t g = 0; g < of.groups; ++g) {
+        const double* from = of.sums + (g * kinds + kind) * of.rows;
         for (int64_t c = 0; c < rows; ++c) to[c] += from[c];
       }
     }
   };
-  auto add_matrix = [&](const float* partial, int64_t columns, int64_t rows, float* whole) {
-    if (!partial) return;
-    run_tasks(rows, 0, [&](int64_t row, void*) {
-      float* to = whole + (p->first + row) * columns;
-      const float* from = partial + row * columns;
-      if (to != from) std::copy(from, from + columns, to);
-      for (int64_t g = 1; g < p->groups; ++g)
-        for (int64_t c = 0; c < columns; ++c) to[c] += from[g * p->rows * columns + c];
-    });
-  };
-  const int64_t scratch_bytes = k.scratch_depthwise_mlp_backward(p);
+  const auto on_all_threads = [](int64_t tasks, const auto& task) { run_tasks(tasks, 0, task); };
+  const int64_t scratch_bytes = blocks(k.scratch_depthwise_mlp_backward(p), kAlignment) * kAlignment;
   if (!steps) {
     run_tasks(p->groups * p->slices, scratch_bytes,
               [&](int64_t task, void* memory) { k.depthwise_mlp_backward(p, task, memory); });
-    add_channels(hidden);
-    add_matrix(p->expand_sums, channels, hidden, sums.expand);
-    add_matrix(p->project_sums, out, hidden, sums.project);
+    add_channels(*p, hidden);
+    write_weights(b, *p, hidden, scale, on_all_threads);
+    if (!b->needs[kBn3]) return sums;
+    sums.project = p->project_sums;
+    for_rows(sums.project ? hidden : 0, [&](int64_t row) {
+      float* to = p->project_sums + row * out;
+      for (int64_t g = 1; g < p->groups; ++g)
+        for (int64_t n = 0; n < out; ++n) to[n] += to[g * hidden * out + n];
+    });
     return sums;
   }
-  auto step = [&](int64_t index) {
-    run_tasks(p->groups, scratch_bytes,
-              [&](int64_t group, void* memory) { k.depthwise_mlp_backward_step(p, index, group, memory); });
-  };
   const double count = static_cast<double>(m.batch * b->pixels);
   // Of the gradient behind a norm, alone and times the normalised value, and of this and its square: with the given
   // statistics they are not quite normalised, which would not average out.
-  auto averages = [&](ChannelNorm* norm, int kind, int64_t rows) {
+  auto averages = [&](const fk_depthwise_mlp_backward& of, ChannelNorm* norm, int kind, int64_t rows) {
     if (!norm->grad_mean) return;
-    for (int64_t c = p->first; c < p->first + rows; ++c) {
+    for (int64_t c = of.first; c < of.first + rows; ++c) {
       double* sum = sums.channels.data() + kind * hidden + c;
       const double centre = sum[2 * hidden] / count, spread = sum[3 * hidden] / count - centre * centre;
       const double rstd = static_cast<double>(norm->rstd[c]) + norm->rest[c];
@@ -285,20 +340,45 @@ Sums run_hidden(Backward* b, fk_depthwise_mlp_backward* p) {
       norm->grad_slope[c] = static_cast<float>(slope);
     }
   };
-  step(0);
-  for (p->first = 0; p->first < hidden; p->first += p->chunk) {
-    const int64_t rows = std::min(p->rows, hidden - p->first);
+  // All steps of a chunk; `run` does the tasks behind them.
+  auto work = [&](const fk_depthwise_mlp_backward& of, const auto& step, const auto& run) {
+    const int64_t rows = std::min(of.rows, hidden - of.first);
     step(1);
-    add_channels(rows);
-    averages(&norm2, FK_SUM_NORM2, rows);
+    add_channels(of, rows);
+    averages(of, &norm2, FK_SUM_NORM2, rows);
     step(2);
-    add_channels(rows);
-    averages(&norm1, FK_SUM_NORM1, rows);
+    add_channels(of, rows);
+    averages(of, &norm1, FK_SUM_NORM1, rows);
     step(3);
-    add_channels(rows);
-    add_matrix(p->expand_sums, channels, rows, sums.expand);
-    add_matrix(p->project_sums, out, rows, sums.project);
+    add_channels(of, rows);
+    write_weights(b, of, rows, scale, run);
+  };
+  auto step = [&](int64_t index) {
+    run_tasks(p->groups, scratch_bytes,
+              [&](int64_t group, void* memory) { k.depthwise_mlp_backward_step(p, index, group, memory); });
+  };
+  step(0);
+  if (!p->chunk_maps) {
+    for (p->first = 0; p->first < hidden; p->first += p->chunk) work(*p, step, on_all_threads);
+    return sums;
   }
+  // Chunks as tasks: everything but what step 0 has prepared is a task's own.
+  const int64_t maps = blocks(k.chunk_maps_depthwise_mlp_backward(p), kAlignment) * kAlignment;
+  const int64_t expand = p->wants_expand ? 4 * p->rows * channels : 0,
+                project = p->wants_project ? 4 * p->rows * out : 0;
+  run_tasks(p->slices, scratch_bytes + maps + expand + project + 8 * kinds * p->rows, [&](int64_t task, void* memory) {
+    fk_depthwise_mlp_backward own = *p;
+    own.first = task * p->chunk;
+    own.chunk_maps = static_cast<char*>(memory) + scratch_bytes;
+    own.expand_sums = expand ? reinterpret_cast<float*>(own.chunk_maps + maps) : nullptr;
+    own.project_sums = project ? reinterpret_cast<float*>(own.chunk_maps + maps + expand) : nullptr;
+    own.sums = reinterpret_cast<double*>(own.chunk_maps + maps + expand + project);
+    work(
+        own, [&](int64_t index) { k.depthwise_mlp_backward_step(&own, index, 0, memory); },
+        [](int64_t tasks, const auto& each) {
+          for (int64_t i = 0; i < tasks; ++i) each(i, nullptr);
+        });
+  });
   return sums;
 }
 
@@ -327,37 +407,12 @@ void hidden_gradients(Backward* b, const Sums& sums, bool wants_hidden) {
       for (int64_t tap = 0; tap < b->taps; ++tap)
         writer.set(c * b->taps + tap, static_cast<float>(sums.channels[(FK_SUM_TAPS + tap) * hidden + c]));
   }
-  if (b->needs[kExpand]) {
-    const Tensor& out = b->found[kExpand] = gradient_of(*b->t[kExpand]);
-    const Writer writer(out);
-    const int64_t columns = blocks(m.channels, b->panel) * b->panel;
-    run_tasks(m.hidden, 0,
-              [&](int64_t row, void*) { writer.set(row * m.channels, sums.expand + row * columns, m.channels); });
-  }
 }
 
-// The second linear's weight and, where a batch norm with running statistics follows, that norm's.
-void project_gradients(Backward* b, const Sums& sums, const std::vector<double>& scale,
-                       const std::vector<double>& grads) {
+// Those of a batch norm with running statistics behind the second linear, from the sums of the branch's gradient.
+void last_norm_gradients(Backward* b, const Sums& sums, const std::vector<double>& grads) {
   const Mlp& m = b->m;
   const int64_t columns = blocks(m.out, b->panel) * b->panel;
-  if (b->needs[kProject]) {
-    const Tensor& out = b->found[kProject] = gradient_of(*b->t[kProject]);
-    const Writer writer(out);
-    // The sums are transposed: squares of them turn over in the cache.
-    constexpr int64_t kSide = 32;
-    run_tasks(blocks(m.out, kSide), 0, [&](int64_t task, void*) {
-      const int64_t first = task * kSide, rows = std::min(kSide, m.out - first);
-      float square[kSide][kSide];
-      for (int64_t at = 0; at < m.hidden; at += kSide) {
-        const int64_t width = std::min(kSide, m.hidden - at);
-        for (int64_t c = 0; c < width; ++c)
-          for (int64_t n = 0; n < rows; ++n)
-            square[n][c] = static_cast<float>(sums.project[(at + c) * columns + first + n] * scale[first + n]);
-        for (int64_t n = 0; n < rows; ++n) writer.set((first + n) * m.hidden + at, square[n], width);
-      }
-    });
-  }
   if (!m.bn[2].present() || b->training) return;
   std::vector<double> weight(static_cast<size_t>(m.out), 0.0);
   if (b->needs[kBn3])
@@ -381,8 +436,13 @@ void input_gradients(Backward* b, const fk_depthwise_mlp_backward& p) {
     Tensor& grad = b->found[kX] = gradient_of(*b->t[kX]);
     out.x = grad.mutable_data_ptr();
     const Writer writer(grad);
-    for (int64_t image = 0; image < m.batch; ++image)
-      for (int64_t i = 0; i < b->o.prefix * m.channels; ++i) writer.set(image * m.tokens * m.channels + i, 0.0f);
+    out.own = b->own;
+    std::vector<float> prefix(static_cast<size_t>(b->o.prefix * m.channels), 0.0f);
+    for (int64_t image = 0; image < m.batch; ++image) {
+      const int64_t at = image * m.tokens * m.channels;
+      if (b->own.data) read_values(b->own, at, b->o.prefix * m.channels, prefix.data());
+      writer.set(at, prefix.data(), b->o.prefix * m.channels);
+    }
   }
   if (b->needs[kNormWeight]) out.weight = &weight;
   if (b->needs[kNormBias]) out.bias = &bias;
@@ -398,15 +458,15 @@ void input_gradients(Backward* b, const fk_depthwise_mlp_backward& p) {
 
 std::vector<Tensor> collect(Backward* b) {
   std::vector<Tensor> gradients;
-  for (size_t i = 0; i < b->needs.size(); ++i)
+  for (size_t i = 0; i < kCount; ++i)
     if (b->needs[i]) gradients.push_back(b->found[i]);
   return gradients;
 }
 
 std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, const Needs& needs, const Options& o,
                                  bool training) {
-  STD_TORCH_CHECK(needs.size() == kCount, "needs: expected ", static_cast<int64_t>(kCount), " entries");
-  Backward b = {t, o, needs, training, check(t, std::nullopt, o), {}, {}, 0, 0, 0, 0};
+  const bool own = takes_own(needs, kCount);
+  Backward b = {t, o, needs, training, check(t, std::nullopt, o), {}, {}, 0, 0, 0, 0, absent()};
   const Mlp& m = b.m;
   for (size_t i = 0; i < kCount; ++i) STD_TORCH_CHECK(!needs[i] || t[i].has_value(), "needs: one of an absent tensor");
   for (size_t first : {kBn1, kBn2, kBn3})
@@ -443,6 +503,11 @@ std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, cons
   STD_TORCH_CHECK(grads[0].scalar_type() == out_dtype, "grads: unexpected dtype");
   const fk_array grad = view(grads[0], "grads", {m.batch, m.tokens, m.out});
   const bool statistics = o.summary == "statistics";
+  if (own && needs[kX]) {
+    STD_TORCH_CHECK(!statistics && grad.size == t[kX]->numel() && out_dtype == t[kX]->scalar_type(),
+                    "needs: the residual cannot be x");
+    b.own = grad;
+  }
   fk_array summary = absent();
   if (o.summary != "none") {
     summary = view(grads[1], "grads", {m.batch, statistics ? 2 : m.out});
@@ -524,7 +589,7 @@ std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, cons
   }
 
   std::vector<float> groups;
-  const Tensor block = describe_hidden(m, o, t, &b.memory, &groups, &p);
+  const Tensor block = describe_hidden(m, o, t, &b.memory, &groups, &p, kept.has_value());
   if (kept) take_kept(m, o, *kept, &p);
   // Running statistics behind the second linear scale the gradient that passes through it.
   std::vector<float> scaled;
@@ -540,9 +605,11 @@ std::vector<Tensor> run_backward(std::vector<Tensor>& grads, TensorList& t, cons
     p.project_back = packer.transposed(project, m.hidden, m.out, m.low_precision);
     if (p.wants_input) p.expand_back = packer.transposed(m.expand, m.channels, m.hidden, m.low_precision);
   });
-  const Sums found = run_hidden(&b, &p);
+  float* scales = b.memory.take<float>(blocks(m.out, b.panel) * b.panel);
+  for (int64_t n = 0; n < m.out; ++n) scales[n] = static_cast<float>(scale[n]);
+  const Sums found = run_hidden(&b, &p, m.bn[2].present() && !training ? scales : nullptr);
   hidden_gradients(&b, found, p.wants_hidden);
-  project_gradients(&b, found, scale, sums);
+  last_norm_gradients(&b, found, sums);
   if (p.wants_input) input_gradients(&b, p);
   return collect(&b);
 }

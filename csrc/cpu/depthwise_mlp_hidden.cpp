@@ -26,7 +26,7 @@ void pack_filter(const Mlp& m, int64_t padded, Memory* memory, fk_depthwise_mlp_
 }  // namespace
 
 Tensor describe_hidden(const Mlp& m, const Options& o, const TensorList& t, Memory* memory, std::vector<float>* groups,
-                       fk_depthwise_mlp_backward* p) {
+                       fk_depthwise_mlp_backward* p, bool kept) {
   p->x = view(*t[kX], "x");
   p->hidden_activation = activation_of(o.hidden_activation);
   p->activation = activation_of(o.activation);
@@ -42,7 +42,8 @@ Tensor describe_hidden(const Mlp& m, const Options& o, const TensorList& t, Memo
   p->kernel = m.kernel;
   const Tensor block = pack_once([&](Packer& packer) {
     p->norm = norm_of(packer, m.norm, m.norm_weight, m.norm_bias, m.norm_eps, m.channels);
-    p->expand = packer.linear(m.expand, m.expand_bias, m.hidden, m.channels, m.low_precision);
+    p->expand = kept ? fk_linear{nullptr, nullptr, m.hidden, m.channels, m.low_precision, nullptr}
+                     : packer.linear(m.expand, m.expand_bias, m.hidden, m.channels, m.low_precision);
   });
   set_group_statistics(&p->norm, group_statistics(p->norm, t[kStatistics], m.batch), p->x, m.batch, o.prefix,
                        o.height * o.width, m.channels, groups);
@@ -51,8 +52,8 @@ Tensor describe_hidden(const Mlp& m, const Options& o, const TensorList& t, Memo
   return block;
 }
 
-// A multiple of every instruction set's panel.
-constexpr int64_t kKeptPanel = 64;
+// A multiple of every instruction set's vector.
+constexpr int64_t kKeptPanel = 16;
 
 std::vector<int64_t> kept_shape(const Mlp& m, int64_t pixels) {
   return {m.batch, blocks(m.hidden, kKeptPanel) * kKeptPanel, pixels};

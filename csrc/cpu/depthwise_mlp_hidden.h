@@ -7,9 +7,9 @@
 namespace fk::mlp {
 
 // Fills in sizes, activations, the norm of x, the first linear and the filter. The result holds packed weights;
-// `groups` and `memory` hold the rest.
+// `groups` and `memory` hold the rest. What was `kept` needs no first linear, of which only the sizes are there then.
 Tensor describe_hidden(const Mlp& m, const Options& o, const TensorList& t, Memory* memory, std::vector<float>* groups,
-                       fk_depthwise_mlp_backward* p);
+                       fk_depthwise_mlp_backward* p, bool kept = false);
 
 // What a forward with batch statistics keeps for the backward, whatever the lanes of a vector; and that the kernels
 // read or write it.

@@ -1,3 +1,4 @@
+#include <cstring>
 #include <tuple>
 
 #include "depthwise_mlp_hidden.h"
@@ -49,10 +50,19 @@ std::tuple<Tensor, Tensor, Tensor> run(TensorList t, std::string norm, double no
     p.branch =
         goes_on(m, o) ? static_cast<float*>(branch.mutable_data_ptr()) : memory.take<float>(m.batch * pixels * m.out);
   }
-  if (kept.numel()) take_kept(m, o, kept, &p);
+  if (kept.numel()) {
+    take_kept(m, o, kept, &p);
+    // No vector reaches the last channels where vectors are short.
+    const int64_t all = kept.size(1), written = blocks(m.hidden, k.lanes) * k.lanes,
+                  plane = pixels * kept.element_size();
+    for (int64_t image = 0; image < m.batch; ++image)
+      std::memset(static_cast<char*>(p.kept) + (image * all + written) * plane, 0,
+                  static_cast<size_t>((all - written) * plane));
+  }
   ChannelNorm norm1(m.bn[0], m.hidden, padded, true, &memory), norm2(m.bn[1], m.hidden, padded, true, &memory);
   p.norm1 = norm1.vectors;
   p.norm2 = norm2.vectors;
+  static_assert(kHiddenChunk <= FK_MOST_STATISTICS_CHUNK && kHiddenChunkInParts <= FK_MOST_STATISTICS_CHUNK);
   p.chunk = std::min(padded, std::max(panel, p.expand.parts ? kHiddenChunkInParts : kHiddenChunk));
   p.rows = std::max(p.chunk, padded_out);
   p.rows_per_band = std::max<int64_t>(1, kBandPixels / width);

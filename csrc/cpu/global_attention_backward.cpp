@@ -21,9 +21,11 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t hea
   const auto given = take_results(grads, {a.batch, a.queries, a.out}, out_dtype);
   fk_array grad = grad_view(grads, 0, 2, {a.batch, a.queries, a.out}, out_dtype);
   view(t[kResidual], "residual", {a.batch, a.queries, a.out});
-  t[kQ] = torch::stable::contiguous(*t[kQ]);
   const int64_t rows = a.batch * a.queries;
-  Gradients found(t, needs);
+  const bool own = takes_own(needs, kCount);
+  STD_TORCH_CHECK(!own || !return_statistics, "needs: the statistics depend on the residual");
+  t[kQ] = torch::stable::contiguous(*t[kQ]);
+  Gradients found(t, needs, true);
   Tensor of_result = grads[0];
   if (return_statistics) {
     const fk_array slopes = grad_view(grads, 1, 2, {a.batch, 2}, ScalarType::Float);
@@ -83,6 +85,7 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t hea
   const bool prepares = a.norm != FK_NO_NORM || a.query.data || add_query_input;
   const bool wants_queries = found.wants(kQ) || found.wants(kNormWeight) || found.wants(kNormBias) ||
                              found.wants(kStatistics) || found.wants(kQuery) || found.wants(kQueryBias);
+  STD_TORCH_CHECK(prepares || !own, "needs: nothing is between the residual and the attention");
   // Normalised rows are kept where more than one step needs them, or a norm whose statistics span many rows.
   const bool apart = a.norm == FK_GROUP_NORM || add_query_input;
   if (apart) {
@@ -136,10 +139,11 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, int64_t hea
       if (add_query_input) b.added = p.grad;
       run_linear_backward(&b, found, {kQuery, kQueryBias});
       norm_gradients(input, q.norm, t[kStatistics].has_value(), b.inputs, a.batch, a.queries, a.q_channels,
-                     {kQ, kNormWeight, kNormBias, kStatistics}, &found);
+                     {kQ, kNormWeight, kNormBias, kStatistics}, &found, found.own(kQ, grad));
     } else {
       b.norm = q.norm;
       b.dx = found.data(kQ);
+      b.own = found.own(kQ, grad);
       run_linear_backward(&b, found, {kQuery, kQueryBias, kNormWeight, kNormBias});
     }
   }

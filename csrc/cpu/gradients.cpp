@@ -28,14 +28,28 @@ int64_t partial_count(int64_t blocks, int64_t bytes) {
   return std::min({blocks, most, kPartials});
 }
 
-Gradients::Gradients(const TensorList& tensors, const Needs& needs) {
-  STD_TORCH_CHECK(needs.size() == tensors.size(), "needs: expected ", tensors.size(), " entries, got ", needs.size());
+bool takes_own(const Needs& needs, size_t tensors) {
+  STD_TORCH_CHECK(needs.size() == tensors || needs.size() == tensors + 1, "needs: expected ", tensors, " entries, got ",
+                  needs.size());
+  return needs.size() > tensors && needs.back();
+}
+
+Gradients::Gradients(const TensorList& tensors, const Needs& needs, bool may_take_own)
+    : own_(takes_own(needs, tensors.size())) {
+  STD_TORCH_CHECK(!own_ || may_take_own, "needs: expected ", tensors.size(), " entries, got ", needs.size());
   results_.resize(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i)
     if (needs[i] && tensors[i].has_value()) {
       const auto sizes = tensors[i]->sizes();
       results_[i] = empty(std::vector<int64_t>(sizes.begin(), sizes.end()), tensors[i]->scalar_type());
     }
+}
+
+fk_array Gradients::own(size_t index, const fk_array& grad) const {
+  if (!own_ || !wants(index)) return absent();
+  STD_TORCH_CHECK(grad.size == results_[index]->numel() && grad.dtype == kernel_dtype(results_[index]->scalar_type()),
+                  "needs: the residual cannot be x");
+  return grad;
 }
 
 void* Gradients::data(size_t index) { return wants(index) ? results_[index]->mutable_data_ptr() : nullptr; }

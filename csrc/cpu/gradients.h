@@ -20,10 +20,16 @@ constexpr int64_t kPartials = 8;
 // How many partial sums of `bytes` each, for this many blocks of rows.
 int64_t partial_count(int64_t blocks, int64_t bytes);
 
+// Whether `needs` has one entry more than there are tensors, which is true: the residual is x itself, and x's gradient
+// takes the residual's, that of the result, upon itself.
+bool takes_own(const Needs& needs, size_t tensors);
+
 class Gradients {
  public:
-  // The tensors must have been checked.
-  Gradients(const TensorList& tensors, const Needs& needs);
+  // The tensors must have been checked. `may_take_own`: see takes_own.
+  Gradients(const TensorList& tensors, const Needs& needs, bool may_take_own = false);
+  // The gradient of the result, if x's gradient `index` takes it; else absent.
+  fk_array own(size_t index, const fk_array& grad) const;
 
   bool wants(size_t index) const { return results_[index].has_value(); }
   // Of a gradient that the kernels write as it is; null when it is not wanted.
@@ -47,6 +53,7 @@ class Gradients {
 
  private:
   std::vector<std::optional<Tensor>> results_;
+  bool own_;
   Memory memory_;
   std::vector<fk_partial_sums> sums_;
 };

@@ -291,6 +291,22 @@ struct fk_partial_sums {
   int32_t transposed;  // out is [columns, rows]; no taps
 };
 
+// Hidden channels that a step of depthwise_mlp's batch statistics takes at most.
+enum { FK_MOST_STATISTICS_CHUNK = 128 };
+
+// The gradient of a weight of depthwise_mlp from partial sums [count] `stride` apart of [rows][columns], rows being
+// hidden channels. A task has FK_WEIGHT_TASK rows, or columns where the result is turned over.
+enum { FK_WEIGHT_TASK = 16 };
+struct fk_weight_sums {
+  const float* partials;
+  int64_t count, stride, rows, columns;
+  const float* scale;  // [columns]; null: ones
+  int32_t turned;
+  void* out;  // [rows][out_stride], of which `width` are columns, or turned over [width][out_stride]
+  fk_dtype out_dtype;
+  int64_t width, out_stride;
+};
+
 // The gradients of pointwise_mlp. Null pointers: not wanted.
 struct fk_pointwise_mlp_backward {
   struct fk_array x, grad;  // [rows, channels], [rows, out]
@@ -305,6 +321,7 @@ struct fk_pointwise_mlp_backward {
   float *weight1, *bias1, *weight2, *bias2, *affine;  // partial sums [partials]; affine: of the norm's weight and bias
   float* inputs;  // with several slices [slices][rows][channels]: their gradients of the normalised rows; else null
   void* dx;       // of x's dtype
+  struct fk_array own;  // like dx, which it is added to: see Gradients; data null: nothing
   int32_t wants_input;  // dx or affine
 };
 
@@ -335,6 +352,7 @@ struct fk_linear_backward {
   int64_t rows, n, k, rows_per_block, partials;
   float *weight, *bias, *affine;  // partial sums [partials]; affine: of the norm's weight and bias
   void* dx;                       // of x's dtype
+  struct fk_array own;            // like dx, which it is added to: see Gradients; data null: nothing
   // In their place the gradients of what the linear reads [rows, k], with `added` (data null: nothing); then `norm` is
   // of none of this step's concern but for `weight`.
   float* inputs;
@@ -404,7 +422,8 @@ struct fk_norm_backward {
   struct fk_norm norm;
   const float* grad;  // [parts][images * rows][grad_stride]; the parts are summed
   int64_t grad_stride, parts;
-  void* out;  // like x; null: not wanted
+  void* out;            // like x; null: not wanted
+  struct fk_array own;  // like x, added to `out`; data null: nothing
   int64_t images, rows, skipped, columns, rows_per_task, tasks_per_image;
   float* sums;          // per task [2][columns], of the gradients of weight and bias; null: not wanted
   double* totals;       // per task [2]: sums of grad * weight, alone and times the normalised x (GroupNorm)
@@ -442,8 +461,9 @@ struct fk_conv_projection_backward {
   double* sums;  // partial sums [partials][3][kinds][C padded], in the order of fk_conv_sum
   // The last step, a band of rows of the map.
   int64_t rows_per_band, bands;
-  void* dx;       // of x's dtype; null: not wanted
-  float* affine;  // partial sums [batch * bands], of the norm's weight and bias; null: not wanted
+  void* dx;             // of x's dtype; null: not wanted
+  struct fk_array own;  // like dx, which it is added to: see Gradients; data null: nothing
+  float* affine;        // partial sums [batch * bands], of the norm's weight and bias; null: not wanted
 };
 
 // Sums over pixels per hidden channel; the gradients of the filter's taps come behind them.
@@ -482,6 +502,7 @@ struct fk_depthwise_mlp_backward {
   int64_t chunk, rows_per_band, groups, slices;
   int64_t first, rows;  // hidden channels that the partial sums are of
   char* const* stores;  // of each stack what steps leave to each other; null: one step does it all
+  char* chunk_maps;     // the chunk's part of that, where all images are one stack; null: it lies in the store
   // What the first linear gave, [B][kept_planes][H * W][lanes]; null: it is computed again.
   void* kept;
   fk_dtype kept_dtype;
@@ -536,6 +557,7 @@ struct fk_table {
   void (*group_norm_rows)(const struct fk_group_norm_rows*, int64_t task);
   void (*moments)(const struct fk_moments*, int64_t task);
   void (*add_partials)(const struct fk_partial_sums*, int64_t panel);
+  void (*add_weight_sums)(const struct fk_weight_sums*, int64_t task);
   int64_t (*scratch_pointwise_mlp_backward)(const struct fk_pointwise_mlp_backward*);
   void (*pointwise_mlp_backward)(const struct fk_pointwise_mlp_backward*, int64_t task, void* scratch);
   void (*pointwise_mlp_backward_input)(const struct fk_pointwise_mlp_backward*, int64_t partial, void* scratch);
@@ -556,6 +578,7 @@ struct fk_table {
   void (*norm_backward)(const struct fk_norm_backward*, int64_t task);
   void (*statistics_backward)(const struct fk_statistics_backward*, int64_t task);
   int64_t (*store_depthwise_mlp_backward)(const struct fk_depthwise_mlp_backward*);
+  int64_t (*chunk_maps_depthwise_mlp_backward)(const struct fk_depthwise_mlp_backward*);
   int64_t (*scratch_depthwise_mlp_backward)(const struct fk_depthwise_mlp_backward*);
   void (*depthwise_mlp_backward)(const struct fk_depthwise_mlp_backward*, int64_t task, void* scratch);
   int64_t (*store_depthwise_mlp_statistics)(const struct fk_depthwise_mlp_backward*);

@@ -86,6 +86,7 @@ void norm_gradients(const fk_array& x, const fk_norm& norm, bool given, const fl
                         stride,
                         parts,
                         out.x,
+                        out.own,
                         images,
                         rows,
                         skipped,

@@ -38,6 +38,7 @@ std::vector<double> column_sums(const fk_array& x, int64_t images, int64_t skipp
 // The gradients of a norm's input and parameters; those not asked for stay null.
 struct NormGradients {
   void* x = nullptr;  // like the input, but for its skipped rows
+  fk_array own = {};  // like the input, added to `x`; data null: nothing
   std::vector<double>*weight = nullptr, *bias = nullptr;
   float* statistics = nullptr;  // [images, 2], of mean and variance given beside x
 };

@@ -126,7 +126,7 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::option
     p.to_input = packer.transposed(m.weight1, m.channels, m.hidden, m.low_precision);
   });
 
-  Gradients found(t, needs);
+  Gradients found(t, needs, true);
   const int64_t cached = 2 * kCacheBytes / (8 * std::max<int64_t>(1, std::max(m.channels, m.out)));
   p.rows_per_block = std::max<int64_t>(1, std::min({p.rows, kMostRows, std::max(kFewestRows, cached)}));
   const int64_t weights = 4 * m.hidden * (m.channels + m.out), blocks_of_rows = blocks(p.rows, p.rows_per_block);
@@ -143,6 +143,7 @@ std::vector<Tensor> backward(Grads grads, TensorList t, Needs needs, std::option
   p.bias2 = found.sums(6, p.partials, 1, m.out);
   p.affine = found.affine_sums(1, 2, p.partials, m.channels);
   p.dx = found.data(0);
+  p.own = found.own(0, p.grad);
   p.wants_input = p.dx || p.affine;
   if (p.wants_input && p.slices > 1) p.inputs = found.memory(p.slices * p.rows * m.channels);
   const fk_table& k = kernels();

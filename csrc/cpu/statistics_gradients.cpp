@@ -41,10 +41,11 @@ Tensor with_statistics(const Tensor& grad, const fk_array& slopes, int64_t rows,
 }
 
 void norm_gradients(const fk_array& x, const fk_norm& norm, bool given, const float* grad, int64_t images, int64_t rows,
-                    int64_t columns, const NormPlaces& places, Gradients* found) {
+                    int64_t columns, const NormPlaces& places, Gradients* found, const fk_array& own) {
   std::vector<double> weight, bias;
   NormGradients out;
   out.x = found->data(places.x);
+  out.own = own;
   if (found->wants(places.weight)) out.weight = &weight;
   if (found->wants(places.bias)) out.bias = &bias;
   out.statistics = static_cast<float*>(found->data(places.statistics));

@@ -30,6 +30,6 @@ struct NormPlaces {
 };
 // Their gradients from `grad` [images * rows, columns] of the normalised rows; see `norm_gradients`.
 void norm_gradients(const fk_array& x, const fk_norm& norm, bool given, const float* grad, int64_t images, int64_t rows,
-                    int64_t columns, const NormPlaces& places, Gradients* found);
+                    int64_t columns, const NormPlaces& places, Gradients* found, const fk_array& own = absent());
 
 }  // namespace fk

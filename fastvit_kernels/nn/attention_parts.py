@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastvit_kernels import ops
 from fastvit_kernels.nn import fused
 from fastvit_kernels.ops.packing import PackedWeights
+from fastvit_kernels.ops.patch_embedding import linear_of_rows
 
 
 def linear(
@@ -27,12 +28,8 @@ def linear(
     assert weight is not None
     if packed is None and norm is None and not _faster_fused(x):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    # The same linear as a 1 x 1 convolution of an image that is one row high.
-    pixels, filters = x.transpose(1, 2).unsqueeze(2), weight[:, :, None, None]
-    out = ops.patch_embedding(
-        pixels, filters, bias, stride=1, packed=packed, backend=backend, **fused.in_norm_arguments(norm)
-    )
-    return out.squeeze(2).transpose(1, 2)
+    norms = fused.layer_norm_arguments(norm)
+    return linear_of_rows(x, weight, bias, packed=packed, backend=backend, **norms)
 
 
 def _faster_fused(x: Tensor) -> bool:

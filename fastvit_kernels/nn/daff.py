@@ -115,8 +115,7 @@ class DAFF(nn.Module):
             if self._gate_in_place(out, x, mean, norm):
                 return out
             cls = x[:, :1] if norm is None else norm(x[:, :1])
-            out[:, :1].addcmul_(cls.to(out.dtype), self._gate(mean.to(cls.dtype)).to(out.dtype))
-            return out
+            return class_token.add_gated(out, cls.to(out.dtype), self._gate(mean.to(cls.dtype)).to(out.dtype))
         grid = check_grid(grid, 1, x)
         cls, patches = (x if norm is None else norm(x)).split([1, grid[0] * grid[1]], dim=1)
         hidden = self.act(self.bn1(self.conv1(patches.transpose(1, 2).unflatten(2, grid))))

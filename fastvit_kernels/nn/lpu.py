@@ -44,11 +44,17 @@ class LPU(nn.Conv2d):
         if self.fusion_obstacles():
             return input + super().forward(input)
         height, width = input.shape[2:]
-        rows = input.flatten(2).transpose(1, 2)
-        out = fused.depthwise_conv(
-            rows, (height, width), self, residual=rows, packed=self._packed, backend=self.backend
-        )
+        out = self._of_tokens(input.flatten(2).transpose(1, 2), (height, width))
         return out.transpose(1, 2).unflatten(2, (height, width))
+
+    def forward_tokens(self, x: Tensor, h: int, w: int) -> Tensor:
+        """`forward` of the `h x w` map that tokens `[B, h*w, dim]` are, row-major, to tokens: without hooks."""
+        if self.fusion_obstacles():
+            return self.forward(x.transpose(1, 2).unflatten(2, (h, w))).flatten(2).transpose(1, 2)
+        return self._of_tokens(x, checks.check_tokens_of_map(x, h, w, self.in_channels))
+
+    def _of_tokens(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return fused.depthwise_conv(x, grid, self, residual=x, packed=self._packed, backend=self.backend)
 
     def fusion_obstacles(self) -> list[str]:
         """Every reason why `forward` would call PyTorch's convolution now instead of the fused operator."""

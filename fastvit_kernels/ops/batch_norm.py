@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -80,8 +81,36 @@ def batch_normalize(
     return y.to(maps.dtype)
 
 
-def update_running_statistics(bn: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
-    """What `nn.BatchNorm2d` does in training to its running statistics, from `count` values per channel."""
-    if bn.running_mean is not None and bn.running_var is not None:
+class BatchOf(NamedTuple):
+    """What a batch normalisation in training found: mean and biased variance `[C]`, of `count` values per channel."""
+
+    bn: BatchNorm
+    mean: Tensor
+    var: Tensor
+    count: int
+
+
+def update_running_statistics(found: Iterable[BatchOf], by_kernel: bool = False) -> None:
+    """What `nn.BatchNorm2d` does in training to its running statistics.
+
+    `by_kernel`: the CPU kernels, which found the batch's, do it where they can, all at once.
+    """
+    tracked = [batch for batch in found if batch.bn.running_mean is not None and batch.bn.running_var is not None]
+    if by_kernel and tracked and not torch.compiler.is_compiling():
+        running = [t for batch in tracked for t in batch.bn[2:4]]
+        if all(_is_plain(t) for t in running):
+            moments = [t for batch in tracked for t in batch[1:3]]
+            corrections = [batch.count / (batch.count - 1) for batch in tracked]
+            momenta = [batch.bn.momentum for batch in tracked]
+            torch.ops.fastvit.update_running_statistics.default(running, moments, momenta, corrections)
+            torch.autograd.graph.increment_version(running)
+            return
+    for bn, mean, var, count in tracked:
+        assert bn.running_mean is not None and bn.running_var is not None
         bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
         bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), bn.momentum)
+
+
+def _is_plain(t: Tensor | None) -> bool:
+    """Whether the kernel may write to it: dense fp32, and with a version to count."""
+    return t is not None and t.dtype is torch.float32 and t.is_contiguous() and not t.is_inference()

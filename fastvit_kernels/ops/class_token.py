@@ -1,6 +1,8 @@
-"""The gate of DHVT's class token, behind an MLP that passes the token by: in place, for inference on a CPU."""
+"""The gate of DHVT's class token, behind an MLP that passes the token by, in place; for inference on a CPU whole."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,3 +45,34 @@ def gate_class_token(out: Tensor, tensors: Tensors, *, norm_eps: float | None, a
     Datasets", section 3.3.
     """
     torch.ops.fastvit.gate_class_token.default(out, list(tensors), norm_eps, activation)
+
+
+def add_gated(out: Tensor, token: Tensor, gate: Tensor) -> Tensor:
+    """`out`, `[B, N, C]`, with `token * gate`, each `[B, 1, C]`, added to its first row in place; all of one dtype.
+
+    Equivalent plain PyTorch::
+
+        out[:, :1].addcmul_(token, gate)
+    """
+    if not out.requires_grad or torch.compiler.is_compiling() or dispatch.reasons_for_plain_operators():
+        out[:, :1].addcmul_(token, gate)
+        return out
+    result: Tensor = _AddGated.apply(out, token, gate)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _AddGated(torch.autograd.Function):
+    """A write to a view, whose gradient is that of the whole, not a copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, token: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(token, gate)
+        ctx.mark_dirty(out)
+        out[:, :1].addcmul_(token, gate)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        token, gate = ctx.saved_tensors
+        first = grad[:, :1]
+        return grad, first * gate, first * token

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.library import Library
 
 from fastvit_kernels.ops import dispatch
-from fastvit_kernels.ops.batch_norm import BatchNorm, update_running_statistics
+from fastvit_kernels.ops.batch_norm import BatchNorm, BatchOf, update_running_statistics
 from fastvit_kernels.ops.dispatch import Decision
 from fastvit_kernels.ops.operator import (
     Backend,
@@ -54,6 +54,9 @@ library.define("cpu_peak(str kind, float seconds) -> float")
 library.define("cpu_bandwidth(float seconds) -> float")
 library.define("release_memory() -> int")
 library.define("shelve(Tensor block) -> Tensor")
+library.define(
+    "update_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] momenta, float[] corrections) -> ()"
+)
 library.define("plan_begin() -> ()")
 library.define("plan_end(Tensor[] inputs, Tensor[] outputs) -> int")
 library.define("plan_replay(Tensor[] inputs, int plan) -> Tensor[]")
@@ -153,10 +156,14 @@ def define_triton_statistics(
 
 
 class BatchStatistics(NamedTuple):
-    """What kernels for a batch's statistics computed: these, and what the call goes on from (empty: nothing)."""
+    """What kernels for a batch's statistics computed: these, and what the call goes on from (empty: nothing).
+
+    `on_cpu`: they were the CPU kernels.
+    """
 
     moments: Tensor
     begun: Outputs = ()
+    on_cpu: bool = False
 
 
 def statistics_by_kernels(
@@ -168,10 +175,11 @@ def statistics_by_kernels(
     if kernels is None:
         return None
     tensors = dense(tensors, operator.triton_any_layout if chosen == "triton" else ())
-    if chosen != "cpu" or operator.name not in _two_steps:
-        return BatchStatistics(kernels(tensors, *static))
+    on_cpu = chosen == "cpu"
+    if not on_cpu or operator.name not in _two_steps:
+        return BatchStatistics(kernels(tensors, *static), (), on_cpu)
     moments, kept, branch = kernels(tensors, *static, gradients and dispatch.keeps_maps())
-    return BatchStatistics(moments, (kept, branch) if branch.numel() else ())
+    return BatchStatistics(moments, (kept, branch) if branch.numel() else (), on_cpu)
 
 
 def take_batch_statistics(
@@ -196,9 +204,9 @@ def take_batch_statistics(
         raise ValueError(f"x: expected more than 1 value per channel when training, got {count}")
     with torch.no_grad():
         found = statistics_by_kernels(operator, tensors, static, backend) if by_kernels else None
-        mean, var = composed(tensors, static) if found is None else found.moments
+        mean, var = composed(tensors, static) if found is None else found.moments.unbind()
         tensors[at : at + 2] = mean, var
-        update_running_statistics(bn, mean, var, count)
+        update_running_statistics([BatchOf(bn, mean, var, count)], found is not None and found.on_cpu)
 
 
 def register(
@@ -263,7 +271,7 @@ def _register_backward(operator: Operator, overload: str, run: Callable[..., lis
 
     def fake(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
         _check_one_device(name, [*grads, *tensors])
-        wanted = zip(tensors, needs, strict=True)
+        wanted = zip(tensors, needs, strict=False)  # there may be one entry more: see GradientKernels.adds_own
         return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in wanted if n and t is not None]
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
@@ -276,6 +284,8 @@ def _unrecorded(operator: Operator, launch: BackwardLauncher) -> Callable[..., l
     """A backward whose steps are not recorded for a gradient of the gradient."""
 
     def run(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
+        if len(needs) != len(tensors):
+            raise ValueError(f"needs: expected {len(tensors)} entries, got {len(needs)}")
         with torch.no_grad():
             return launch(grads, tensors, needs, operator.static(*static))
 
@@ -286,10 +296,15 @@ def _recomputing(operator: Operator, composition: Callable[[], Composition]) -> 
     """A backward that runs a composition of PyTorch's operators once more, this time recorded."""
 
     def run(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
+        # One entry more, if true, adds the first output's gradient to x's: see `GradientKernels.adds_own`.
+        adds_own = operator.residual is not None and len(needs) == len(tensors) + 1 and needs[-1]
+        needs = needs[:-1] if adds_own else needs
         with _autograd_inside_kernel():
             found = recompute_gradients(
                 composition(), grads, tensors, needs, operator.static(*static), create_graph=False
             )
+        if adds_own and found[0] is not None:
+            found[0] = found[0] + grads[0]
         # Gradients leave as fresh dense tensors, whatever autograd returned: the fake promises it.
         return [g.clone(memory_format=torch.contiguous_format) for g in found if g is not None]
 
@@ -368,10 +383,12 @@ def _autograd_inside_kernel() -> AbstractContextManager[Any]:
     return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
 
 
-def _passed_on(operator: Operator, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool]) -> int | None:
+def _passed_on(
+    operator: Operator, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
+) -> int | None:
     """Position of a wanted residual whose gradient is that of the first output, which it need not be copied from."""
     at = operator.residual
-    if at is None or not needs[at] or any(g.numel() for g in grads[1:]):  # statistics depend on the residual, too
+    if at is None or not needs[at] or operator.residual_in_all(static):
         return None
     residual = tensors[at]
     return at if residual is not None and residual.dtype is grads[0].dtype else None
@@ -386,26 +403,38 @@ def _gradients(
     static: Any,
     decision: Decision | None,
     outputs: Sequence[Tensor] = (),
+    residual_is_x: bool = False,
 ) -> list[Tensor | None]:
     """By `backend`, or whoever has kernels for these gradients in its place, else recomputed; one entry per tensor.
 
     Args:
         decision: told who computed them.
         outputs: those of the forward, where the backend reads them, or what it kept besides.
+        residual_is_x: the tensors have x in two places; x's gradient may then come whole in the first of them.
     """
+    passed_on = _passed_on(operator, grads, tensors, needs, static)
+    of_result, adds_own = grads[0], False
+    if passed_on is not None:
+        needs = [n and index != passed_on for index, n in enumerate(needs)]
     if not any(needs):
-        return [None] * len(needs)
+        return [of_result if index == passed_on else None for index in range(len(needs))]
     grads = row_major(grads)
     found, reasons = dispatch.gradient_backend(operator, backend, grads, tensors, needs, static)
     if decision is not None:
         decision.gradients, decision.gradients_rejected = "reference" if found is None else found.name, reasons
     if isinstance(found, BackwardBackend):
+        if residual_is_x and passed_on is not None and needs[0] and isinstance(found, GradientKernels):
+            adds_own = found.adds_own(tensors, static)
+        asked = [*needs, True] if adds_own else needs
         # Autograd hands results out with their history, which no kernel has a use for.
-        remaining = iter(found.run_backward([*grads, *(o.detach() for o in outputs)], tensors, needs, static))
+        remaining = iter(found.run_backward([*grads, *(o.detach() for o in outputs)], tensors, asked, static))
     else:
         recomputing = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward").default
         remaining = iter(recomputing(grads, list(tensors), needs, *static))
-    return [next(remaining) if n else None for n in needs]
+    results = [next(remaining) if n else None for n in needs]
+    if passed_on is not None and not adds_own:
+        results[passed_on] = of_result
+    return results
 
 
 def _make_function(operator: Operator) -> Any:
@@ -428,6 +457,7 @@ def _make_function(operator: Operator) -> Any:
             read = [t if index not in operator.unread else _shape_of(t) for index, t in enumerate(tensors)]
             ctx.save_for_backward(*read, *kept)
             ctx.backend, ctx.static, ctx.decision, ctx.begun = backend, static, dispatch.latest_decision(), begun
+            ctx.residual_is_x = operator.residual is not None and tensors[operator.residual] is tensors[0]
             return _unwrap(outputs)
 
         @staticmethod
@@ -438,12 +468,9 @@ def _make_function(operator: Operator) -> Any:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 found = recompute_gradients(operator.reference, grads, tensors, needs, static, create_graph=True)
             else:
-                at = _passed_on(operator, grads, tensors, needs)
-                if at is not None:
-                    needs[at] = False
-                found = _gradients(operator, ctx.backend, grads, tensors, needs, static, ctx.decision, outputs)
-                if at is not None:
-                    found[at] = grads[0]
+                found = _gradients(
+                    operator, ctx.backend, grads, tensors, needs, static, ctx.decision, outputs, ctx.residual_is_x
+                )
             return (*[None] * (3 + ctx.begun), *found)
 
     Fused.__name__ = Fused.__qualname__ = f"Fused[{operator.name}]"

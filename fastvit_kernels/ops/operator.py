@@ -68,6 +68,11 @@ class GradientKernels(BackwardBackend):
 
     backward: ClassVar[tuple[str, str]]
 
+    def adds_own(self, tensors: Tensors, static: Any) -> bool:
+        """Whether, where the residual is x itself, the kernels add the residual's gradient, that of the first output,
+        to x's: `run_backward` then takes one entry more in `needs`, True."""
+        return False
+
     @abstractmethod
     def run(self, tensors: Tensors, packed: Tensor | None, static: Any) -> Outputs: ...
 
@@ -107,7 +112,9 @@ class Operator:
         packing: what of the static arguments decides how weights are packed, besides their dtype.
         any_layout: positions of activations that the CPU kernels take in any layout.
         triton_any_layout: those that the Triton kernels do.
-        residual: position of the activation that is added to the first output, so that their gradients are the same.
+        residual: position of the activation that is added to the first output, so that their gradients are the same,
+            unless another output depends on it, too.
+        residual_in_all: whether another output does.
         unread: positions of tensors of which gradients take no more than shape and dtype: they are not kept for them.
         backends: the alternatives to the reference, most preferred first where no measurement says otherwise; `"sdpa"`
             last.
@@ -126,6 +133,7 @@ class Operator:
     any_layout: tuple[int, ...] = ()
     triton_any_layout: tuple[int, ...] = ()
     residual: int | None = None
+    residual_in_all: Callable[[Any], bool] = lambda static: False
     unread: tuple[int, ...] = ()
     backends: list[Backend] = field(default_factory=list)
     loose_on_cpu: frozenset[int] = field(init=False)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastvit_kernels import explain, ops
-from fastvit_kernels.nn import LMHSA, LPU
+from fastvit_kernels import explain
+from fastvit_kernels.nn import LMHSA, LPU, attention_parts
 from fastvit_kernels.testing.numerics import relative_l2
 
 DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)], ids=str)
@@ -136,7 +136,7 @@ def test_keys_and_values_are_one_linear_where_both_train_or_none(frozen, bias):
     for name in frozen:
         getattr(attention, name).requires_grad_(False)
     x, table = torch.randn(2, 24, 16), torch.randn(2, 24, 6)
-    with mock.patch.object(ops, "patch_embedding", wraps=ops.patch_embedding) as linear:
+    with mock.patch.object(attention_parts, "linear_of_rows", wraps=attention_parts.linear_of_rows) as linear:
         attention(x, 4, 6, table)
     assert linear.call_count == (1 if frozen in ("", "kv") else 2)
     plain = hooked(attention)

@@ -32,9 +32,12 @@ LARGE = [
     depthwise_mlp_case("groups_and_slices", grid=(3, 3), channels=96, hidden=600, batch=9),
     depthwise_mlp_case("steps_of_daff", grid=(25, 31), channels=16, hidden=64, bn_training=True, **DAFF_STEPS),
     depthwise_mlp_case("steps_of_irffn", grid=(9, 11), channels=13, hidden=98, bn_training=True, **IRFFN),
+    # Few pixels and many hidden channels: chunks of them are tasks.
+    depthwise_mlp_case("tasks_of_irffn", grid=(3, 4), channels=45, hidden=330, batch=3, bn_training=True, **IRFFN),
+    depthwise_mlp_case("tasks_of_daff", grid=(5, 3), channels=37, hidden=301, batch=3, bn_training=True, **DAFF_STEPS),
 ]
 # Those whose forward keeps maps for the gradients unless it is told not to.
-KEEPING = ("hat", "steps_of_daff", "steps_of_irffn")
+KEEPING = ("hat", "steps_of_daff", "steps_of_irffn", "tasks_of_irffn", "tasks_of_daff")
 
 
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=str)
@@ -52,6 +55,21 @@ def test_recomputed_gradients_keep_it_as_well(case, precision):
     with use_recompute(True):
         assert backward_operators(call, "cpu") == NATIVE
         check(run(call, "cpu"), *reference_results(call), case.vanishing)
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("name", ["steps_of_irffn", "tasks_of_irffn", "tasks_of_daff"])
+def test_threads_decide_nothing(name, precision):
+    (case,) = (case for case in LARGE if case.name == name)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3, 8, 2):
+            torch.set_num_threads(number)
+            found.append(run(case.call(precision), "cpu").gradients)
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(gradient, other[name]) for name, gradient in found[0].items() if gradient is not None)
 
 
 def test_what_a_forward_kept_is_checked():

@@ -160,15 +160,21 @@ FK_INLINE void norm_backward_row(const T* x, const float* grad, int64_t n, const
   }
 }
 
-// Row `row` of x and of dx, which has x's dtype and may be null; without a norm x itself may be absent.
+// Row `row` of x and of dx, which has x's dtype and may be null; without a norm x itself may be absent. The row of
+// `own` is added to dx.
+template <class T>
 FK_INLINE void norm_backward_row(const struct fk_array& x, int64_t row, const float* grad, int64_t n,
-                                 const struct fk_norm& norm, void* dx, float* affine) {
+                                 const struct fk_norm& norm, T* dx, const struct fk_array& own, float* affine) {
+  T* to = dx ? dx + row * n : nullptr;
+  norm_backward_row(x.data ? (const T*)x.data + row * n : nullptr, grad, n, norm, to, affine);
+  if (to) add_array_row(own, row * n, n, to);
+}
+FK_INLINE void norm_backward_row(const struct fk_array& x, int64_t row, const float* grad, int64_t n,
+                                 const struct fk_norm& norm, void* dx, const struct fk_array& own, float* affine) {
   if (x.dtype == FK_F32)
-    norm_backward_row(x.data ? (const float*)x.data + row * n : nullptr, grad, n, norm,
-                      dx ? (float*)dx + row * n : nullptr, affine);
+    norm_backward_row(x, row, grad, n, norm, (float*)dx, own, affine);
   else
-    norm_backward_row(x.data ? (const bf16*)x.data + row * n : nullptr, grad, n, norm,
-                      dx ? (bf16*)dx + row * n : nullptr, affine);
+    norm_backward_row(x, row, grad, n, norm, (bf16*)dx, own, affine);
 }
 
 // Row `row` of an array, converted, zeros up to `padded`; its values are added to `sums`, unless null.
@@ -239,6 +245,45 @@ void add_partials(const struct fk_partial_sums* p, int64_t panel) {
     add_panel(*p, panel, (float*)p->out);
   else
     add_panel(*p, panel, (bf16*)p->out);
+}
+
+// A vector of a row, added over the partial sums.
+FK_INLINE vf weight_sum(const struct fk_weight_sums& p, int64_t row, int64_t column) {
+  const float* from = p.partials + row * p.columns + column;
+  vf sums = load(from);
+  for (int64_t i = 1; i < p.count; ++i) sums += load(from + i * p.stride);
+  return p.scale ? sums * load(p.scale + column) : sums;
+}
+
+template <class Out>
+FK_INLINE void add_weight_task(const struct fk_weight_sums& p, int64_t task, Out* out) {
+  constexpr int64_t kSide = FK_WEIGHT_TASK;
+  const int64_t first = task * kSide;
+  if (!p.turned) {
+    for (int64_t row = first; row < min64(p.rows, first + kSide); ++row)
+      for (int64_t c = 0; c < p.width; c += FK_VL) {
+        Out* to = out + row * p.out_stride + c;
+        const vf sums = weight_sum(p, row, c);
+        c + FK_VL <= p.width ? store(to, sums) : store_tail(to, sums, p.width - c);
+      }
+    return;
+  }
+  float square[kSide * kSide] __attribute__((aligned(64))), turned[kSide * kSide] __attribute__((aligned(64)));
+  for (int64_t at = 0; at < p.rows; at += kSide) {
+    const int64_t rows = min64(kSide, p.rows - at);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t c = 0; c < kSide; c += FK_VL) store(square + row * kSide + c, weight_sum(p, at + row, first + c));
+    transpose((const uint32_t*)square, kSide, rows, kSide, (uint32_t*)turned, kSide, kSide);
+    for (int64_t c = 0; c < min64(kSide, p.width - first); ++c)
+      copy_row(turned + c * kSide, rows, rows, out + (first + c) * p.out_stride + at);
+  }
+}
+
+void add_weight_sums(const struct fk_weight_sums* p, int64_t task) {
+  if (p->out_dtype == FK_F32)
+    add_weight_task(*p, task, (float*)p->out);
+  else
+    add_weight_task(*p, task, (bf16*)p->out);
 }
 
 }  // namespace

@@ -275,7 +275,7 @@ FK_INLINE void conv_input_task(const struct fk_conv_projection_backward& p, int6
   const RowSums affine = RowSums::over(sums, 2 * n, total);
   const int64_t start = image * (f.prefix + f.height * f.width) + (top == 0 ? 0 : f.prefix + top * f.width);
   for (int64_t i = 0; i < rows; ++i) {
-    norm_backward_row(f.x, start + i, grads + i * padded, n, f.norm, p.dx, total ? affine.near : nullptr);
+    norm_backward_row(f.x, start + i, grads + i * padded, n, f.norm, p.dx, p.own, total ? affine.near : nullptr);
     RowSums::next(affine, i, rows);
   }
 }

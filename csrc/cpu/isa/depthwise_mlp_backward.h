@@ -18,6 +18,12 @@ FK_INLINE void take_grad_row(const struct fk_depthwise_mlp_backward& p, int64_t 
 }
 
 template <class A>
+FK_INLINE void clear_maps(const struct fk_depthwise_mlp_backward& p, const MlpMaps<A>& m, int64_t images) {
+  clear_border(p, m.hidden, m.bordered, images);
+  clear_border(p, m.filtered_grad, m.bordered, images);
+}
+
+template <class A>
 FK_INLINE void prepare_stack(const struct fk_depthwise_mlp_backward& p, const MlpMaps<A>& m, int64_t first,
                              int64_t images) {
   const int64_t pixels = p.height * p.width, channels = round_up(p.channels, kPanel), out = round_up(p.out, kPanel);
@@ -35,8 +41,7 @@ FK_INLINE void prepare_stack(const struct fk_depthwise_mlp_backward& p, const Ml
   fill_ready(p, m.grad_ready, images, front_band);
   if (p.wants_expand) fill_panels(p, m.normed_panels, images, back_band);
   if (p.wants_project) fill_panels(p, m.grad_panels, images, front_band);
-  clear_border(p, m.hidden, m.bordered, images);
-  clear_border(p, m.filtered_grad, m.bordered, images);
+  if (!p.chunk_maps) clear_maps(p, m, images);
 }
 
 // A value of the hidden map from what the first linear gave.
@@ -65,7 +70,7 @@ static __attribute__((noinline)) void expand_rows(const MlpChunk<A>& c, int64_t 
   const struct fk_depthwise_mlp_backward& p = c.p;
   const MlpMaps<A>& m = c.m;
   const int64_t line = mlp_line(p), reach = p.kernel / 2;
-  const int64_t first = c.column / kPanel, last = first + c.channels / kPanel;
+  const int64_t first = c.column / kPanel, last = first + ceil_div(c.channels, kPanel);
   const BlockRange rows = hidden_band(p, c.rows, band);
   const int64_t from = rows.first;
   product(
@@ -73,6 +78,7 @@ static __attribute__((noinline)) void expand_rows(const MlpChunk<A>& c, int64_t 
       [&](int64_t row, int64_t height, int64_t n, const float* tile) {
         for (int j = 0; j < FK_NV; ++j) {
           const int64_t at = n + j * FK_VL, plane = (at - c.column) / FK_VL;
+          if (at - c.column >= c.channels) continue;  // padding
           const vf bias = load(p.expand.bias + at);
           const NormVectors norm = norm_vectors(p.norm1, at);
           const int64_t pixel = from * p.width + row;
@@ -121,7 +127,7 @@ static __attribute__((noinline)) void project_back_rows(const MlpChunk<A>& c, in
   const struct fk_depthwise_mlp_backward& p = c.p;
   const BlockRange front = front_band(p, c.rows, band);
   const int64_t from = front.first;
-  const int64_t first = c.column / kPanel, last = first + c.channels / kPanel;
+  const int64_t first = c.column / kPanel, last = first + ceil_div(c.channels, kPanel);
   const A* rows = c.m.grad + from * p.width * c.m.ldg;
   float* out = c.m.middle_grad + (from * p.width - middle_origin(c, from)) * FK_VL;
   product(
@@ -529,6 +535,11 @@ FK_INLINE BlockRange images_of_group(const struct fk_depthwise_mlp_backward& p, 
   return BlockRange{group * share, min64((group + 1) * share, p.batch)};
 }
 
+// Hidden channels from `column` on to `end` that there are, in whole vectors.
+FK_INLINE int64_t present(const struct fk_depthwise_mlp_backward& p, int64_t end, int64_t column) {
+  return round_up(min64(end, p.expand.n) - column, FK_VL);
+}
+
 template <class A>
 FK_INLINE void backward_task(const struct fk_depthwise_mlp_backward& p, int64_t task, void* scratch) {
   const int64_t group = task / p.slices, slice = task % p.slices;
@@ -542,8 +553,8 @@ FK_INLINE void backward_task(const struct fk_depthwise_mlp_backward& p, int64_t 
     const int64_t count = min64(p.stack, images.last - image);
     prepare_stack(p, m, image, count);
     for (int64_t column = begin; column < end; column += p.chunk)
-      run_chunk(MlpChunk<A>{p, m, b, image, count * p.height, group, slice, column, min64(p.chunk, end - column),
-                            image == images.first, column == begin},
+      run_chunk(MlpChunk<A>{p, m, b, image, count * p.height, group, slice, column,
+                            present(p, min64(end, column + p.chunk), column), image == images.first, column == begin},
                 0);
   }
 }
@@ -551,23 +562,30 @@ FK_INLINE void backward_task(const struct fk_depthwise_mlp_backward& p, int64_t 
 // One of the steps around batch statistics, for a group's stacks: 0 prepares them, the others do a chunk's work.
 template <class A>
 FK_INLINE void backward_step(const struct fk_depthwise_mlp_backward& p, int64_t step, int64_t group, void* scratch) {
-  const int64_t hidden = round_up(p.expand.n, kPanel);
   const BlockRange images = images_of_group(p, group);
   const MlpBandBuffers<A> b = mlp_band_buffers<A>(p, scratch);
   for (int64_t image = images.first; image < images.last; image += p.stack) {
     const MlpMaps<A> m = mlp_maps<A>(p, p.stores[image / p.stack]);
     const int64_t count = min64(p.stack, images.last - image);
-    if (step == 0)
+    if (step == 0) {
       prepare_stack(p, m, image, count);
-    else
-      run_chunk(MlpChunk<A>{p, m, b, image, count * p.height, group, 0, p.first, min64(p.chunk, hidden - p.first),
-                            image == images.first, p.first == 0},
-                step - 1);
+      continue;
+    }
+    // A chunk with maps of its own has an input gradient of its own, too.
+    if (p.chunk_maps && step == 1) clear_maps(p, m, count);
+    const int64_t slice = p.chunk_maps ? p.first / p.chunk : 0, channels = present(p, p.first + p.chunk, p.first);
+    run_chunk(MlpChunk<A>{p, m, b, image, count * p.height, group, slice, p.first, channels, image == images.first,
+                          p.chunk_maps || p.first == 0},
+              step - 1);
   }
 }
 
 int64_t store_depthwise_mlp_backward(const struct fk_depthwise_mlp_backward* p) {
   return max64(mlp_maps<float>(*p, nullptr).bytes, mlp_maps<bf16>(*p, nullptr).bytes);
+}
+
+int64_t chunk_maps_depthwise_mlp_backward(const struct fk_depthwise_mlp_backward* p) {
+  return max64(mlp_maps<float>(*p, nullptr).chunk_bytes, mlp_maps<bf16>(*p, nullptr).chunk_bytes);
 }
 
 int64_t scratch_depthwise_mlp_backward(const struct fk_depthwise_mlp_backward* p) {

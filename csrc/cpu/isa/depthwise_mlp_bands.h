@@ -89,7 +89,7 @@ struct MlpPanels {
     if (!wanted) return m;
     if (sizeof(A) == 2) m.pairs = take<A>(at, m.depth * columns);
 #if FK_AMX
-    if (sizeof(A) == 4 && p.expand.parts && amx_pays(m.panels, mlp_band_pixels(p))) {
+    if (sizeof(A) == 4 && p.project_back.parts && amx_pays(m.panels, mlp_band_pixels(p))) {
       m.parts_step = part_bytes(mlp_band_pixels(p));
       m.parts = take<char>(at, band_count(p, height) * m.panels * m.parts_step);
     }

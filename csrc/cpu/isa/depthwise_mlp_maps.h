@@ -22,7 +22,8 @@ struct MlpMaps {
   float *slope2, *hat2;           // the same behind the filter
   float* middle_grad;             // dense: gradient of the second linear's input
   float* hidden_grad;             // dense, between steps only; may take the place of `hat2`
-  int64_t lda, ldg, bytes;
+  int64_t lda, ldg;
+  int64_t bytes, chunk_bytes;       // of the store; of the chunk's maps, which may lie elsewhere
   int64_t bordered, dense, middle;  // values of a plane: with a border, without, of `middle_grad`
 };
 
@@ -55,6 +56,9 @@ FK_INLINE MlpMaps<A> mlp_maps(const struct fk_depthwise_mlp_backward& p, void* b
   m.grad_ready = MlpReady<A>::make(p, &at, true, m.grad, m.ldg, p.out);
   m.normed_panels = MlpPanels<A>::make(p, &at, p.wants_expand, m.normed, m.lda, channels);
   m.grad_panels = MlpPanels<A>::make(p, &at, p.wants_project, m.grad, m.ldg, out);
+  m.bytes = at - (char*)base;
+  char* const chunk_maps = p.chunk_maps ? p.chunk_maps : at;
+  at = chunk_maps;
   m.hidden = take<float>(&at, bordered);
   m.filtered_grad = take<float>(&at, bordered);
   m.slope1 = take<float>(&at, p.hidden_activation == FK_NO_ACTIVATION ? 0 : dense);
@@ -63,7 +67,8 @@ FK_INLINE MlpMaps<A> mlp_maps(const struct fk_depthwise_mlp_backward& p, void* b
   m.hat2 = take<float>(&at, steps && p.norm2.mean ? dense : 0);
   m.middle_grad = take<float>(&at, planes * m.middle);
   m.hidden_grad = steps && p.norm2.mean ? m.hat2 : take<float>(&at, steps ? dense : 0);
-  m.bytes = at - (char*)base;
+  m.chunk_bytes = at - chunk_maps;
+  if (!p.chunk_maps) m.bytes += m.chunk_bytes;
   return m;
 }
 

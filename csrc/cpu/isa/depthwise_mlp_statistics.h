@@ -47,64 +47,75 @@ FK_INLINE vf load_lanes(const T* from, int64_t lanes) {
   return lanes < FK_VL ? load_tail(from, lanes) : load(from);
 }
 
-// Per channel of a vector, of which the first `lanes` are there, over rows of pixels `step` apart: the sum, and the sum
-// of squares around the mean.
+// Per channel of a vector, over pixels: the sum, and the sum of squares around the mean, from those around the first
+// pixel's value. That is off by no more standard deviations than there are pixels, roots taken, and so are the sums
+// around it, whose rounding is kept, too.
+struct PixelMoments {
+  vf first;
+  ExactSum rests, squares;
+
+  // Neighbours' differences from `first`, and these squared.
+  inline __attribute__((always_inline)) void add(vf rest, vf square) {
+    rests.add(rest);
+    squares.add(square);
+  }
+  // Of `n` pixels.
+  inline __attribute__((always_inline)) void finish(double n, int64_t lanes, double* to_sums, double* to_squares) {
+    float found[5][FK_VL] __attribute__((aligned(64)));
+    store(found[0], first);
+    store(found[1], rests.total);
+    store(found[2], rests.lost);
+    store(found[3], squares.total);
+    store(found[4], squares.lost);
+    for (int64_t i = 0; i < lanes; ++i) {
+      const double rest = (double)found[1][i] + (double)found[2][i];
+      to_sums[i] = n * (double)found[0][i] + rest;
+      to_squares[i] = (double)found[3][i] + (double)found[4][i] - rest * rest / n;
+    }
+  }
+};
+// Neighbours whose sums are rounded as such.
+constexpr int64_t kFewPixels = 8;
+
+// Of the first `lanes` channels of a vector, over rows of pixels `step` apart.
 FK_INLINE void pixel_moments(const float* from, int64_t step, int64_t line, int64_t rows, int64_t width, int64_t lanes,
                              double* sums, double* squares) {
-  const double n = (double)(rows * width);
-  vf total = splat(0.0f);
-  for (int64_t y = 0; y < rows; ++y) {
-    vf of_row = splat(0.0f);
-    for (int64_t x = 0; x < width; ++x) of_row += load_lanes(from + y * line + x * step, lanes);
-    total += of_row;
-  }
-  const vf mean = total / splat((float)n);
-  vf rest = splat(0.0f);
-  ExactSum square;
-  constexpr int64_t kFew = 8;
+  PixelMoments found = {load_lanes(from, lanes), {}, {}};
   for (int64_t y = 0; y < rows; ++y)
-    for (int64_t x = 0; x < width; x += kFew) {
-      vf few = splat(0.0f), few_rest = splat(0.0f);
-      for (int64_t i = x; i < min64(x + kFew, width); ++i) {
-        const vf d = load_lanes(from + y * line + i * step, lanes) - mean;
-        few += d * d;
-        few_rest += d;
+    for (int64_t x = 0; x < width; x += kFewPixels) {
+      vf rest = splat(0.0f), square = splat(0.0f);
+      for (int64_t i = x; i < min64(x + kFewPixels, width); ++i) {
+        const vf d = load_lanes(from + y * line + i * step, lanes) - found.first;
+        rest += d;
+        square += d * d;
       }
-      square.add(few);
-      rest += few_rest;
+      found.add(rest, square);
     }
-  float found[4][FK_VL] __attribute__((aligned(64)));
-  store(found[0], mean);
-  store(found[1], rest);
-  store(found[2], square.total);
-  store(found[3], square.lost);
-  for (int64_t i = 0; i < lanes; ++i) {
-    // What rounding left out of the mean.
-    sums[i] = n * (double)found[0][i] + (double)found[1][i];
-    const double square_sum = (double)found[2][i] + (double)found[3][i];
-    squares[i] = square_sum - (double)found[1][i] * (double)found[1][i] / n;
-  }
+  found.finish((double)(rows * width), lanes, sums, squares);
 }
+// Those of a vector of channels of a chunk's map.
 template <class A>
-FK_INLINE void map_moments(const BatchChunk<A>& c, const float* map) {
-  double *sums = c.p.sums + c.image * 2 * c.p.rows, *squares = sums + c.p.rows;
-  for (int64_t at = 0; at < c.channels; at += FK_VL)
-    pixel_moments(map + at / FK_VL * c.m.bordered + c.corner, FK_VL, c.line, c.p.height, c.p.width, FK_VL, sums + at,
-                  squares + at);
+FK_INLINE void finish_map(const BatchChunk<A>& c, int64_t at, PixelMoments* found) {
+  double* sums = c.p.sums + c.image * 2 * c.p.rows + at;
+  found->finish((double)(c.p.height * c.p.width), FK_VL, sums, sums + c.p.rows);
 }
 
-// What the first norm meets, into the hidden map.
+// What the first norm meets, into the hidden map, and its moments.
 template <class A, fk_activation Activation>
 static __attribute__((noinline)) void expand_unnormed(const BatchChunk<A>& c) {
   constexpr bool kLow = sizeof(A) == 2;
   const struct fk_depthwise_mlp_backward& p = c.p;
   const int64_t first = p.first / kPanel;
-  const int64_t panels = c.channels / kPanel;
+  const int64_t panels = ceil_div(c.channels, kPanel);
+  PixelMoments moments[FK_MOST_STATISTICS_CHUNK / FK_VL];
   product(
       c.m.normed, c.m.lda, p.height * p.width, p.expand, first, first + panels,
       [&](int64_t row, int64_t height, int64_t n, const float* tile) {
         for (int j = 0; j < FK_NV; ++j) {
           const int64_t channel = n + j * FK_VL, plane = (channel - p.first) / FK_VL;
+          if (channel - p.first >= c.channels) continue;  // padding
+          PixelMoments& found = moments[plane];
+          vf rest = splat(0.0f), square = splat(0.0f);
           const vf bias = load(p.expand.bias + channel);
           int64_t y = row / p.width, x = row % p.width;
           const Kept kept = p.kept ? kept_row(p, c.image, channel, 0) : Kept{};
@@ -115,7 +126,16 @@ static __attribute__((noinline)) void expand_unnormed(const BatchChunk<A>& c) {
               kept.set((row + i) * FK_VL, v);
               v = kept.at((row + i) * FK_VL);  // as the backward will read it
             }
-            store(map + y * c.line + x * FK_VL, activate<kLow, Activation>(v));
+            v = activate<kLow, Activation>(v);
+            store(map + y * c.line + x * FK_VL, v);
+            if (row + i == 0) found = {v, {}, {}};
+            v -= found.first;
+            rest += v;
+            square += v * v;
+            if ((i + 1) % kFewPixels == 0 || i + 1 == height) {
+              found.add(rest, square);
+              rest = square = splat(0.0f);
+            }
             if (++x == p.width) {
               x = 0;
               ++y;
@@ -124,6 +144,7 @@ static __attribute__((noinline)) void expand_unnormed(const BatchChunk<A>& c) {
         }
       },
       INT64_MAX, panels, c.m.ready);
+  for (int64_t at = 0; at < c.channels; at += FK_VL) finish_map(c, at, moments + at / FK_VL);
 }
 
 // The first norm, and the activation behind it, in place.
@@ -143,7 +164,7 @@ static __attribute__((noinline)) void norm_hidden(const BatchChunk<A>& c) {
   }
 }
 
-// What the second norm meets, into the map of the filter's results.
+// What the second norm meets, into the map of the filter's results, and its moments.
 template <class A, int Kernel, fk_activation Activation>
 static __attribute__((noinline)) void filter_unnormed(const BatchChunk<A>& c) {
   constexpr bool kLow = sizeof(A) == 2;
@@ -153,27 +174,38 @@ static __attribute__((noinline)) void filter_unnormed(const BatchChunk<A>& c) {
   for (int64_t at = 0; at < c.channels; at += FK_VL) {
     const int64_t plane = at / FK_VL * c.m.bordered;
     const vf bias = load(p.filter_bias + p.first + at);
+    PixelMoments found = {};
     for (int64_t y = 0; y < p.height; ++y) {
       const float *from = c.m.hidden + plane + y * c.line, *filter = p.filter + p.first + at;
       const float* centre = from + reach * (c.line + step);
       float* to = c.m.filtered + plane + c.corner + y * c.line;
+      vf rest = splat(0.0f), square = splat(0.0f);
+      const auto take = [&](int64_t x, vf sum) __attribute__((always_inline)) {
+        if (p.adds_input) sum += load(centre + x * step);
+        const vf v = activate<kLow, Activation>(sum);
+        store(to + x * step, v);
+        if (x + y == 0) found = {v, {}, {}};
+        const vf d = v - found.first;
+        rest += d;
+        square += d * d;
+      };
       int64_t x = 0;
       for (; x + 7 <= p.width; x += 7) {
         vf sums[7];
         filter_sums<7, Kernel>(from + x * step, c.line, step, filter, taps_step, bias, p.kernel, sums);
 #pragma GCC unroll 8
-        for (int i = 0; i < 7; ++i) {
-          if (p.adds_input) sums[i] += load(centre + (x + i) * step);
-          store(to + (x + i) * step, activate<kLow, Activation>(sums[i]));
-        }
+        for (int i = 0; i < 7; ++i) take(x + i, sums[i]);
+        found.add(rest, square);
+        rest = square = splat(0.0f);
       }
       for (; x < p.width; ++x) {
         vf sum;
         filter_sums<1, Kernel>(from + x * step, c.line, step, filter, taps_step, bias, p.kernel, &sum);
-        if (p.adds_input) sum += load(centre + x * step);
-        store(to + x * step, activate<kLow, Activation>(sum));
+        take(x, sum);
       }
+      found.add(rest, square);
     }
+    finish_map(c, at, &found);
   }
 }
 
@@ -250,13 +282,11 @@ FK_INLINE void statistics_step(const struct fk_depthwise_mlp_backward& p, int64_
   }
   if (step == 4) return finish_branch(p, m, image);
   const BatchChunk<A> c = {
-      p, m, image, min64(p.chunk, round_up(p.expand.n, kPanel) - p.first), line, reach * (line + FK_VL)};
+      p, m, image, round_up(min64(p.chunk, p.expand.n - p.first), FK_VL), line, reach * (line + FK_VL)};
   const bool after = p.norms_after_activation;
-  if (step == 1) {
-    with_activation(after ? p.hidden_activation : FK_NO_ACTIVATION,
-                    [&](auto activation) { expand_unnormed<A, activation.value>(c); });
-    return map_moments(c, m.hidden);
-  }
+  if (step == 1)
+    return with_activation(after ? p.hidden_activation : FK_NO_ACTIVATION,
+                           [&](auto activation) { expand_unnormed<A, activation.value>(c); });
   if (step == 3) return project_chunk(c, (A*)scratch, p.chunk + kRowPad);
   with_activation(after ? FK_NO_ACTIVATION : p.hidden_activation,
                   [&](auto activation) { norm_hidden<A, activation.value>(c); });
@@ -264,7 +294,6 @@ FK_INLINE void statistics_step(const struct fk_depthwise_mlp_backward& p, int64_
     with_kernel(p.kernel,
                 [&](auto kernel) { filter_unnormed<A, decltype(kernel)::value, decltype(activation)::value>(c); });
   });
-  map_moments(c, m.filtered);
 }
 
 int64_t store_depthwise_mlp_statistics(const struct fk_depthwise_mlp_backward* p) {

@@ -61,7 +61,8 @@ void head_tokens_backward(const struct fk_head_tokens_backward* p, int64_t task,
                                              : load_tail((const bf16*)p->grad.data + at + c, left);
       store(row + c, own + (left >= FK_VL ? load(mean + c) : load_tail(mean + c, left)) * splat(share));
     }
-    norm_backward_row(p->x, image * p->tokens + first + i, row, n, p->norm, p->dx, total ? affine.near : nullptr);
+    norm_backward_row(p->x, image * p->tokens + first + i, row, n, p->norm, p->dx, fk_array{},
+                      total ? affine.near : nullptr);
     RowSums::next(affine, i, rows);
   }
 }

@@ -85,7 +85,7 @@ FK_INLINE void linear_backward_block(const struct fk_linear_backward& p, int64_t
   const RowSums affine =
       RowSums::over(s.sums, 2 * p.k, p.affine ? p.affine + partial * round_up(2 * p.k, kPanel) : nullptr);
   for (int64_t i = 0; i < rows; ++i) {
-    norm_backward_row(p.x, first + i, s.inputs + i * s.ldi, p.k, p.norm, p.dx, p.affine ? affine.near : nullptr);
+    norm_backward_row(p.x, first + i, s.inputs + i * s.ldi, p.k, p.norm, p.dx, p.own, p.affine ? affine.near : nullptr);
     RowSums::next(affine, i, rows);
   }
 }

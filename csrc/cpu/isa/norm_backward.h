@@ -107,8 +107,9 @@ FK_INLINE void norm_backward_task(const struct fk_norm_backward& p, int64_t task
   for (int64_t i = 0; sums && i < 2 * p.columns; ++i) sums[i] = 0.0f;
   for (int64_t i = r.first; i < r.first + r.count; ++i) {
     const int64_t at = (r.image * (p.skipped + p.rows) + p.skipped + i) * p.columns;
-    image_norm_row(p, (const T*)p.x.data + at, p.grad + (r.image * p.rows + i) * p.grad_stride, r.image,
-                   p.out ? (T*)p.out + at : nullptr, sums);
+    T* out = p.out ? (T*)p.out + at : nullptr;
+    image_norm_row(p, (const T*)p.x.data + at, p.grad + (r.image * p.rows + i) * p.grad_stride, r.image, out, sums);
+    if (out) add_array_row(p.own, at, p.columns, out);
   }
 }
 

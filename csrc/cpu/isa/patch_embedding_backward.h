@@ -174,7 +174,7 @@ FK_INLINE void embedding_input_task(const struct fk_patch_embedding_backward& p,
   if (total) clear(total, round_up(2 * n, kPanel));
   const RowSums affine = RowSums::over(sums, 2 * n, total);
   for (int64_t i = 0; i < pixels; ++i) {
-    norm_backward_row(f.x, start + i, band + i * ldc, n, f.in_norm, p.dx, total ? affine.near : nullptr);
+    norm_backward_row(f.x, start + i, band + i * ldc, n, f.in_norm, p.dx, fk_array{}, total ? affine.near : nullptr);
     RowSums::next(affine, i, pixels);
   }
 }

@@ -179,7 +179,7 @@ FK_INLINE void mlp_backward_input(const struct fk_pointwise_mlp_backward& p, int
   const RowSums affine =
       RowSums::over(scratch, 2 * n, p.affine ? p.affine + partial * round_up(2 * n, kPanel) : nullptr);
   for (int64_t i = 0; i < rows; ++i) {
-    norm_backward_row(p.x, first + i, inputs + i * stride, n, p.norm, p.dx, p.affine ? affine.near : nullptr);
+    norm_backward_row(p.x, first + i, inputs + i * stride, n, p.norm, p.dx, p.own, p.affine ? affine.near : nullptr);
     RowSums::next(affine, i, rows);
   }
 }

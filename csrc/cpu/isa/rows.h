@@ -43,6 +43,16 @@ FK_INLINE void add_rows_into(const float* x, const T* y, int64_t n, Out* out) {
   for (; i < n; ++i) from_float(out + i, x[i] + to_float(y[i]));
 }
 
+// Adds values [at, at + n) of an array of the same dtype, if there is one.
+template <class T>
+FK_INLINE void add_array_row(const struct fk_array& from, int64_t at, int64_t n, T* to) {
+  if (!from.data) return;
+  const T* y = (const T*)from.data + at;
+  int64_t i = 0;
+  for (; i + FK_VL <= n; i += FK_VL) store(to + i, load(to + i) + load(y + i));
+  for (; i < n; ++i) from_float(to + i, to_float(to[i]) + to_float(y[i]));
+}
+
 struct RowStatistics {
   float mean, rstd;
 };

@@ -84,6 +84,7 @@ struct AmxTask<void (*)(Args...), task> {
       FK_TASK(group_norm_rows),                       \
       FK_TASK(moments),                               \
       FK_TASK(add_partials),                          \
+      FK_TASK(add_weight_sums),                       \
       scratch_pointwise_mlp_backward,                 \
       FK_TASK(pointwise_mlp_backward),                \
       FK_TASK(pointwise_mlp_backward_input),          \
@@ -103,6 +104,7 @@ struct AmxTask<void (*)(Args...), task> {
       FK_TASK(norm_backward),                         \
       FK_TASK(statistics_backward),                   \
       store_depthwise_mlp_backward,                   \
+      chunk_maps_depthwise_mlp_backward,              \
       scratch_depthwise_mlp_backward,                 \
       FK_TASK(depthwise_mlp_backward),                \
       store_depthwise_mlp_statistics,                 \

@@ -18,7 +18,7 @@ from fastvit_kernels.ops.arguments import (
     check_vectors,
     compute_dtype,
 )
-from fastvit_kernels.ops.batch_norm import BatchNorm, check_batch_norm, update_running_statistics
+from fastvit_kernels.ops.batch_norm import BatchNorm, BatchOf, check_batch_norm, update_running_statistics
 from fastvit_kernels.ops.conv_projection import native, triton
 from fastvit_kernels.ops.conv_projection.reference import (
     BRANCHES,
@@ -227,8 +227,10 @@ def _use_batch_statistics(
     with torch.no_grad():
         found = library.statistics_by_kernels(OPERATOR, tensors, static, backend)
         statistics = batch_statistics(tensors, static) if found is None else found.moments
+        of_norms = []
         for index, (bn, count) in enumerate(zip(norms, counts, strict=True)):
-            mean, var = statistics[index]
+            mean, var = statistics[index].unbind()
             first = 3 + PER_BRANCH * index
             tensors[first + 3], tensors[first + 4] = mean, var
-            update_running_statistics(bn, mean, var, count)
+            of_norms.append(BatchOf(bn, mean, var, count))
+        update_running_statistics(of_norms, found is not None and found.on_cpu)

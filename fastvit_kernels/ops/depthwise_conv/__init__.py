@@ -59,6 +59,7 @@ OPERATOR = Operator(
     reference=reference,
     fake=_fake,
     packing=lambda s: (s.norm_eps is None, s.bn_eps),
+    residual=9,
     backends=[native.Cpu(), triton.Triton()],
 )
 library.register(OPERATOR, triton.launch, triton.launch_backward)

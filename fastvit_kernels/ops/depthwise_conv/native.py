@@ -24,6 +24,9 @@ class Cpu(GradientKernels):
     def supports(self, tensors: Tensors, static: Static) -> list[str]:
         return cpu_reasons(tensors, static.dtype)
 
+    def adds_own(self, tensors: Tensors, static: Static) -> bool:
+        return True
+
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return (torch.ops.fastvit.depthwise_conv.default(tensors, packed, *static),)
 

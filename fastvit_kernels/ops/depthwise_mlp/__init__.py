@@ -23,6 +23,7 @@ from fastvit_kernels.ops.arguments import (
 )
 from fastvit_kernels.ops.batch_norm import (
     BatchNorm,
+    BatchOf,
     batch_norm_tensors,
     check_batch_norm,
     update_running_statistics,
@@ -59,7 +60,7 @@ def _fake_statistics(tensors: Tensors, *static: object) -> Tensor:
 
 
 # Hidden channels of a kept map come in multiples of this, which every instruction set's vectors divide.
-_KEPT_PANEL = 64
+_KEPT_PANEL = 16
 
 
 def _fake_two_steps(tensors: Tensors, *arguments: Any) -> Outputs:
@@ -96,6 +97,7 @@ OPERATOR = Operator(
     fake=_fake,
     packing=lambda s: (s.norm, s.bn_after_activation, s.inner_residual, *s.bn_eps, s.out_norm_eps is None),
     residual=24,
+    residual_in_all=lambda s: s.summary == "statistics",
     backends=[native.Cpu(), triton.Triton(), native.Cuda()],
 )
 library.register(OPERATOR, triton.launch, triton.launch_backward)
@@ -299,10 +301,12 @@ def _use_batch_statistics(
     with torch.no_grad():
         kernels = library.statistics_by_kernels(OPERATOR, tensors, static, backend, gradients)
         statistics = batch_statistics(tensors, static) if kernels is None else _by_norm(kernels.moments, tensors)
+        of_norms = []
         for bn, first, found in zip(norms, BATCH_NORMS, statistics, strict=True):
             if bn is not None and found is not None:
                 tensors[first + 2], tensors[first + 3] = found
-                update_running_statistics(bn, *found, count)
+                of_norms.append(BatchOf(bn, *found, count))
+        update_running_statistics(of_norms, kernels is not None and kernels.on_cpu)
     return () if kernels is None else kernels.begun
 
 
@@ -311,5 +315,5 @@ def _by_norm(moments: Tensor, tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
     fc1_weight, fc2_weight = tensors[4], tensors[16]
     assert fc1_weight is not None and fc2_weight is not None
     hidden, out = fc1_weight.shape[0], fc2_weight.shape[0]
-    means, variances = (row.split([hidden, hidden, out]) for row in moments.unbind())
-    return list(zip(means, variances, strict=True))
+    found = torch.split_with_sizes(moments.view(-1), [hidden, hidden, out] * 2)
+    return list(zip(found[:3], found[3:], strict=True))

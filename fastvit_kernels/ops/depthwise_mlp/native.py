@@ -29,6 +29,9 @@ class Cpu(GradientKernels, TwoStepBackend):
     def reads_outputs(self, static: Static) -> bool:
         return static.summary == "statistics"
 
+    def adds_own(self, tensors: Tensors, static: Static) -> bool:
+        return True
+
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.depthwise_mlp.default(tensors, packed, *static))
 

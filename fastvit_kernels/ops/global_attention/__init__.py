@@ -51,6 +51,7 @@ OPERATOR = Operator(
     fake=_fake,
     packing=lambda s: (s.num_heads, s.norm),
     residual=11,
+    residual_in_all=lambda s: s.return_statistics,
     backends=[native.Cpu(), triton.Triton(), sdpa.Sdpa()],
 )
 library.register(OPERATOR, triton.launch, triton.launch_backward, sdpa.compose)

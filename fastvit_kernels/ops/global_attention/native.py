@@ -22,5 +22,9 @@ class Cpu(GradientKernels):
     def reads_outputs(self, static: Static) -> bool:
         return static.return_statistics
 
+    def adds_own(self, tensors: Tensors, static: Static) -> bool:
+        # Something must be between x and the attention, which writes the queries' gradient itself.
+        return static.norm != "none" or tensors[7] is not None or static.add_query_input
+
     def run(self, tensors: Tensors, packed: Tensor | None, static: Static) -> Outputs:
         return tuple(torch.ops.fastvit.global_attention.default(tensors, packed, *static))

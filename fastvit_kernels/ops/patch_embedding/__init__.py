@@ -12,6 +12,7 @@ from fastvit_kernels.ops.arguments import (
     check_eps,
     check_flag,
     check_integer,
+    check_norm,
     check_parameter,
     check_tensor,
     check_vectors,
@@ -193,3 +194,39 @@ def patch_embedding(
         library.take_batch_statistics(OPERATOR, tensors, 9, static, bn, count, backend, batch_statistics)
     packed = None if training else packed
     return library.call(OPERATOR, tensors, static, packed=packed, backend=backend)[0].permute(0, 3, 1, 2)
+
+
+def linear_of_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float | None = None,
+    packed: PackedWeights | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm and linear, fused: `patch_embedding` of one row of pixels with a 1 x 1 filter.
+
+    Equivalent plain PyTorch, the norm optional::
+
+        F.linear(F.layer_norm(x, (C,), norm_weight, norm_bias, norm_eps), weight, bias)
+
+    Args:
+        x: `[B, N, C]`.
+        weight: `[C_out, C]`.
+        bias: `[C_out]` or None.
+        norm_weight, norm_bias, norm_eps: of the LayerNorm, None for none.
+        packed, backend: as `patch_embedding` takes them.
+    """
+    channels = check_activation_tensor("x", x, 3).shape[2]
+    out = check_tensor("weight", weight, "[C_out, C]").shape[0]
+    check_parameter("weight", weight, (out, channels), x)
+    check_parameter("bias", bias, (out,), x, optional=True)
+    norm_eps = check_norm(norm_weight, norm_bias, norm_eps, x)
+    dtype = compute_dtype(x)
+    static = Static(None, norm_eps, 1, 0, "none", False, 0.0, False, dtype, dtype)
+    nothing = (None,) * 2
+    tensors = [x.unsqueeze(1), weight[:, :, None, None], bias, *nothing, norm_weight, norm_bias, *nothing, *nothing]
+    return library.call(OPERATOR, tensors, static, packed=packed, backend=backend)[0].squeeze(1)
