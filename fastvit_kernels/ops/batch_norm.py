@@ -82,12 +82,12 @@ def batch_normalize(
 
 
 class BatchOf(NamedTuple):
-    """What a batch normalisation in training found: mean and biased variance `[C]`, of `count` values per channel."""
+    """What a batch normalisation in training found: mean and biased variance `[C]` of the `values` of each channel."""
 
     bn: BatchNorm
     mean: Tensor
     var: Tensor
-    count: int
+    values: int
 
 
 def update_running_statistics(found: Iterable[BatchOf], by_kernel: bool = False) -> None:
@@ -96,11 +96,12 @@ def update_running_statistics(found: Iterable[BatchOf], by_kernel: bool = False)
     `by_kernel`: the CPU kernels, which found the batch's, do it where they can, all at once.
     """
     tracked = [batch for batch in found if batch.bn.running_mean is not None and batch.bn.running_var is not None]
-    if by_kernel and tracked and not torch.compiler.is_compiling():
-        running = [t for batch in tracked for t in batch.bn[2:4]]
-        if all(_is_plain(t) for t in running):
+    # Who listens to operators, or makes a graph of them, knows PyTorch's.
+    if by_kernel and tracked and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
+        running = [t for batch in tracked for t in batch.bn[2:4] if t is not None]
+        if all(map(_is_plain, running)):
             moments = [t for batch in tracked for t in batch[1:3]]
-            corrections = [batch.count / (batch.count - 1) for batch in tracked]
+            corrections = [batch.values / (batch.values - 1) for batch in tracked]
             momenta = [batch.bn.momentum for batch in tracked]
             torch.ops.fastvit.update_running_statistics.default(running, moments, momenta, corrections)
             torch.autograd.graph.increment_version(running)
@@ -111,6 +112,6 @@ def update_running_statistics(found: Iterable[BatchOf], by_kernel: bool = False)
         bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), bn.momentum)
 
 
-def _is_plain(t: Tensor | None) -> bool:
+def _is_plain(t: Tensor) -> bool:
     """Whether the kernel may write to it: dense fp32, and with a version to count."""
-    return t is not None and t.dtype is torch.float32 and t.is_contiguous() and not t.is_inference()
+    return t.dtype is torch.float32 and t.is_contiguous() and not t.is_inference()

@@ -57,6 +57,11 @@ library.define("shelve(Tensor block) -> Tensor")
 library.define(
     "update_running_statistics(Tensor(a!)[] running, Tensor[] batch, float[] momenta, float[] corrections) -> ()"
 )
+torch.library.register_fake(
+    f"{NAMESPACE}::update_running_statistics",
+    lambda running, batch, *_: _check_one_device("update_running_statistics", [*running, *batch]),
+    lib=library,
+)
 library.define("plan_begin() -> ()")
 library.define("plan_end(Tensor[] inputs, Tensor[] outputs) -> int")
 library.define("plan_replay(Tensor[] inputs, int plan) -> Tensor[]")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from fastvit_kernels import ops
 from fastvit_kernels.ops import BatchNorm
+from fastvit_kernels.ops.operator import GradientKernels
 
 CHANNELS = 19  # fills no vectors
 GRID = (3, 5)
@@ -124,6 +127,23 @@ def test_gradient_is_the_sum_of_both(name: str, batch: int, dtype: torch.dtype) 
     apart = torch.autograd.grad(call(x, other), (x, other), grad)
     assert own.dtype is dtype
     assert torch.equal(own, apart[0] + apart[1])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_add_it_where_they_can(name: str) -> None:
+    asked = []
+    run = GradientKernels.run_backward
+
+    def run_backward(self: GradientKernels, grads: Any, tensors: Any, needs: Any, static: Any) -> list[Tensor]:
+        asked.append(len(needs) - len(tensors))
+        return run(self, grads, tensors, needs, static)
+
+    x = torch.randn(2, PIXELS, CHANNELS, requires_grad=True)
+    with mock.patch.object(GradientKernels, "run_backward", run_backward):
+        CALLS[name](x, x).sum().backward()
+        CALLS[name](x, x.detach()).sum().backward()
+    # Nothing is between x and an attention without queries of its own.
+    assert asked == [int(name not in ("depthwise_mlp with statistics", "global_attention")), 0]
 
 
 def test_only_the_residual_path_when_nothing_else_is_wanted() -> None:

@@ -214,13 +214,22 @@ def linear_of_rows(
         F.linear(F.layer_norm(x, (C,), norm_weight, norm_bias, norm_eps), weight, bias)
 
     Args:
-        x: `[B, N, C]`.
+        x: `[B, N, C]`, N at least 1.
         weight: `[C_out, C]`.
         bias: `[C_out]` or None.
         norm_weight, norm_bias, norm_eps: of the LayerNorm, None for none.
         packed, backend: as `patch_embedding` takes them.
+
+    Returns:
+        `[B, N, C_out]`, in x's dtype or autocast's.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected.
+        BackendError: the chosen backend cannot run the call.
     """
-    channels = check_activation_tensor("x", x, 3).shape[2]
+    _, rows, channels = check_activation_tensor("x", x, 3).shape
+    if rows < 1:
+        raise ValueError(f"x: expected [B, N, C] with at least one row, got shape {tuple(x.shape)}")
     out = check_tensor("weight", weight, "[C_out, C]").shape[0]
     check_parameter("weight", weight, (out, channels), x)
     check_parameter("bias", bias, (out,), x, optional=True)
