@@ -276,7 +276,8 @@ def _register_backward(operator: Operator, overload: str, run: Callable[..., lis
 
     def fake(grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], *static: Any) -> list[Tensor]:
         _check_one_device(name, [*grads, *tensors])
-        wanted = zip(tensors, needs, strict=False)  # there may be one entry more: see GradientKernels.adds_own
+        # There may be one entry more: see GradientKernels.adds_own.
+        wanted = zip(tensors, needs[: len(tensors)], strict=True)
         return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in wanted if n and t is not None]
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)

@@ -272,7 +272,8 @@ FK_INLINE void add_weight_task(const struct fk_weight_sums& p, int64_t task, Out
   for (int64_t at = 0; at < p.rows; at += kSide) {
     const int64_t rows = min64(kSide, p.rows - at);
     for (int64_t row = 0; row < rows; ++row)
-      for (int64_t c = 0; c < kSide; c += FK_VL) store(square + row * kSide + c, weight_sum(p, at + row, first + c));
+      for (int64_t c = 0; c < min64(kSide, p.columns - first); c += FK_VL)
+        store(square + row * kSide + c, weight_sum(p, at + row, first + c));
     transpose((const uint32_t*)square, kSide, rows, kSide, (uint32_t*)turned, kSide, kSide);
     for (int64_t c = 0; c < min64(kSide, p.width - first); ++c)
       copy_row(turned + c * kSide, rows, rows, out + (first + c) * p.out_stride + at);
