@@ -5,7 +5,7 @@ from fastvit_kernels._version import __version__
 from fastvit_kernels.accelerate import Report, accelerate, restore
 from fastvit_kernels.environment import Info, info
 from fastvit_kernels.explain import Explanation, explain
-from fastvit_kernels.ops.dispatch import BackendError, use_backend, use_recompute
+from fastvit_kernels.ops.dispatch import BackendError, use_backend, use_recompute, use_taping
 
 __all__ = [
     "BackendError",
@@ -20,6 +20,7 @@ __all__ = [
     "restore",
     "use_backend",
     "use_recompute",
+    "use_taping",
 ]
 
 _extension.load()

@@ -21,6 +21,7 @@ from fastvit_kernels.nn import IRFFN, LMHSA, LPU, DenseConv2d, DenseLinear, Drop
 from fastvit_kernels.nn.dense_conv import convolve
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 from fastvit_kernels.nn.repetition import Repeating
+from fastvit_kernels.nn.taping import Taped
 
 STAGES = "abcd"
 EPS = 1e-6
@@ -28,7 +29,7 @@ EPS = 1e-6
 _REDUCTION = 32
 
 
-class Block(nn.Module):
+class Block(Taped):
     """Local perception, attention and MLP on `[B, h*w, C]` tokens of an `h x w` map, each beside a residual."""
 
     def __init__(
@@ -50,6 +51,9 @@ class Block(nn.Module):
         self.proj = LPU(dim)
 
     def forward(self, x: Tensor, h: int, w: int, relative_pos: Tensor) -> Tensor:
+        return self.taped(self._forward, x, h, w, relative_pos)
+
+    def _forward(self, x: Tensor, h: int, w: int, relative_pos: Tensor) -> Tensor:
         # As tokens where nobody can tell: a map is the same memory, but eight views.
         if type(self.proj) is LPU and not has_hooks(self.proj) and not _has_any_global_hook():
             x = self.proj.forward_tokens(x, h, w)

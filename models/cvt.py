@@ -19,11 +19,12 @@ from fastvit_kernels.models.registry import register
 from fastvit_kernels.nn import ConvProjectionAttention, DropPath, LayerNorm, PatchEmbedding, PointwiseMLP, QuickGELU
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 from fastvit_kernels.nn.repetition import Repeating
+from fastvit_kernels.nn.taping import Taped
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
-class Block(nn.Module):
+class Block(Taped):
     """Attention and MLP, each behind a LayerNorm and beside a residual, on `[B, N, C]` tokens of an `h x w` map."""
 
     def __init__(
@@ -46,6 +47,9 @@ class Block(nn.Module):
         self.mlp = PointwiseMLP(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        return self.taped(self._forward, x, h, w)
+
+    def _forward(self, x: Tensor, h: int, w: int) -> Tensor:
         x = self._residual(x, self.attn, self.norm1, h, w)
         return self._residual(x, self.mlp, self.norm2)
 

@@ -18,6 +18,7 @@ from fastvit_kernels.nn import DAFF, HIMHSA, DenseConv2d, DenseLinear, DropPath,
 from fastvit_kernels.nn.dense_conv import convolve
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 from fastvit_kernels.nn.repetition import Repeating
+from fastvit_kernels.nn.taping import Taped
 
 EPS = 1e-6
 # Channels of the patch embedding's convolutions, each of stride 2, over those of the model.
@@ -88,7 +89,7 @@ class PatchEmbed(nn.Module):
         return x if behind is None else behind(x)
 
 
-class Block(nn.Module):
+class Block(Taped):
     """Attention and MLP, each behind a LayerNorm and beside a residual, on `[B, 1 + H*W, C]` tokens."""
 
     def __init__(
@@ -111,6 +112,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """The tokens behind both halves; `grid` is needed for a map that is not square."""
+        return self.taped(self._forward, x, grid)
+
+    def _forward(self, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
         x = self._residual(x, self.attn, self.norm1)
         return self._residual(x, self.mlp, self.norm2, grid=grid)
 

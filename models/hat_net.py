@@ -17,12 +17,13 @@ from fastvit_kernels.models.registry import register
 from fastvit_kernels.nn import DenseConv2d, DropPath, HatMLP, HierarchicalAttention
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 from fastvit_kernels.nn.repetition import Repeating
+from fastvit_kernels.nn.taping import Taped
 
 EPS = 1e-6
 STEM_CHANNELS = 16
 
 
-class Block(nn.Module):
+class Block(Taped):
     """Attention and MLP on a map `[B, C, H, W]`, each with its norms inside and beside a residual."""
 
     def __init__(
@@ -53,6 +54,12 @@ class Block(nn.Module):
             statistics: mean and biased variance `[B, 2]` of each sample of x, where they are known already.
             return_statistics: also return those of the result, or None where they were not found on the way.
         """
+        found: Tensor | tuple[Tensor, Tensor | None] = self.taped(self._forward, x, statistics, return_statistics)
+        return found
+
+    def _forward(
+        self, x: Tensor, statistics: Tensor | None, return_statistics: bool
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         x, statistics = self._residual(x, self.attn, statistics, True)
         x, statistics = self._residual(x, self.conv, statistics, return_statistics)
         return (x, statistics) if return_statistics else x

@@ -20,6 +20,7 @@ from fastvit_kernels.nn import DenseLinear, DropPath, LayerNorm, MixFFN, PatchEm
 from fastvit_kernels.nn.fused import drops_nothing, has_hooks
 from fastvit_kernels.nn.initialisation import initialise
 from fastvit_kernels.nn.repetition import Repeating
+from fastvit_kernels.nn.taping import Taped
 
 
 class NormEps(NamedTuple):
@@ -38,7 +39,7 @@ class NormEps(NamedTuple):
     sr: float = 1e-5
 
 
-class Block(nn.Module):
+class Block(Taped):
     """Attention and MLP, each behind a LayerNorm and beside a residual, on `[B, h*w, C]` tokens of an `h x w` map."""
 
     def __init__(
@@ -60,6 +61,9 @@ class Block(nn.Module):
         self.mlp = MixFFN(dim, hidden_dim, drop=drop, linear=linear)
 
     def forward(self, x: Tensor, h: int, w: int) -> Tensor:
+        return self.taped(self._forward, x, h, w)
+
+    def _forward(self, x: Tensor, h: int, w: int) -> Tensor:
         x = self._residual(x, self.attn, self.norm1, h, w)
         return self._residual(x, self.mlp, self.norm2, h, w)
 

@@ -16,6 +16,22 @@ from fastvit_kernels.ops import packing
 _unchanged = torch.ops.fastvit.places_unchanged.default
 
 
+class Places:
+    """Where tensors lie, and how.
+
+    Args:
+        tensors: on a CPU.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._number = torch.ops.fastvit.places_note(list({id(t): t for t in tensors}.values()))
+        weakref.finalize(self, torch.ops.fastvit.places_forget, self._number)
+
+    def unchanged(self) -> bool:
+        """Whether all of them still lie there, with the same shapes, strides and dtypes."""
+        return bool(_unchanged(self._number))
+
+
 class Program:
     """The calls of one recording.
 
@@ -34,11 +50,10 @@ class Program:
         restructure: Callable[[list[Any]], Any],
     ) -> None:
         self._calls = calls
-        self._run = _function(calls)
+        self._run = function_of(calls)
         self._planned: Callable[..., list[Any]] | None = None
         self._restructure = restructure
-        self._places = torch.ops.fastvit.places_note(list({id(t): t for t in sources}.values()))
-        weakref.finalize(self, torch.ops.fastvit.places_forget, self._places)
+        self._places = Places(sources)
         self._weights = list({id(t): t for t in weights}.values())
         self._versions = packing.versions(self._weights)
 
@@ -47,12 +62,12 @@ class Program:
         planned, numbers = plans.plan(self._calls, inputs)
         if numbers:
             weakref.finalize(self, plans.forget, numbers)
-            self._planned = _function(planned)
+            self._planned = function_of(planned)
 
     def valid(self) -> bool:
         """Whether the sources, the weights among them, lie where and as they did, and the weights besides have not been
         written to."""
-        return _unchanged(self._places) and packing.versions(self._weights) == self._versions
+        return self._places.unchanged() and packing.versions(self._weights) == self._versions
 
     def run(self, inputs: Sequence[Tensor]) -> Any:
         """The recorded output's structure with the results of calling everything again on other inputs."""
@@ -64,7 +79,7 @@ class Program:
         return self._restructure(self._run(*inputs))
 
 
-def _function(calls: Calls) -> Callable[..., list[Any]]:
+def function_of(calls: Calls) -> Callable[..., list[Any]]:
     """Calls everything with these inputs; returns the results."""
     namespace = dict(calls.bound)
     exec(compile(_source(calls, namespace), "<recorded calls>", "exec"), namespace)

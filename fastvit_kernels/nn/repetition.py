@@ -34,7 +34,7 @@ class _Records(NamedTuple):
 
     owner: weakref.ref[nn.Module]
     watch: Watch
-    programs: dict[Any, Program | None]
+    programs: dict[Any, Any]
 
 
 class Repeater:
@@ -64,7 +64,7 @@ class Repeater:
 
         Inputs that are no tensors are compared by value.
         """
-        if not dispatch.repeatable() or (key := _key(module, inputs)) is None:
+        if not self._possible() or (key := self._key(module, inputs)) is None:
             return compute(*inputs)
         # Other threads may replace the records meanwhile; these stay what they are.
         records = self._records
@@ -82,7 +82,7 @@ class Repeater:
                     return compute(*inputs)
                 if program.valid():
                     self._wasted = 0
-                    return _run(program, inputs)
+                    return self._run(program, inputs)
                 records.programs.pop(key, None)
         if self._latest != key or self._wasted >= _MOST_WASTED:
             self._latest = key
@@ -105,26 +105,45 @@ class Repeater:
             records.programs[key] = None
             self._records = records
             return compute(*inputs)
-        recording = Recording(_tensors(inputs), _constants(module))
         cached = torch.is_autocast_cache_enabled()
         # A weight that autocast converted before would be a tensor of unknown origin.
         torch.set_autocast_cache_enabled(False)
         try:
-            with recording:
-                output = compute(*inputs)
+            output, program = self._try(module, compute, inputs)
         finally:
             torch.set_autocast_cache_enabled(cached)
-        program = recording.program(output)
-        if program is not None:
-            with _without_autocast():
-                program.plan(_tensors(inputs))
-            if not _same(_run(program, inputs), output):
-                program = None
         if len(records.programs) >= _MOST_PROGRAMS:
             records.programs.clear()
         records.programs[key] = program
         self._records = records
         return output
+
+    def _possible(self) -> bool:
+        """Whether calls may be repeated now."""
+        return dispatch.repeatable()
+
+    def _key(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        """What else a program is made for; None for inputs that no program takes."""
+        return _key(module, inputs)
+
+    def _try(
+        self, module: nn.Module, compute: Callable[..., Any], inputs: tuple[Any, ...]
+    ) -> tuple[Any, Program | None]:
+        """The result, and a program that gives the same; None where there is none."""
+        recording = Recording(distinct(inputs), constants(module))
+        with recording:
+            output = compute(*inputs)
+        program = recording.program(output)
+        if program is not None:
+            with without_autocast():
+                program.plan(distinct(inputs))
+            if not _same(self._run(program, inputs), output):
+                program = None
+        return output, program
+
+    def _run(self, program: Program, inputs: tuple[Any, ...]) -> Any:
+        with without_autocast():
+            return program.run(distinct(inputs))
 
     @property
     def recorded(self) -> int:
@@ -132,7 +151,7 @@ class Repeater:
         return 0 if self._records is None else sum(p is not None for p in list(self._records.programs.values()))
 
     def __reduce__(self) -> tuple[type[Repeater], tuple[bool]]:
-        return Repeater, (self._frozen,)
+        return type(self), (self._frozen,)
 
 
 class Repeating(nn.Module):
@@ -166,7 +185,12 @@ def _key(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
     addresses = []
     for x in inputs:
         if isinstance(x, Tensor):
-            if type(x) is not Tensor or x.device.type != "cpu" or x.layout is not torch.strided or x.is_neg():
+            if (
+                type(x) not in (Tensor, nn.Parameter)
+                or x.device.type != "cpu"
+                or x.layout is not torch.strided
+                or x.is_neg()
+            ):
                 return None
             found += [x.shape, x.stride(), x.storage_offset(), x.dtype]
             # Two inputs that were one tensor are one variable of the program.
@@ -181,21 +205,18 @@ def _key(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
     return key
 
 
-def _without_autocast() -> contextlib.AbstractContextManager[Any]:
+def without_autocast() -> contextlib.AbstractContextManager[Any]:
     """Its conversions are part of the record."""
     return torch.autocast("cpu", enabled=False) if autocast_is_on("cpu") else contextlib.nullcontext()
 
 
-def _run(program: Program, inputs: tuple[Any, ...]) -> Any:
-    with _without_autocast():
-        return program.run(_tensors(inputs))
-
-
-def _tensors(inputs: tuple[Any, ...]) -> list[Tensor]:
+def distinct(inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors among them, each once."""
     return list({id(x): x for x in inputs if isinstance(x, Tensor)}.values())
 
 
-def _constants(module: nn.Module) -> list[Tensor]:
+def constants(module: nn.Module) -> list[Tensor]:
+    """The tensors of a module."""
     return [*module.parameters(), *module.buffers()]
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvit_kernels.ops import listening
 from fastvit_kernels.ops.arguments import check_eps, check_flag, check_number
 from fastvit_kernels.ops.precision import wide
 
@@ -96,20 +97,29 @@ def update_running_statistics(found: Iterable[BatchOf], by_kernel: bool = False)
     `by_kernel`: the CPU kernels, which found the batch's, do it where they can, all at once.
     """
     tracked = [batch for batch in found if batch.bn.running_mean is not None and batch.bn.running_var is not None]
-    # Who listens to operators, or makes a graph of them, knows PyTorch's.
-    if by_kernel and tracked and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
+    if by_kernel and tracked and _may_write_through_kernel():
         running = [t for batch in tracked for t in batch.bn[2:4] if t is not None]
         if all(map(_is_plain, running)):
             moments = [t for batch in tracked for t in batch[1:3]]
             corrections = [batch.values / (batch.values - 1) for batch in tracked]
             momenta = [batch.bn.momentum for batch in tracked]
-            torch.ops.fastvit.update_running_statistics.default(running, moments, momenta, corrections)
-            torch.autograd.graph.increment_version(running)
+            listening.whole(_update, running, moments, momenta, corrections)
             return
     for bn, mean, var, count in tracked:
         assert bn.running_mean is not None and bn.running_var is not None
         bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
         bn.running_var.lerp_((var * (count / (count - 1))).to(bn.running_var.dtype), bn.momentum)
+
+
+def _may_write_through_kernel() -> bool:
+    # Who listens to operators, or makes a graph of them, knows PyTorch's; but for our own listener, who is a mode.
+    modes = 0 if listening.listener() is None else 1
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == modes
+
+
+def _update(running: list[Tensor], moments: list[Tensor], momenta: list[float], corrections: list[float]) -> None:
+    torch.ops.fastvit.update_running_statistics.default(running, moments, momenta, corrections)
+    torch.autograd.graph.increment_version(running)
 
 
 def _is_plain(t: Tensor) -> bool:

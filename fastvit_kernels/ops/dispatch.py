@@ -67,6 +67,7 @@ class _State(threading.local):
         self.backend: str | None = None
         self.recompute: bool | None = None
         self.recorder: Recorder | None = None
+        self.taping = True
 
 
 class Recorder:
@@ -139,6 +140,22 @@ def use_recompute(enabled: bool | None) -> Iterator[None]:
 
 
 @contextmanager
+def use_taping(enabled: bool) -> Iterator[None]:
+    """Choose, for the modules called in this block, in this thread, whether they may repeat their calls in training.
+
+    On a CPU the blocks of the bundled models record the operators that their forward calls while gradients are wanted,
+    and as long as nothing changes make those calls alone, as few nodes of autograd's graph. Results and gradients are
+    the same, to the bit. A module whose hooks, classes, parameters (as objects), settings or modes change runs its own
+    code again, and so does every block that somebody listens to. Where even that is too much, say False.
+    """
+    previous, _state.taping = _state.taping, enabled
+    try:
+        yield
+    finally:
+        _state.taping = previous
+
+
+@contextmanager
 def record(recorder: Recorder) -> Iterator[None]:
     """Collect this thread's dispatch decisions in `recorder`."""
     previous, _state.recorder = _state.recorder, recorder
@@ -151,6 +168,11 @@ def record(recorder: Recorder) -> Iterator[None]:
 def keeps_maps() -> bool:
     """Whether operators may keep maps for the gradients that they made as a whole anyway."""
     return _state.recompute is not True
+
+
+def recompute_setting() -> bool | None:
+    """What the enclosing `use_recompute` says."""
+    return _state.recompute
 
 
 def latest_decision() -> Decision | None:
@@ -189,11 +211,27 @@ def repeatable() -> bool:
     )
 
 
+def tapeable() -> bool:
+    """Whether operators do nothing now but compute and note their gradients, and nobody listens to either."""
+    return (
+        torch.is_grad_enabled()
+        and _state.taping
+        and _is_undisturbed()
+        and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        and not torch.is_anomaly_enabled()
+    )
+
+
 def only_computes() -> bool:
     """Whether operators do nothing now but compute: no gradient, no tracing, no transform, no explanation."""
+    return not torch.is_grad_enabled() and _is_undisturbed()
+
+
+def _is_undisturbed() -> bool:
     return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and _state.recorder is None
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         and not _transforming()

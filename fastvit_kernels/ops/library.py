@@ -22,13 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
-from fastvit_kernels.ops import dispatch
+from fastvit_kernels.ops import dispatch, listening
 from fastvit_kernels.ops.batch_norm import BatchNorm, BatchOf, update_running_statistics
 from fastvit_kernels.ops.dispatch import Decision
 from fastvit_kernels.ops.operator import (
@@ -400,7 +401,7 @@ def _passed_on(
     return at if residual is not None and residual.dtype is grads[0].dtype else None
 
 
-def _gradients(
+def gradients(
     operator: Operator,
     backend: Backend,
     grads: Sequence[Tensor],
@@ -450,17 +451,8 @@ def _make_function(operator: Operator) -> Any:
         @staticmethod
         def forward(ctx: Any, backend: Backend, static: Any, begun: int, *given: Tensor | None) -> Any:
             tensors, steps = given[begun:], tuple(t for t in given[:begun] if t is not None)
-            kept: Outputs = ()
-            if steps:
-                outputs = _finish(backend, tensors, steps, static)
-                kept = steps if steps[0].numel() else ()
-            elif isinstance(backend, GradientKernels) and dispatch.keeps_maps():
-                outputs, kept = backend.run_keeping(tensors, static)
-            else:
-                outputs = backend.run(tensors, None, static)
-            if isinstance(backend, GradientKernels) and backend.reads_outputs(static):
-                kept = (*outputs, *kept)
-            read = [t if index not in operator.unread else _shape_of(t) for index, t in enumerate(tensors)]
+            outputs, kept = run_keeping(backend, tensors, steps, static)
+            read = [t if index not in operator.unread else shape_of(t) for index, t in enumerate(tensors)]
             ctx.save_for_backward(*read, *kept)
             ctx.backend, ctx.static, ctx.decision, ctx.begun = backend, static, dispatch.latest_decision(), begun
             ctx.residual_is_x = operator.residual is not None and tensors[operator.residual] is tensors[0]
@@ -474,7 +466,7 @@ def _make_function(operator: Operator) -> Any:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 found = recompute_gradients(operator.reference, grads, tensors, needs, static, create_graph=True)
             else:
-                found = _gradients(
+                found = gradients(
                     operator, ctx.backend, grads, tensors, needs, static, ctx.decision, outputs, ctx.residual_is_x
                 )
             return (*[None] * (3 + ctx.begun), *found)
@@ -483,12 +475,30 @@ def _make_function(operator: Operator) -> Any:
     return Fused
 
 
+def run_keeping(backend: Backend, tensors: Tensors, begun: Outputs, static: Any) -> tuple[Outputs, Outputs]:
+    """The outputs of a call whose gradients are wanted, and what these read besides its tensors.
+
+    `begun` is what `statistics_by_kernels` found for it.
+    """
+    kept: Outputs = ()
+    if begun:
+        outputs = _finish(backend, tensors, begun, static)
+        kept = begun if begun[0].numel() else ()
+    elif isinstance(backend, GradientKernels) and dispatch.keeps_maps():
+        outputs, kept = backend.run_keeping(tensors, static)
+    else:
+        outputs = backend.run(tensors, None, static)
+    if isinstance(backend, GradientKernels) and backend.reads_outputs(static):
+        kept = (*outputs, *kept)
+    return outputs, kept
+
+
 def _finish(backend: Backend, tensors: Tensors, begun: Outputs, static: Any) -> Outputs:
     assert isinstance(backend, TwoStepBackend)
     return backend.finish(tensors, begun, static)
 
 
-def _shape_of(t: Tensor | None) -> Tensor | None:
+def shape_of(t: Tensor | None) -> Tensor | None:
     """A tensor of the same shape and dtype, whose memory is that of one element."""
     return None if t is None else t.new_empty(()).expand(t.shape)
 
@@ -569,7 +579,11 @@ def call(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if torch.compiler.is_compiling():
             tensors = _distinct(tensors)
-        return _as_tuple(_functions[operator.name].apply(chosen, static, len(begun), *begun, *tensors))
+        apply = partial(_functions[operator.name].apply, chosen, static, len(begun), *begun, *tensors)
+        heard_by = listening.listener()
+        if heard_by is None:
+            return _as_tuple(apply())
+        return _as_tuple(heard_by.fused(operator, chosen, static, begun, tensors, apply))
     if begun:
         return _finish(chosen, tensors, begun, static)
     prepared = packed.get(operator, tensors, static) if packed is not None and chosen.name == "cpu" else None
