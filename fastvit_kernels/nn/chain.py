@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain as joined
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastvit_kernels.nn.calls import Calls, Name, Step, names_in
 from fastvit_kernels.nn.program import function_of
 from fastvit_kernels.ops import library
-from fastvit_kernels.ops.operator import Backend, Operator, Outputs, Tensors
+from fastvit_kernels.ops.operator import Backend, GradientKernels, Operator, Outputs, Tensors
 
 _Values = dict[Any, Any]
 # Gradients of a view's, a split's or a concatenation's inputs from those of its results, None for zeros.
@@ -67,6 +68,11 @@ class Fused(NamedTuple):
         return self.outputs
 
     @property
+    def reads_outputs(self) -> bool:
+        """Whether outputs are among what is kept."""
+        return isinstance(self.backend, GradientKernels) and self.backend.reads_outputs(self.static)
+
+    @property
     def read_by_gradients(self) -> list[Name]:
         return [name for index, name in enumerate(self.tensors) if name is not None and index not in self.shapes]
 
@@ -109,12 +115,27 @@ Link = Plain | Shape | Fused
 
 
 class _Turn(NamedTuple):
-    """A call that gradients go through, and for which of its tensors they are wanted."""
+    """A call that gradients go through, for which of its tensors they are wanted, and what nobody reads behind it."""
 
     link: Shape | Fused
     results: list[Name]
     names: list[Name | None]
     wanted: list[bool]
+    spent: list[Name]
+
+
+class _Found(NamedTuple):
+    """What a chain has computed: what is handed on, and what its gradients read.
+
+    Attributes:
+        guarded: for autograd to keep; at the end what operators keep besides their tensors, `counts` of each.
+        own: variables that nobody else has.
+    """
+
+    outputs: list[Tensor]
+    guarded: list[Tensor]
+    counts: list[int]
+    own: _Values
 
 
 class Chain:
@@ -134,11 +155,17 @@ class Chain:
         read = dict.fromkeys(joined.from_iterable(link.read_by_gradients for link in fused))
         # Of inputs the values are there anyway; a gradient of the gradient starts from all of them.
         unread = {name for link in fused for name in link.inputs if name not in read}
-        self._saved = [*read, *(name for name in inputs if name not in read and name not in unread)]
-        self._kept = [link.kept for link in fused]
+        saved = [*read, *(name for name in inputs if name not in read and name not in unread)]
+        # Autograd guards what others have, too; the rest goes as soon as no gradient needs it any more.
+        known = {*inputs, *bound, *outputs}
+        self._guarded = [name for name in saved if name in known]
+        self._own = [name for name in saved if name not in known]
+        handed_on = [link for link in fused if link.reads_outputs and not known.isdisjoint(link.outputs)]
+        self._guarded_kept = [link.kept for link in handed_on]
+        self._own_kept = [link.kept for link in fused if link not in handed_on]
         made = {name for link in self._differentiable for name in link.results}
         self.constant = [index for index, name in enumerate(outputs) if name not in made]
-        results = [*outputs, *self._saved, *self._kept]
+        results = [*outputs, *self._guarded, *self._guarded_kept, *self._own, *self._own_kept]
         self._run = function_of(Calls([link.step for link in links], inputs, bound, results))
         self._plans: dict[tuple[bool, ...], list[_Turn]] = {}
 
@@ -147,27 +174,32 @@ class Chain:
         found: tuple[Tensor, ...] = _Chained.apply(self, *inputs)  # type: ignore[no-untyped-call]
         return found
 
-    def run(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Outputs]]:
-        """The outputs, what gradients read, and what each operator keeps besides."""
-        found = self._run(*inputs)
-        first, second = len(self.outputs), len(self.outputs) + len(self._saved)
-        return found[:first], found[first:second], found[second:]
+    def run(self, inputs: Sequence[Tensor]) -> _Found:
+        """Makes the calls."""
+        found = iter(self._run(*inputs))
+        outputs = list(islice(found, len(self.outputs)))
+        guarded = list(islice(found, len(self._guarded)))
+        kept = list(islice(found, len(self._guarded_kept)))
+        guarded += joined.from_iterable(kept)
+        own = dict(zip([*self._own, *self._own_kept], found, strict=True))
+        return _Found(outputs, guarded, [len(k) for k in kept], own)
 
-    def values(self, saved: Iterator[Tensor], counts: Iterable[int]) -> _Values:
-        """The variables that gradients read, from what `run` returned in a row."""
-        found: _Values = {name: next(saved) for name in self._saved}
-        found.update((name, tuple(next(saved) for _ in range(n))) for name, n in zip(self._kept, counts, strict=True))
+    def values(self, guarded: Sequence[Tensor], counts: Sequence[int], own: _Values) -> _Values:
+        """The variables that gradients read."""
+        rest = iter(guarded)
+        found = own | dict(zip(self._guarded, rest, strict=False))
+        found.update((name, tuple(islice(rest, n))) for name, n in zip(self._guarded_kept, counts, strict=True))
         return found
 
     def gradients(
         self, grads: Sequence[Tensor | None], values: _Values, needs: tuple[bool, ...]
     ) -> list[Tensor | None]:
-        """One entry for each of the inputs, None where none is wanted."""
+        """One entry for each of the inputs, None where none is wanted. Uses up the values."""
         totals = _Totals()
         for name, grad in zip(self.outputs, grads, strict=True):
             if grad is not None:
                 totals.add(name, grad, own=False)
-        for link, results, names, wanted in self._plan(needs):
+        for link, results, names, wanted, spent in self._plan(needs):
             of_results = [totals.take(name) for name in results]
             if all(g is None for g in of_results):
                 continue
@@ -179,6 +211,10 @@ class Chain:
             for name, grad in zip(names, found, strict=True):
                 if grad is not None:
                     totals.add(name, grad, own=grad is not of_results[0])
+            for variable in spent:
+                values.pop(variable, None)
+            grad = None
+            del of_results, found
         return [totals.take(name) if n else None for name, n in zip(self.inputs, needs, strict=True)]
 
     def differentiable_gradients(
@@ -205,13 +241,15 @@ class Chain:
         plan = self._plans.get(needs)
         if plan is None:
             wanted = {name for name, n in zip(self.inputs, needs, strict=True) if n}
-            plan = []
+            plan, seen = [], set[Name]()
             for link in self._differentiable:
                 names: list[Name | None] = link.tensors if isinstance(link, Fused) else [*link.inputs]
                 asked = [name in wanted for name in names]
                 if any(asked):
                     wanted.update(link.results)
-                    plan.insert(0, _Turn(link, link.results, names, asked))
+                    read = [*link.read_by_gradients, link.kept] if isinstance(link, Fused) else []
+                    plan.insert(0, _Turn(link, link.results, names, asked, [n for n in read if n not in seen]))
+                    seen.update(read)
             self._plans[needs] = plan
         return plan
 
@@ -239,22 +277,31 @@ class _Totals:
         return None if found is None else found[0]
 
 
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+
+
 class _Chained(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Chain, *inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs, saved, kept = chain.run(inputs)
-        ctx.save_for_backward(*saved, *joined.from_iterable(kept))
-        ctx.chain, ctx.counts = chain, [len(k) for k in kept]
+        found = chain.run(inputs)
+        ctx.save_for_backward(*found.guarded)
+        ctx.chain, ctx.counts, ctx.own = chain, found.counts, found.own
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(outputs[index] for index in chain.constant))
-        return tuple(outputs)
+        ctx.mark_non_differentiable(*(found.outputs[index] for index in chain.constant))
+        return tuple(found.outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         chain, needs = ctx.chain, tuple(ctx.needs_input_grad[1:])
         if all(grad is None for grad in grads):
             return (None,) * (1 + len(needs))
-        values = chain.values(iter(ctx.saved_tensors), ctx.counts)
+        # Behind a first backward that was not told to keep the graph, this raises.
+        guarded = ctx.saved_tensors
+        values = chain.values(guarded, ctx.counts, ctx.own)
+        if not torch.is_grad_enabled() and not _keeps_graph():
+            ctx.own = None
         compute = chain.differentiable_gradients if torch.is_grad_enabled() else chain.gradients
         return None, *compute(grads, values, needs)
 
