@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain as joined
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvit_kernels.nn.calls import Calls, Name, Step, names_in
+from fastvit_kernels.nn.calls import Calls, Name, Step
 from fastvit_kernels.nn.program import function_of
 from fastvit_kernels.ops import library
-from fastvit_kernels.ops.operator import Backend, GradientKernels, Operator, Outputs, Tensors
+from fastvit_kernels.ops.operator import Backend, Operator, Outputs, Tensors
 
 _Values = dict[Any, Any]
 # Gradients of a view's, a split's or a concatenation's inputs from those of its results, None for zeros.
@@ -43,19 +42,19 @@ class Fused(NamedTuple):
 
     Attributes:
         tensors: its tensors; those of which gradients read no values are in `shapes`, too.
-        begun: what the kernels for batch statistics found.
+        step: what makes its outputs, and what it keeps.
+        kept: what gradients read besides the tensors.
         shapes: by position, tensors of the shape and dtype of what gradients do not read.
-        absent: gradients to take for outputs that have none, where these are empty.
-        kept: stands for what the gradients read besides the tensors.
+        absent: gradients of outputs for which there are none, where these are empty; of others their shapes.
     """
 
     operator: Operator
     backend: Backend
     static: Any
     tensors: list[Name | None]
-    begun: list[Name]
+    step: Step
     outputs: list[Name]
-    kept: Name
+    kept: list[Name]
     shapes: dict[int, Tensor]
     absent: list[Tensor]
 
@@ -68,73 +67,68 @@ class Fused(NamedTuple):
         return self.outputs
 
     @property
-    def reads_outputs(self) -> bool:
-        """Whether outputs are among what is kept."""
-        return isinstance(self.backend, GradientKernels) and self.backend.reads_outputs(self.static)
-
-    @property
     def read_by_gradients(self) -> list[Name]:
-        return [name for index, name in enumerate(self.tensors) if name is not None and index not in self.shapes]
-
-    @property
-    def step(self) -> Step:
-        return Step(self._run, [self.tensors, self.begun], {}, [*self.outputs, self.kept], True)
-
-    def gradients(self, grads: Sequence[Tensor | None], values: _Values, needs: list[bool]) -> list[Tensor | None]:
-        """One entry for each of the tensors, of which `values` has those that gradients read."""
-        tensors = [
-            self.shapes[index] if index in self.shapes else None if name is None else values[name]
-            for index, name in enumerate(self.tensors)
-        ]
-        complete = [
-            (none if none.numel() == 0 else torch.zeros_like(none)) if g is None else g
-            for g, none in zip(grads, self.absent, strict=True)
-        ]
-        at = self.operator.residual
-        return library.gradients(
-            self.operator,
-            self.backend,
-            complete,
-            tensors,
-            needs,
-            self.static,
-            None,
-            values[self.kept],
-            at is not None and self.tensors[at] == self.tensors[0],
-        )
+        read = [name for index, name in enumerate(self.tensors) if name is not None and index not in self.shapes]
+        return [*read, *self.kept]
 
     def reference(self, values: _Values) -> Outputs:
         return self.operator.reference([None if n is None else values[n] for n in self.tensors], self.static)
-
-    def _run(self, tensors: Tensors, begun: Sequence[Tensor]) -> tuple[Any, ...]:
-        outputs, kept = library.run_keeping(self.backend, tensors, tuple(begun), self.static)
-        return *outputs, kept
 
 
 Link = Plain | Shape | Fused
 
 
-class _Turn(NamedTuple):
-    """A call that gradients go through, for which of its tensors they are wanted, and what nobody reads behind it."""
+class _Turn:
+    """A call that gradients go through.
 
-    link: Shape | Fused
-    results: list[Name]
-    names: list[Name | None]
-    wanted: list[bool]
-    spent: list[Name]
+    Attributes:
+        results, names: the variables of its results and of its tensors.
+        wanted: for which of its tensors gradients are.
+        spent: what nobody reads behind it.
+    """
+
+    def __init__(self, link: Shape | Fused, wanted: list[bool], spent: list[Name]) -> None:
+        self.link, self.wanted, self.spent = link, wanted, spent
+        self.results = link.results
+        self.names: list[Name | None] = link.tensors if isinstance(link, Fused) else [*link.inputs]
+        self._plan: library.GradientPlan | None = None
+
+    def gradients(self, given: list[Tensor | None], values: _Values) -> Sequence[Tensor | None]:
+        """One entry for each of the tensors, of which `values` has those that are read."""
+        link = self.link
+        if isinstance(link, Shape):
+            return link.rule(given)
+        shapes, static = link.shapes, link.static
+        tensors = [
+            shapes[index] if index in shapes else None if name is None else values[name]
+            for index, name in enumerate(link.tensors)
+        ]
+        grads = [
+            (none if none.numel() == 0 else torch.zeros_like(none)) if g is None else g
+            for g, none in zip(given, link.absent, strict=True)
+        ]
+        grads = library.row_major(grads)
+        plan = self._plan
+        if plan is None:
+            at = link.operator.residual
+            residual_is_x = at is not None and link.tensors[at] == link.tensors[0]
+            plan = library.plan_gradients(
+                link.operator, link.backend, grads, tensors, self.wanted, static, residual_is_x
+            )
+            self._plan = plan
+        return library.gradients(link.operator, plan, grads, tensors, static, [values[name] for name in link.kept])
 
 
 class _Found(NamedTuple):
     """What a chain has computed: what is handed on, and what its gradients read.
 
     Attributes:
-        guarded: for autograd to keep; at the end what operators keep besides their tensors, `counts` of each.
+        guarded: for autograd to keep.
         own: variables that nobody else has.
     """
 
     outputs: list[Tensor]
     guarded: list[Tensor]
-    counts: list[int]
     own: _Values
 
 
@@ -160,12 +154,9 @@ class Chain:
         known = {*inputs, *bound, *outputs}
         self._guarded = [name for name in saved if name in known]
         self._own = [name for name in saved if name not in known]
-        handed_on = [link for link in fused if link.reads_outputs and not known.isdisjoint(link.outputs)]
-        self._guarded_kept = [link.kept for link in handed_on]
-        self._own_kept = [link.kept for link in fused if link not in handed_on]
         made = {name for link in self._differentiable for name in link.results}
         self.constant = [index for index, name in enumerate(outputs) if name not in made]
-        results = [*outputs, *self._guarded, *self._guarded_kept, *self._own, *self._own_kept]
+        results = [*outputs, *self._guarded, *self._own]
         self._run = function_of(Calls([link.step for link in links], inputs, bound, results))
         self._plans: dict[tuple[bool, ...], list[_Turn]] = {}
 
@@ -176,42 +167,32 @@ class Chain:
 
     def run(self, inputs: Sequence[Tensor]) -> _Found:
         """Makes the calls."""
-        found = iter(self._run(*inputs))
-        outputs = list(islice(found, len(self.outputs)))
-        guarded = list(islice(found, len(self._guarded)))
-        kept = list(islice(found, len(self._guarded_kept)))
-        guarded += joined.from_iterable(kept)
-        own = dict(zip([*self._own, *self._own_kept], found, strict=True))
-        return _Found(outputs, guarded, [len(k) for k in kept], own)
+        found = self._run(*inputs)
+        first, second = len(self.outputs), len(self.outputs) + len(self._guarded)
+        return _Found(found[:first], found[first:second], dict(zip(self._own, found[second:], strict=True)))
 
-    def values(self, guarded: Sequence[Tensor], counts: Sequence[int], own: _Values) -> _Values:
+    def values(self, guarded: Sequence[Tensor], own: _Values) -> _Values:
         """The variables that gradients read."""
-        rest = iter(guarded)
-        found = own | dict(zip(self._guarded, rest, strict=False))
-        found.update((name, tuple(islice(rest, n))) for name, n in zip(self._guarded_kept, counts, strict=True))
-        return found
+        return own | dict(zip(self._guarded, guarded, strict=True))
 
     def gradients(
         self, grads: Sequence[Tensor | None], values: _Values, needs: tuple[bool, ...]
     ) -> list[Tensor | None]:
         """One entry for each of the inputs, None where none is wanted. Uses up the values."""
         totals = _Totals()
-        for name, grad in zip(self.outputs, grads, strict=True):
+        for output, grad in zip(self.outputs, grads, strict=True):
             if grad is not None:
-                totals.add(name, grad, own=False)
-        for link, results, names, wanted, spent in self._plan(needs):
-            of_results = [totals.take(name) for name in results]
+                totals.add(output, grad, own=False)
+        for turn in self._plan(needs):
+            of_results = [totals.take(name) for name in turn.results]
             if all(g is None for g in of_results):
                 continue
-            if isinstance(link, Shape):
-                for name, view in zip(names, link.rule(of_results), strict=True):
-                    totals.add(name, view, own=False)
-                continue
-            found = link.gradients(of_results, values, wanted)
-            for name, grad in zip(names, found, strict=True):
+            found = turn.gradients(of_results, values)
+            fresh = isinstance(turn.link, Fused)
+            for name, grad in zip(turn.names, found, strict=True):
                 if grad is not None:
-                    totals.add(name, grad, own=grad is not of_results[0])
-            for variable in spent:
+                    totals.add(name, grad, own=fresh and grad is not of_results[0])
+            for variable in turn.spent:
                 values.pop(variable, None)
             grad = None
             del of_results, found
@@ -243,12 +224,11 @@ class Chain:
             wanted = {name for name, n in zip(self.inputs, needs, strict=True) if n}
             plan, seen = [], set[Name]()
             for link in self._differentiable:
-                names: list[Name | None] = link.tensors if isinstance(link, Fused) else [*link.inputs]
-                asked = [name in wanted for name in names]
+                asked = [name in wanted for name in (link.tensors if isinstance(link, Fused) else link.inputs)]
                 if any(asked):
                     wanted.update(link.results)
-                    read = [*link.read_by_gradients, link.kept] if isinstance(link, Fused) else []
-                    plan.insert(0, _Turn(link, link.results, names, asked, [n for n in read if n not in seen]))
+                    read = link.read_by_gradients if isinstance(link, Fused) else []
+                    plan.insert(0, _Turn(link, asked, [name for name in read if name not in seen]))
                     seen.update(read)
             self._plans[needs] = plan
         return plan
@@ -277,9 +257,7 @@ class _Totals:
         return None if found is None else found[0]
 
 
-_keeps_graph: Callable[[], bool] = getattr(
-    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
-)
+_keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class _Chained(torch.autograd.Function):
@@ -287,7 +265,7 @@ class _Chained(torch.autograd.Function):
     def forward(ctx: Any, chain: Chain, *inputs: Tensor) -> tuple[Tensor, ...]:
         found = chain.run(inputs)
         ctx.save_for_backward(*found.guarded)
-        ctx.chain, ctx.counts, ctx.own = chain, found.counts, found.own
+        ctx.chain, ctx.own = chain, found.own
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(found.outputs[index] for index in chain.constant))
         return tuple(found.outputs)
@@ -299,7 +277,7 @@ class _Chained(torch.autograd.Function):
             return (None,) * (1 + len(needs))
         # Behind a first backward that was not told to keep the graph, this raises.
         guarded = ctx.saved_tensors
-        values = chain.values(guarded, ctx.counts, ctx.own)
+        values = chain.values(guarded, ctx.own)
         if not torch.is_grad_enabled() and not _keeps_graph():
             ctx.own = None
         compute = chain.differentiable_gradients if torch.is_grad_enabled() else chain.gradients
@@ -314,8 +292,3 @@ def _call(step: Step, values: _Values) -> list[Any]:
 
     found = step.function(*map(filled, step.args), **{k: filled(v) for k, v in step.kwargs.items()})
     return list(found) if step.is_tuple else [found]
-
-
-def inputs_of(link: Link) -> list[Name]:
-    """The variables that a call reads."""
-    return names_in(link.step.args) if isinstance(link, (Plain, Shape)) else [*link.inputs, *link.begun]

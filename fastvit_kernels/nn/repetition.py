@@ -185,12 +185,8 @@ def _key(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
     addresses = []
     for x in inputs:
         if isinstance(x, Tensor):
-            if (
-                type(x) not in (Tensor, nn.Parameter)
-                or x.device.type != "cpu"
-                or x.layout is not torch.strided
-                or x.is_neg()
-            ):
+            plain = type(x) in (Tensor, nn.Parameter) and x.layout is torch.strided and not x.is_neg()
+            if not plain or x.device.type != "cpu":
                 return None
             found += [x.shape, x.stride(), x.storage_offset(), x.dtype]
             # Two inputs that were one tensor are one variable of the program.

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastvit_kernels.nn.calls import Calls, Name, Step, names_in
-from fastvit_kernels.nn.chain import Chain, Fused, Link, Plain, Shape, inputs_of
+from fastvit_kernels.nn.chain import Chain, Fused, Link, Plain, Shape
 from fastvit_kernels.nn.program import function_of
 from fastvit_kernels.nn.shapes import rule_of
 from fastvit_kernels.ops import library, listening
@@ -33,6 +33,8 @@ class _Alone(NamedTuple):
 
 
 _Item = Link | _Alone
+# Operator, arguments, result.
+_Call = tuple[Any, tuple[Any, ...], Any]
 
 
 class Tape(TorchDispatchMode):
@@ -55,6 +57,8 @@ class Tape(TorchDispatchMode):
         self._differentiable: set[Name] = set()
         self._memory: set[int] = set()  # of what is differentiable
         self._paused = False
+        self._inner: list[_Call] = []
+        self._kept: Outputs = ()
         self._count = 0
         self._inputs = [self._name(x, x.requires_grad) for x in inputs]
         self._parameters = [name for p in parameters if (name := self._bind(p)) is not None]
@@ -77,7 +81,10 @@ class Tape(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not self._paused and self.obstacle is None:
+        if self._paused:
+            if func.namespace == library.NAMESPACE:
+                self._inner.append((func, args, out))
+        elif self.obstacle is None:
             self._note(func, args, kwargs or {}, out)
         return out
 
@@ -90,18 +97,48 @@ class Tape(TorchDispatchMode):
         tensors: Tensors,
         run: Callable[[], Any],
     ) -> Any:
+        self._inner, self._kept = [], ()
         with self._unheard():
             out = run()
             outputs = [out] if isinstance(out, Tensor) else list(out)
             shapes = {i: library.shape_of(t) for i, t in enumerate(tensors) if i in operator.unread and t is not None}
             absent = [o.detach() if o.numel() == 0 else library.shape_of(o) for o in outputs]
+        inner, kept = self._inner, self._kept
+        self._inner, self._kept = [], ()
         if self.obstacle is None:
             names = [None if t is None else self._variable(t) for t in tensors]
             steps = [self._variable(t) for t in begun]
             results = [self._name(o, o.requires_grad) for o in outputs]
-            kept = self._fresh()
-            self._items.append(Fused(operator, backend, static, names, steps, results, kept, shapes, absent))
+            direct = self._direct(inner, begun, kept, results)
+            if direct is None:
+                # What a backend does in several steps is done by it again.
+                keeps = [self._fresh() for _ in kept]
+                again = partial(_run_keeping, backend, static)
+                direct = Step(again, [names, steps], {}, [*results, *keeps], True), keeps
+            step, keeps = direct
+            self._items.append(Fused(operator, backend, static, names, step, results, keeps, shapes, absent))
         return out
+
+    def _direct(
+        self, inner: list[_Call], begun: Outputs, kept: Outputs, results: list[Name]
+    ) -> tuple[Step, list[Name]] | None:
+        """The one operator that a call came down to, and what it keeps; None where there were several."""
+        if len(inner) != 1:
+            return None
+        func, args, out = inner[0]
+        outs = [out] if isinstance(out, Tensor) else list(out)
+        found = {id(t): name for t, name in zip(outs, results, strict=False)}
+        besides = [self._fresh() for _ in outs[len(results) :]]
+        found.update((id(t), name) for t, name in zip(outs[len(results) :], besides, strict=True))
+        found.update((id(t), self._names[t]) for t in begun)
+        read = [t for t in tree_flatten(args)[0] if isinstance(t, Tensor)]
+        if not all(id(t) in found for t in kept) or not all(t in self._names for t in read):
+            return None
+        step = Step(func, [self._template(a) for a in args], {}, [*results, *besides], not isinstance(out, Tensor))
+        return step, [found[id(t)] for t in kept]
+
+    def keeps(self, kept: Outputs) -> None:
+        self._kept = kept
 
     def opaque(self, function: Callable[..., Any], args: tuple[Any, ...], differentiable: bool) -> Any:
         with self._unheard():
@@ -236,18 +273,18 @@ class _Links:
     def steps(self, results: list[Name]) -> list[Step]:
         """The calls; chains are one each."""
         for index, group in enumerate(self._groups):
-            later = [n for g in self._groups[index + 1 :] for item in g for n in _reads(item)]
+            later = [n for g in self._groups[index + 1 :] for item in g for n in item.step.reads]
             wanted = dict.fromkeys(self._roots([*later, *results]))
             if isinstance(group[0], _Alone):
                 for item in group:
-                    self._look(_reads(item))
+                    self._look(item.step.reads)
                     self._steps.append(item.step)
             elif any(isinstance(item, Fused) for item in group):
                 self._chain(group, wanted)  # type: ignore[arg-type]
             else:
                 for item in group:
                     if isinstance(item, Plain):
-                        self._look(_reads(item))
+                        self._look(item.step.reads)
                         self._steps.append(item.step._replace(function=torch.no_grad()(item.step.function)))
         self._look(results)
         return self._steps
@@ -275,7 +312,7 @@ class _Links:
         within: set[Name] = set()
 
         def add(link: Link) -> None:
-            for name in inputs_of(link):
+            for name in link.step.reads:
                 maker = self._makers.get(name)
                 if isinstance(maker, Shape) and name not in within:
                     add(maker)
@@ -288,7 +325,7 @@ class _Links:
                 add(item)
         made = [name for link in links if not isinstance(link, Shape) for name in link.step.results if name is not None]
         outputs = [name for name in made if name in wanted]
-        read = dict.fromkeys(name for link in links for name in inputs_of(link) if name not in within)
+        read = dict.fromkeys(name for link in links for name in link.step.reads if name not in within)
         inputs = [name for name in read if name not in self._buffers]
         chain = Chain(links, inputs, {name: self._buffers[name] for name in read if name in self._buffers}, outputs)
         self._steps.append(Step(chain, list(inputs), {}, list(outputs), True))
@@ -300,5 +337,6 @@ def _ends_history(func: Any) -> bool:
     return name == "detach" or name.startswith("new_") or name.endswith("_like")
 
 
-def _reads(item: _Item) -> list[Name]:
-    return item.step.reads if isinstance(item, _Alone) else inputs_of(item)
+def _run_keeping(backend: Backend, static: Any, tensors: Tensors, begun: Sequence[Tensor]) -> Outputs:
+    outputs, kept = library.run_keeping(backend, tensors, tuple(begun), static)
+    return *outputs, *kept

@@ -20,7 +20,7 @@ that the autograd, fake and packing code below exists once for all operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +31,6 @@ from torch.library import Library
 
 from fastvit_kernels.ops import dispatch, listening
 from fastvit_kernels.ops.batch_norm import BatchNorm, BatchOf, update_running_statistics
-from fastvit_kernels.ops.dispatch import Decision
 from fastvit_kernels.ops.operator import (
     Backend,
     BackwardBackend,
@@ -401,46 +400,77 @@ def _passed_on(
     return at if residual is not None and residual.dtype is grads[0].dtype else None
 
 
-def gradients(
+class GradientPlan(NamedTuple):
+    """Who computes the gradients of a call, and what of them.
+
+    Attributes:
+        backend: whose kernels do; None where they are recomputed through the reference.
+        needs: which of them, without one that is the result's.
+        passed_on: position of a tensor whose gradient is that of the first output.
+        adds_own: the kernels add it to x's.
+        reasons: why those before `backend` do not.
+    """
+
+    backend: BackwardBackend | None
+    needs: list[bool]
+    passed_on: int | None
+    adds_own: bool
+    reasons: list[str]
+
+
+def plan_gradients(
     operator: Operator,
     backend: Backend,
     grads: Sequence[Tensor],
     tensors: Tensors,
     needs: Sequence[bool],
     static: Any,
-    decision: Decision | None,
-    outputs: Sequence[Tensor] = (),
-    residual_is_x: bool = False,
-) -> list[Tensor | None]:
-    """By `backend`, or whoever has kernels for these gradients in its place, else recomputed; one entry per tensor.
+    residual_is_x: bool,
+) -> GradientPlan:
+    """By `backend`, or whoever has kernels for these gradients in its place, else recomputed.
 
     Args:
-        decision: told who computed them.
-        outputs: those of the forward, where the backend reads them, or what it kept besides.
+        grads: those of the outputs, row-major.
         residual_is_x: the tensors have x in two places; x's gradient may then come whole in the first of them.
     """
     passed_on = _passed_on(operator, grads, tensors, needs, static)
-    of_result, adds_own = grads[0], False
-    if passed_on is not None:
-        needs = [n and index != passed_on for index, n in enumerate(needs)]
+    needs = [n and index != passed_on for index, n in enumerate(needs)]
     if not any(needs):
-        return [of_result if index == passed_on else None for index in range(len(needs))]
-    grads = row_major(grads)
+        return GradientPlan(None, needs, passed_on, False, [])
     found, reasons = dispatch.gradient_backend(operator, backend, grads, tensors, needs, static)
-    if decision is not None:
-        decision.gradients, decision.gradients_rejected = "reference" if found is None else found.name, reasons
-    if isinstance(found, BackwardBackend):
-        if residual_is_x and passed_on is not None and needs[0] and isinstance(found, GradientKernels):
-            adds_own = found.adds_own(tensors, static)
-        asked = [*needs, True] if adds_own else needs
-        # Autograd hands results out with their history, which no kernel has a use for.
-        remaining = iter(found.run_backward([*grads, *(o.detach() for o in outputs)], tensors, asked, static))
-    else:
-        recomputing = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward").default
-        remaining = iter(recomputing(grads, list(tensors), needs, *static))
+    adds_own = residual_is_x and passed_on is not None and needs[0] and isinstance(found, GradientKernels)
+    adds_own = adds_own and found.adds_own(tensors, static)  # type: ignore[union-attr]
+    return GradientPlan(found if isinstance(found, BackwardBackend) else None, needs, passed_on, adds_own, reasons)
+
+
+def gradients(
+    operator: Operator,
+    plan: GradientPlan,
+    grads: Sequence[Tensor],
+    tensors: Tensors,
+    static: Any,
+    outputs: Sequence[Tensor] = (),
+) -> list[Tensor | None]:
+    """One entry per tensor.
+
+    Args:
+        grads: those of the outputs, row-major.
+        outputs: those of the forward, where the backend reads them, or what it kept besides.
+    """
+    needs = plan.needs
+    remaining: Iterator[Tensor] = iter(())
+    if any(needs):
+        if plan.backend is not None:
+            asked = [*needs, True] if plan.adds_own else needs
+            # Autograd hands results out with their history, which no kernel has a use for.
+            read = [*grads, *(o.detach() if o.requires_grad else o for o in outputs)]
+            remaining = iter(plan.backend.run_backward(read, tensors, asked, static))
+        else:
+            recomputing = getattr(getattr(torch.ops, NAMESPACE), f"{operator.name}_backward").default
+            remaining = iter(recomputing(grads, list(tensors), needs, *static))
     results = [next(remaining) if n else None for n in needs]
-    if passed_on is not None and not adds_own:
-        results[passed_on] = of_result
+    if plan.passed_on is not None and not plan.adds_own:
+        results[plan.passed_on] = grads[0]
     return results
 
 
@@ -452,7 +482,10 @@ def _make_function(operator: Operator) -> Any:
         def forward(ctx: Any, backend: Backend, static: Any, begun: int, *given: Tensor | None) -> Any:
             tensors, steps = given[begun:], tuple(t for t in given[:begun] if t is not None)
             outputs, kept = run_keeping(backend, tensors, steps, static)
-            read = [t if index not in operator.unread else shape_of(t) for index, t in enumerate(tensors)]
+            if (heard_by := listening.listener()) is not None:
+                heard_by.keeps(kept)
+            unread = operator.unread
+            read = [t if t is None or i not in unread else shape_of(t) for i, t in enumerate(tensors)]
             ctx.save_for_backward(*read, *kept)
             ctx.backend, ctx.static, ctx.decision, ctx.begun = backend, static, dispatch.latest_decision(), begun
             ctx.residual_is_x = operator.residual is not None and tensors[operator.residual] is tensors[0]
@@ -466,9 +499,12 @@ def _make_function(operator: Operator) -> Any:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 found = recompute_gradients(operator.reference, grads, tensors, needs, static, create_graph=True)
             else:
-                found = gradients(
-                    operator, ctx.backend, grads, tensors, needs, static, ctx.decision, outputs, ctx.residual_is_x
-                )
+                grads = tuple(row_major(grads))
+                plan = plan_gradients(operator, ctx.backend, grads, tensors, needs, static, ctx.residual_is_x)
+                if ctx.decision is not None and any(plan.needs):
+                    ctx.decision.gradients = getattr(plan.backend, "name", "reference")
+                    ctx.decision.gradients_rejected = plan.reasons
+                found = gradients(operator, plan, grads, tensors, static, outputs)
             return (*[None] * (3 + ctx.begun), *found)
 
     Fused.__name__ = Fused.__qualname__ = f"Fused[{operator.name}]"
@@ -498,9 +534,9 @@ def _finish(backend: Backend, tensors: Tensors, begun: Outputs, static: Any) -> 
     return backend.finish(tensors, begun, static)
 
 
-def shape_of(t: Tensor | None) -> Tensor | None:
+def shape_of(t: Tensor) -> Tensor:
     """A tensor of the same shape and dtype, whose memory is that of one element."""
-    return None if t is None else t.new_empty(()).expand(t.shape)
+    return t.new_empty(()).expand(t.shape)
 
 
 def row_major(grads: Sequence[Tensor]) -> list[Tensor]:

@@ -24,6 +24,9 @@ class Listener(Protocol):
     ) -> Any:
         """A call whose gradients are wanted; `run` makes it."""
 
+    def keeps(self, kept: Outputs) -> None:
+        """What the call being made keeps for its gradients besides its tensors."""
+
     def opaque(self, function: Callable[..., Any], args: tuple[Any, ...], differentiable: bool) -> Any:
         """A function of tensors that must be called as a whole."""
 

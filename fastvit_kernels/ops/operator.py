@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -92,9 +93,13 @@ class GradientKernels(BackwardBackend):
     def run_backward(
         self, grads: Sequence[Tensor], tensors: Tensors, needs: Sequence[bool], static: Any
     ) -> list[Tensor]:
-        name, overload = self.backward
-        kernels = getattr(getattr(torch.ops.fastvit, name), overload)
-        return list(kernels(list(grads), list(tensors), list(needs), *static))
+        return list(_kernels(*self.backward)(list(grads), list(tensors), list(needs), *static))
+
+
+@functools.cache
+def _kernels(name: str, overload: str) -> Callable[..., Sequence[Tensor]]:
+    found: Callable[..., Sequence[Tensor]] = getattr(getattr(torch.ops.fastvit, name), overload)
+    return found
 
 
 @dataclass(eq=False)
