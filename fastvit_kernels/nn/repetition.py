@@ -84,6 +84,7 @@ class Repeater:
                     self._wasted = 0
                     return self._run(program, inputs)
                 records.programs.pop(key, None)
+                self._wasted += 1
         if self._latest != key or self._wasted >= _MOST_WASTED:
             self._latest = key
             return compute(*inputs)

@@ -65,7 +65,7 @@ class Tape(TorchDispatchMode):
         for buffer in buffers:
             self._bind(buffer)
         lasting = [*inputs, *(self._bound[name] for name in self._parameters)]
-        self._lasting = {t.untyped_storage().data_ptr() for t in lasting}
+        self._lasting = {_address(t) for t in lasting}
 
     def __enter__(self) -> Tape:
         self._listening = listening.listen(self)
@@ -197,6 +197,8 @@ class Tape(TorchDispatchMode):
         followed = torch.is_grad_enabled() and not _ends_history(func)
         followed = followed and any(name in self._differentiable for name in names_in((templates, named)))
         rule = rule_of(func, args, outs) if followed and not named else None
+        # New memory may lie where some was that has been freed.
+        self._memory -= {_address(o) for o in outs if o is not None} - set(map(_address, read))
         # What a call hands back that it was given keeps its variable.
         names = [None if o is None or o in self._names else self._name(o, followed) for o in outs]
         step = Step(func, templates, named, names, isinstance(out, (tuple, list)))
@@ -213,7 +215,7 @@ class Tape(TorchDispatchMode):
             for t in tree_flatten(given.get(argument.name))[0]:
                 if not isinstance(t, Tensor):
                     continue
-                memory = t.untyped_storage().data_ptr()
+                memory = _address(t)
                 if memory in self._lasting:
                     self.obstacle = f"{func} changes an input or a parameter"
                 elif memory in self._memory:
@@ -241,7 +243,7 @@ class Tape(TorchDispatchMode):
             name = self._names[t] = self._fresh()
         if differentiable and t.is_floating_point():
             self._differentiable.add(name)
-            self._memory.add(t.untyped_storage().data_ptr())
+            self._memory.add(_address(t))
         return name
 
     def _fresh(self) -> Name:
@@ -329,6 +331,11 @@ class _Links:
         inputs = [name for name in read if name not in self._buffers]
         chain = Chain(links, inputs, {name: self._buffers[name] for name in read if name in self._buffers}, outputs)
         self._steps.append(Step(chain, list(inputs), {}, list(outputs), True))
+
+
+def _address(t: Tensor) -> int:
+    """That of the memory that it shares with its views."""
+    return t.untyped_storage().data_ptr()
 
 
 def _ends_history(func: Any) -> bool:

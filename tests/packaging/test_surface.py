@@ -20,6 +20,7 @@ SURFACE = {
         "restore",
         "use_backend",
         "use_recompute",
+        "use_taping",
     ],
     "fastvit_kernels.models": [
         "CheckpointError",
